@@ -1,0 +1,9 @@
+# Masked diffusion on tiny-shakespeare, characters: 10.7M parameters on a GPU, 0.8M on a CPU.
+out_dir = 'out-mdlm'
+objective = 'masked'
+dataset = 'shakespeare_char'
+
+n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
+batch_size, max_iters = 64, 20000
+
+cpu = dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=24, max_iters=3500)

@@ -1,0 +1,229 @@
+"""
+One transformer for every language model in this repository.
+
+`causal` is the whole difference between a GPT and a denoiser: with the causal mask position i sees x[:i+1] and
+predicts the next token; without it every position sees every other and predicts its own token.
+
+The default architecture ("ours") is what trained fastest at small scale (NOTES.md):
+  rotary positions (arXiv 2104.09864), RMSNorm without gain (1910.07467), normalised queries and keys (2302.05442),
+  ReLU^2 MLP (2109.08668), no biases, and projections into the residual stream that start at zero, so that every
+  block starts as the identity and the first prediction is exactly uniform.
+  Muon (kellerjordan.github.io/posts/muon) trains the matrices of the blocks, AdamW everything else.
+`arch='gpt2'` is GPT-2: learned positions, LayerNorm with bias, GELU, biases, the head tied to the embedding.
+
+Shapes: B sequences, T tokens, V = vocab_size, C = n_embd, H = n_head, D = C / H.
+The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model. The head reads
+only the V real tokens, so [MASK] can never be predicted, and both twins have exactly the same parameters.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    vocab_size: int = 65    # V, set from the data
+    block_size: int = 256   # T, the longest sequence
+    n_layer: int = 6        # blocks
+    n_head: int = 6         # attention heads, must divide n_embd
+    n_embd: int = 384       # width C
+    dropout: float = 0.0    # on the residual branches and the embedding
+    arch: str = 'ours'      # ours | gpt2
+
+    def __post_init__(self):
+        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
+        if self.arch == 'ours' and self.n_embd // self.n_head % 2:
+            raise ValueError(f"rotary positions need an even head width, not n_embd/n_head={self.n_embd // self.n_head}")
+        if self.arch not in ('ours', 'gpt2'):
+            raise ValueError(f"arch={self.arch!r} is not one of: ours, gpt2")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+
+
+def rotary_table(length, width, base=10000.0):
+    """cos and sin of the rotary angles, (length, width/2) each, float32 (arXiv 2104.09864)."""
+    freq = base ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), freq)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[j], x[j + D/2]) by its position's angle. x (..., T, D); cos, sin (T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+
+
+def attention(q, k, v, causal, mask=None):
+    """softmax(q k' / sqrt(D)) v of q (B, H, t, D) and k, v (B, H, T, D), t <= T.
+
+    causal: query i, at position T - t + i, sees the keys up to itself. mask: bool, broadcast to (B, H, t, T), True is seen.
+    """
+    t, T = q.size(2), k.size(2)
+    manual = q.device.type == 'cpu' and q.requires_grad  # SDPA's backward on CPUs is 2 to 5 times slower (NOTES.md)
+    if causal and t > 1 and (manual or t < T or mask is not None):
+        past = torch.ones(t, T, dtype=torch.bool, device=q.device).tril(T - t)
+        causal, mask = False, past if mask is None else past & mask
+    if manual:
+        scores = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return scores.softmax(-1).type_as(v) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and t > 1)
+
+
+class Cache:
+    """Keys and values of the tokens already read, for causal sampling."""
+
+    def __init__(self, n_layer):
+        self.kv = [None] * n_layer
+
+    def __len__(self):
+        return 0 if self.kv[0] is None else self.kv[0][0].size(2)
+
+    def append(self, layer, k, v):
+        """k, v (B, H, t, D) of t new tokens -> k, v (B, H, T, D) of all tokens so far."""
+        if self.kv[layer] is not None:
+            k, v = (torch.cat(old_new, dim=2) for old_new in zip(self.kv[layer], (k, v)))
+        self.kv[layer] = k, v
+        return k, v
+
+
+class Norm(nn.Module):
+    """RMSNorm without gain, or GPT-2's LayerNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.shape = (config.n_embd,)
+        gpt2 = config.arch == 'gpt2'
+        self.weight = nn.Parameter(torch.ones(config.n_embd)) if gpt2 else None
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if gpt2 else None
+
+    def forward(self, x):
+        if self.weight is None:
+            return F.rms_norm(x, self.shape)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, 1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, causal):
+        super().__init__()
+        self.causal, self.ours = causal, config.arch == 'ours'
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=not self.ours)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.ours)
+
+    def forward(self, x, rotary, mask, cache, layer):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if self.ours:
+            q, k = F.rms_norm(q, q.shape[-1:]).type_as(v), F.rms_norm(k, k.shape[-1:]).type_as(v)
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = attention(q, k, v, self.causal, mask)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ours = config.arch == 'ours'
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=not self.ours)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=not self.ours)
+
+    def forward(self, x):
+        x = self.fc(x)
+        return self.proj(F.relu(x).square() if self.ours else F.gelu(x, approximate='tanh'))
+
+
+class Block(nn.Module):
+    def __init__(self, config, causal):
+        super().__init__()
+        self.norm1, self.attn = Norm(config), Attention(config, causal)
+        self.norm2, self.mlp = Norm(config), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary, mask, cache, layer):
+        x = x + self.drop(self.attn(self.norm1(x), rotary, mask, cache, layer))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+def optimizers(model, lr, muon_lr, weight_decay=0.0):
+    """Muon for the matrices inside blocks, AdamW for the rest (all, if muon_lr is 0): a list, each with its base 'lr'."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in params.items() if muon_lr and 'blocks.' in name and p.dim() == 2]
+    others = [p for p in params.values() if not any(p is m for m in matrices)]
+    groups = [{'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
+              {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0}]
+    out = [torch.optim.AdamW([g for g in groups if g['params']], lr=lr, betas=(0.9, 0.95), fused=others[0].device.type != 'mps')]
+    if matrices:
+        out.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
+    return out
+
+
+class GPT(nn.Module):
+    def __init__(self, config, causal):
+        super().__init__()
+        self.config, self.causal = config, causal
+        ours = config.arch == 'ours'
+        self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # row V: [MASK] or [BOS]
+        self.pos = None if ours else nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.n_layer))
+        self.norm = Norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False) if ours else None  # None: tied
+        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer('cos', cos, persistent=False)
+        self.register_buffer('sin', sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        ours = self.config.arch == 'ours'
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                continue  # norms and biases keep ones and zeros; below, the biases of Linear
+            into_residual = name.endswith('proj.weight')
+            if ours and (into_residual or name == 'head.weight'):
+                nn.init.zeros_(p)
+            elif ours:
+                nn.init.normal_(p, std=1.0 if name == 'embed.weight' else p.size(1) ** -0.5)
+            else:  # GPT-2: 0.02, and 0.02 / sqrt(2 L) for the 2 L projections into the residual stream
+                nn.init.normal_(p, std=0.02 * ((2 * self.config.n_layer) ** -0.5 if into_residual else 1))
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x, mask=None, cache=None):
+        """Logits (B, T, V) of tokens x (B, T) int64 in [0, V]; mask and cache as in `trunk`."""
+        return self.logits(self.trunk(self.embed(x), mask, cache))
+
+    def trunk(self, h, mask=None, cache=None):
+        """Embeddings h (B, T, C) -> normalised hidden states (B, T, C).
+
+        mask: bool, broadcast to (B, H, T, T), True where a query may see a key. With a cache, h continues what was read
+        before. Raises ValueError beyond block_size.
+        """
+        past, end = len(cache or ()), len(cache or ()) + h.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
+        h = F.rms_norm(h, h.shape[-1:]) if self.pos is None else h + self.pos.weight[past:end]
+        h, rotary = self.drop(h), (self.cos[past:end], self.sin[past:end])
+        for i, block in enumerate(self.blocks):
+            h = block(h, rotary, mask, cache, i)
+        return self.norm(h)
+
+    def logits(self, h):
+        """Hidden states (B, T, C) -> logits (B, T, V); never of row V."""
+        return F.linear(h, self.embed.weight[:self.config.vocab_size]) if self.head is None else self.head(h)
+
+    def flops_per_token(self, T):
+        """Floating point operations of a training step per token: 6 a weight, 12 T C a layer for attention."""
+        weights = sum(p.numel() for b in self.blocks for p in b.parameters()) + self.config.vocab_size * self.config.n_embd
+        attention = 12 * T * self.config.n_embd * self.config.n_layer
+        return 6 * weights + attention // (2 if self.causal else 1)

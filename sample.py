@@ -1,0 +1,201 @@
+"""
+Write text with any checkpoint: unmasking, infilling, left to right, and texts longer than the model's block.
+
+    python sample.py --steps=64                                       # the newest checkpoint under out*/
+    python sample.py --start="ROMEO:" --suffix="Exit." --rule=confidence
+    python sample.py --template="To be, ___ that is the ___." --hole=12
+    python sample.py --watch=True                                     # the text as it denoises, in the terminal
+    python sample.py --html=sample.html                               # the same as a page with a slider
+
+A canvas is (num_samples, length) tokens with the id V where text is still to be written. `model.sample(canvas, ...)`
+yields it after every network call; what is printed, watched or saved as a page is that one sequence of canvases.
+"""
+import html
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import common
+from configurator import build, fail, help_text, read
+
+
+@dataclass
+class Config:
+    out_dir: str = ''          # folder of the checkpoint; '': the newest out*/
+    which: str = 'best'        # best | last
+    ema: bool = True           # the averaged weights
+    device: str = 'auto'       # auto | cpu | cuda | mps
+    dtype: str = 'auto'        # auto | float32 | bfloat16
+    seed: int = 1337           # equal seeds, equal texts
+    num_samples: int = 2       # texts, side by side in one batch
+    length: int = 0            # tokens of a text, prompt included; 0: the model's block size
+    overlap: int = 0           # beyond the block: tokens of the last part kept as context; 0: half a block
+    steps: int = 64            # of the denoiser for a block; an autoregressive model takes one a token
+    rule: str = ''             # which draws a step keeps: ancestral (default) | random | confidence | margin | entropy
+    temperature: float = 1.0   # below 1: likelier tokens more often; 0: always the likeliest
+    top_k: int = 0             # draw from the k likeliest tokens; 0: all
+    top_p: float = 1.0         # draw from the fewest tokens with this probability together
+    start: str = ''            # given text at the start; FILE:path reads it from a file
+    suffix: str = ''           # given text at the end
+    template: str = ''         # given text with ___ for each hole, instead of start and suffix
+    hole: int = 8              # tokens of a hole
+    watch: bool = False        # show the denoising in the terminal
+    html: str = ''             # write the denoising to this file, a page that needs nothing else
+
+    def __post_init__(self):
+        for name in ('num_samples', 'steps', 'hole'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ('seed', 'length', 'overlap', 'temperature', 'top_k'):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+        if self.template and (self.start or self.suffix or self.length):
+            raise ValueError("template says where everything goes: leave out start, suffix and length")
+        if self.template and '___' not in self.template:
+            raise ValueError("template has no ___ (three underscores) to fill")
+
+
+def given(text):
+    """A prompt from the command line: FILE:path is what that file holds."""
+    if not text.startswith('FILE:'):
+        return text
+    try:
+        return Path(text[5:]).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f"cannot read {text[5:]}: {e}")
+
+
+def make_canvas(config, tokenizer, block_size):
+    """One row of tokens, V where the model is to write: (length,) int64."""
+    blank = tokenizer.vocab_size
+    if config.template:
+        parts = [tokenizer.encode(part) for part in given(config.template).split('___')]
+        row = parts[0] + [i for part in parts[1:] for i in [blank] * config.hole + part]
+    else:
+        start, suffix = tokenizer.encode(given(config.start)), tokenizer.encode(given(config.suffix))
+        length = config.length or block_size
+        if len(start) >= min(length, block_size):
+            fail(f"start has {len(start)} tokens: it must be shorter than the text ({length}) and the block ({block_size}); "
+                 f"shorten it or raise --length")
+        if len(start) + len(suffix) >= length:
+            fail(f"start and suffix fill all {length} tokens: raise --length")
+        row = start + [blank] * (length - len(start) - len(suffix)) + suffix
+    if len(row) > block_size and (config.template or config.suffix):
+        fail(f"infilling sees one block: {len(row)} tokens are more than block_size={block_size}")
+    return torch.tensor(row)
+
+
+def generate(model, canvas, block_size, overlap, **knobs):
+    """Generator of canvases (B, L), one a network call, for any L.
+
+    Block after block: each keeps the last `overlap` tokens of the one before as given context, the last ends at L.
+    """
+    start, length = 0, canvas.size(1)
+    while True:
+        for window in model.sample(canvas[:, start:start + block_size], **knobs):
+            canvas = torch.cat([canvas[:, :start], window, canvas[:, start + block_size:]], dim=1)
+            yield canvas
+        if start + block_size >= length:
+            return
+        start = min(start + block_size - overlap, length - block_size)
+
+
+def show(old, new, tokenizer):
+    """Draw a canvas (L,) over the last one in the terminal: blanks dim, tokens new since `old` bright."""
+    text = ''
+    for before, after in zip(old, new):
+        char = tokenizer.decode([after])
+        text += f'\033[2m{char}\033[0m' if after == tokenizer.vocab_size else \
+            f'\033[1;32m{char}\033[0m' if before != after else char
+    sys.stdout.write('\033[H\033[J' + text + '\n')
+    sys.stdout.flush()
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>unmask</title>
+<style>body{font:16px/1.4 ui-monospace,monospace;max-width:52em;margin:2em auto;padding:0 1em;color:#222;background:#fff}
+pre{white-space:pre-wrap;border-top:1px solid #ccc;padding-top:1em}input{width:100%}.m{color:#bbb}
+.n{background:#0072b2;color:#fff}</style>
+<p>TITLE<p><label>network call <output id="o"></output> <input id="s" type="range" min="0" value="0"></label>
+<button id="b">play</button><div id="t"></div><script>
+const frames = FRAMES, chars = CHARS, V = chars.length, s = document.getElementById('s'), t = document.getElementById('t')
+s.max = frames.length - 1
+function show() {
+  const now = frames[s.value], old = frames[Math.max(0, s.value - 1)]
+  document.getElementById('o').textContent = s.value + ' of ' + s.max
+  t.replaceChildren(...now.map((row, b) => {
+    const pre = document.createElement('pre')
+    row.forEach((id, i) => {
+      const span = document.createElement('span')
+      span.textContent = id == V ? '\\u2591' : chars[id]
+      span.className = id == V ? 'm' : id != old[b][i] ? 'n' : ''
+      pre.append(span)
+    })
+    return pre
+  }))
+}
+let timer = 0
+document.getElementById('b').onclick = () => {
+  clearInterval(timer)
+  if (s.value == s.max) s.value = 0
+  timer = setInterval(() => { s.value == s.max ? clearInterval(timer) : (s.value++, show()) }, 60)
+}
+s.oninput = () => { clearInterval(timer); show() }
+show()
+</script>"""
+
+
+def page(frames, tokenizer, title):
+    """The canvases as one HTML page with a slider; nothing is loaded from elsewhere."""
+    chars = json.dumps([tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]).replace('<', '\\u003c')
+    frames = json.dumps([frame.tolist() for frame in frames], separators=(',', ':'))
+    return PAGE.replace('TITLE', html.escape(title)).replace('FRAMES', frames).replace('CHARS', chars)
+
+
+def main(argv):
+    files, _, flags = read(argv)
+    if 'help' in flags:
+        return print(help_text(__doc__, Config))
+    config, = build({**files, **flags}, Config)
+    device = common.pick_device(config.device)
+    checkpoint = common.load(path := common.find_checkpoint(config.out_dir, config.which))
+    model, tokenizer = common.load_model(checkpoint, device, config.ema)
+    block_size = model.config.block_size
+    overlap = config.overlap or block_size // 2
+    if overlap >= block_size:
+        fail(f"overlap={overlap} must be smaller than block_size={block_size}")
+    canvas = make_canvas(config, tokenizer, block_size).to(device).repeat(config.num_samples, 1)
+    knobs = {name: getattr(config, name) for name in ('steps', 'rule', 'temperature', 'top_k', 'top_p')}
+
+    common.seed_everything(config.seed)
+    calls, frames, began = 0, [canvas], time.time()
+    try:
+        with common.autocast(device, common.pick_dtype(config.dtype, device)):
+            for canvas in generate(model, canvas, block_size, overlap, **knobs):
+                calls += 1
+                if config.watch:
+                    show(frames[-1][0].tolist(), canvas[0].tolist(), tokenizer)
+                if config.watch or config.html:
+                    frames.append(canvas)
+    except ValueError as e:  # what this model cannot do
+        fail(e)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    texts = [tokenizer.decode(row) for row in canvas.tolist()]
+    seconds = time.time() - began
+    print(('\n' + '-' * 60 + '\n').join(texts))
+    print(f"[{path}, iteration {checkpoint['iter']}: {calls} network calls, {seconds:.2f} s, "
+          f"{canvas.numel() / seconds:,.0f} tokens/s]", file=sys.stderr)
+    if config.html:
+        title = f"{checkpoint['objective']}, {calls} network calls"
+        Path(config.html).write_text(page(frames, tokenizer, title), encoding='utf-8')
+        print(f"[{config.html}: {len(frames)} frames]", file=sys.stderr)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,0 +1,79 @@
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 60
+TINY = ['--dataset=tiny', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--max_iters=4',
+        '--eval_interval=2', '--eval_windows=8', '--log_interval=2', '--compile=False', '--dtype=float32', '--device=cpu']
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty working folder with a tiny prepared dataset, data/tiny."""
+    folder = tmp_path / 'data' / 'tiny'
+    folder.mkdir(parents=True)
+    chars = sorted(set(TEXT))
+    tokens = np.array([chars.index(c) for c in TEXT], np.uint16)
+    tokens[:4000].tofile(folder / 'train.bin')
+    tokens[4000:].tofile(folder / 'val.bin')
+    (folder / 'meta.json').write_text(json.dumps(dict(kind='char', chars=chars, source='tests', sha256='')))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def mistake(capsys):
+    """Call a script's main and return its one line of complaint; anything but exit code 2 and one line fails the test."""
+    def call(main, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main(list(argv))
+        out, err = capsys.readouterr()
+        assert exit.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1, (exit.value.code, err)
+        return err
+    return call
+
+
+class Joint:
+    """A random joint distribution over V ** T sequences with all its conditionals, by enumeration: the known answer."""
+
+    def __init__(self, V=3, T=3, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.V, self.T = V, T
+        self.x = torch.tensor(list(itertools.product(range(V), repeat=T)))           # (V^T, T)
+        self.p = torch.rand(V ** T, generator=generator, dtype=torch.float64) ** 3 + 1e-3
+        self.p /= self.p.sum()
+        self.calls = 0
+
+    def logp(self, xt):
+        """log p(x0_i = v | unmasked tokens of xt), (B, T, V); V in xt is the mask."""
+        self.calls += 1
+        agrees = ((xt[:, None] == self.x) | (xt[:, None] == self.V)).all(-1)       # (B, V^T)
+        weight = agrees * self.p
+        onehot = torch.nn.functional.one_hot(self.x, self.V).double()               # (V^T, T, V)
+        return (torch.einsum('bn,ntv->btv', weight, onehot) / weight.sum(-1)[:, None, None]).log()
+
+    def denoise(self, xt, t):
+        return self.logp(xt)
+
+
+@pytest.fixture
+def joint():
+    return Joint()
+
+
+def chi_square_p(samples, joint_p, V):
+    """p-value of the samples (N, T) under probabilities joint_p of all sequences in lexicographic order."""
+    index = (samples * V ** torch.arange(samples.size(1) - 1, -1, -1)).sum(-1)
+    observed = torch.bincount(index, minlength=len(joint_p)).double()
+    expected = joint_p * len(samples)
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(joint_p) - 1) / 2).double(), statistic / 2).item()

@@ -1,0 +1,288 @@
+"""
+Train any objective of this repository: one loop, the objective is a file.
+
+    python train.py config/train_mdlm.py                         # CUDA, MPS or CPU, whatever is there
+    python train.py config/train_mdlm.py --max_iters=100 --n_layer=2
+    python train.py --init_from=resume --out_dir=out-mdlm        # go on where it stopped, bit for bit on a CPU
+    torchrun --nproc_per_node=8 train.py config/train_mdlm.py    # several GPUs
+
+Writes out_dir/last.pt (everything a resume needs) and out_dir/best.pt (the weights with the lowest validation figure).
+Ctrl-C or SIGTERM: saves, then ends.
+"""
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import common
+from configurator import build, fail, help_text, read
+from model import optimizers
+
+
+@dataclass
+class Config:
+    objective: str = 'masked'           # the concept file: ar | masked
+    dataset: str = 'shakespeare_char'   # a folder of data/
+    out_dir: str = 'out'                # where the checkpoints go
+    init_from: str = 'scratch'          # scratch | resume | path of a checkpoint to take the weights from
+    seed: int = 1337                    # of the weights, the batches and the noise
+    device: str = 'auto'                # auto | cpu | cuda | cuda:1 | mps
+    dtype: str = 'auto'                 # of the networks: auto | float32 | bfloat16
+    compile: bool = True                # torch.compile of the loss
+    batch_size: int = 64                # sequences of one forward in one process
+    grad_accum: int = 1                 # forwards of one process for one iteration
+    max_iters: int = 5000               # optimizer steps
+    lr: float = 3e-3                    # of AdamW: embedding, head, norms, biases
+    muon_lr: float = 0.02               # of Muon: the matrices of the blocks; 0: AdamW for all
+    weight_decay: float = 0.0           # decoupled, on matrices
+    warmup_iters: int = 30              # linear, from 0
+    schedule: str = 'linear'            # after the warm-up: linear (constant, then straight to 0) | cosine (to 0)
+    cooldown: float = 0.5               # linear: the share of max_iters spent going to 0
+    grad_clip: float = 1.0              # norm of the gradient; 0: off
+    ema_decay: float = 0.999            # of the averaged weights, float32, that are evaluated and sampled
+    eval_interval: int = 500            # iterations between evaluations, each followed by a checkpoint
+    eval_windows: int = 200             # validation windows, the same every time; 0: all
+    eval_draws: int = 4                 # noise draws a window for bounds
+    log_interval: int = 50              # iterations between log lines
+
+    def __post_init__(self):
+        for name in ('batch_size', 'grad_accum', 'max_iters', 'eval_interval', 'eval_draws', 'log_interval'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ('seed', 'lr', 'muon_lr', 'weight_decay', 'warmup_iters', 'grad_clip', 'eval_windows'):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.cooldown <= 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError(f"cooldown={self.cooldown} must be in [0, 1] and ema_decay={self.ema_decay} in [0, 1)")
+        if self.schedule not in ('linear', 'cosine'):
+            raise ValueError(f"schedule={self.schedule!r} is not one of: linear, cosine")
+
+
+def lr_share(it, run):
+    """The learning rate of iteration `it` (from 0) as a share of its peak."""
+    warm = min(1.0, (it + 1) / (run.warmup_iters + 1))
+    if run.schedule == 'cosine':
+        return warm * 0.5 * (1 + math.cos(math.pi * it / run.max_iters))
+    return warm * min(1.0, (run.max_iters - it) / max(1, run.cooldown * run.max_iters))
+
+
+def settings(argv):
+    """argv -> (run Config, concept Config, tokenizer meta, checkpoint to start from or None)."""
+    files, cpu, flags = read(argv)
+    if 'help' in flags:
+        objective = {**files, **flags}.get('objective', Config.objective)
+        print(help_text(__doc__, Config, common.concept(objective).Config))
+        sys.exit(0)
+    device = common.pick_device({**files, **flags}.get('device', 'auto'))
+    knobs = {**files, **(cpu if device.type == 'cpu' else {})}
+    source = {**knobs, **flags}.get('init_from', 'scratch')
+    checkpoint, kept = None, {}
+    if source != 'scratch':
+        resume = source == 'resume'
+        checkpoint = common.load(Path({**knobs, **flags}.get('out_dir', Config.out_dir), 'last.pt') if resume else source)
+        kept = {**checkpoint['config'], **(checkpoint['run'] if resume else {'objective': checkpoint['objective']})}
+        kept.pop('init_from', None)
+        kept.pop('device', None)
+    knobs = {**knobs, **kept, **flags}
+    meta = common.load_meta(knobs.get('dataset', Config.dataset))
+    vocab_size = common.Tokenizer(meta).vocab_size
+    run, config = build({**knobs, 'vocab_size': vocab_size}, Config,
+                        common.concept(knobs.get('objective', Config.objective)).Config)
+    if source == 'resume' and asdict(config) != checkpoint['config']:
+        name = next(k for k, v in asdict(config).items() if checkpoint['config'].get(k) != v)
+        fail(f"{name}={getattr(config, name)} but the run to resume has {checkpoint['config'].get(name)}: it cannot change")
+    if checkpoint and checkpoint['tokenizer'] != meta:
+        fail(f"dataset={run.dataset} has another vocabulary or source than the checkpoint was trained on")
+    return run, config, meta, checkpoint
+
+
+def compiled(model, x):
+    """torch.compile(model), tried on x; the model itself, with a line of warning, where there is no compiler."""
+    try:
+        loss_fn = torch.compile(model)
+        loss_fn(x)[0].backward()
+        model.zero_grad()
+        return loss_fn
+    except Exception as e:  # no C++ compiler, no Triton, an old GPU: many kinds
+        print(f"warning: torch.compile does not work here ({type(e).__name__}), going on without", file=sys.stderr)
+        torch._dynamo.reset()
+        model.zero_grad()
+        return model
+
+
+def average_gradients(params, world):
+    """Replace every gradient by its mean over the processes."""
+    flat = torch.cat([p.grad.flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, g in zip(params, (flat / world).split([p.numel() for p in params])):
+        p.grad.copy_(g.view_as(p))
+
+
+@torch.no_grad()
+def update_ema(ema, params, decay, it):
+    """ema <- decay * ema + (1 - decay) * params; the decay warms up, so that the first weights are soon forgotten."""
+    torch._foreach_lerp_(ema, params, 1 - min(decay, (1 + it) / (10 + it)))
+
+
+class Run:
+    """All that changes while training: weights, averaged weights, optimizers, iteration, best figure."""
+
+    def __init__(self, run, config, meta, checkpoint, device):
+        common.seed_everything(run.seed)
+        self.run, self.config, self.meta, self.device = run, config, meta, device
+        self.model = common.concept(run.objective).Model(config).to(device)
+        self.iter, self.tokens, self.best, self.val = 0, 0, float('inf'), None
+        if checkpoint:
+            try:
+                self.model.load_state_dict(checkpoint['model' if run.init_from == 'resume' else 'ema'])
+            except RuntimeError as e:
+                fail(f"the weights of init_from={run.init_from} do not fit this model: {e}"[:300])
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.shadow = [e for e, p in zip(self.ema.parameters(), self.model.parameters()) if p.requires_grad]
+        self.optimizers = optimizers(self.model, run.lr, run.muon_lr, run.weight_decay)
+        if checkpoint and run.init_from == 'resume':
+            self.ema.load_state_dict(checkpoint['ema'])
+            for optimizer, state in zip(self.optimizers, checkpoint['optimizers']):
+                optimizer.load_state_dict(state)
+            self.iter, self.tokens, self.best = checkpoint['iter'], checkpoint['tokens'], checkpoint['best']
+        self.peak = [run.lr, run.muon_lr]
+
+    def step(self, loss_fn, batch, rank, world, amp):
+        """One optimizer step over world * grad_accum micro-batches; returns the loss, on the device."""
+        run, total = self.run, 0.0
+        for i in range(run.grad_accum):  # micro-batch rank * grad_accum + i: the same noise, however they are spread
+            common.seed_everything(run.seed, self.iter, rank * run.grad_accum + i)
+            with amp:
+                loss, _ = loss_fn(batch())
+            (loss / run.grad_accum).backward()
+            total = total + loss.detach() / run.grad_accum
+        if world > 1:
+            average_gradients(self.params, world)
+        if run.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.params, run.grad_clip)
+        for optimizer, peak in zip(self.optimizers, self.peak):
+            for group in optimizer.param_groups:
+                group['lr'] = peak * lr_share(self.iter, run)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(self.shadow, self.params, run.ema_decay, self.iter)
+        self.iter += 1
+        self.tokens += run.batch_size * run.grad_accum * world * self.config.block_size
+        return total
+
+    def evaluate(self, x, amp):
+        """Validation figure of the averaged weights in nats per token, and its standard error."""
+        with amp:
+            self.val = common.evaluate(lambda part: self.ema.nats(part, self.run.eval_draws), x)
+        return self.val
+
+    def save(self):
+        """last.pt with everything, and best.pt when this is the best so far."""
+        state = dict(objective=self.run.objective, config=asdict(self.config), run=asdict(self.run), tokenizer=self.meta,
+                     iter=self.iter, tokens=self.tokens, val=self.val, ema=self.ema.state_dict())
+        improved = self.val is not None and self.val[0] < self.best
+        self.best = min(self.best, self.val[0]) if self.val else self.best
+        state |= dict(best=self.best, model=self.model.state_dict())
+        if improved:
+            common.save(state, Path(self.run.out_dir, 'best.pt'))
+        common.save(state | dict(optimizers=[o.state_dict() for o in self.optimizers]), Path(self.run.out_dir, 'last.pt'))
+
+
+def train(state, train_tokens, val_windows, rank, world, amp, stop):
+    """The loop, from state.iter to max_iters or until stop() says so."""
+    run, device = state.run, state.device
+    batch = lambda: common.batch(train_tokens, run.batch_size, state.config.block_size)
+    loss_fn = compiled(state.model, batch()) if run.compile else state.model
+    never = torch.tensor(2 ** 62, device=device)
+    first_bad, losses, tick, tick_iter = never, [], time.time(), state.iter
+    bar = tqdm(total=run.max_iters, initial=state.iter, unit='it', disable=rank > 0 or not sys.stderr.isatty())
+
+    while state.iter < run.max_iters:
+        loss = state.step(loss_fn, batch, rank, world, amp)
+        first_bad = torch.minimum(first_bad, torch.where(loss.isfinite(), never, state.iter))
+        losses.append(loss)
+        bar.update()
+        last = state.iter == run.max_iters
+        stopping = stop(state.iter)
+        evaluating = last or state.iter % run.eval_interval == 0
+        if evaluating or stopping or state.iter % run.log_interval == 0:
+            if int(first_bad) < int(never):
+                sys.exit(f"error: the loss of iteration {int(first_bad)} is not finite; {run.out_dir}/last.pt, if there is "
+                         f"one, is from before; a smaller --lr or --muon_lr may help")
+            rate = (state.iter - tick_iter) * run.batch_size * run.grad_accum * world * state.config.block_size
+            rate /= time.time() - tick
+            line = f"iter {state.iter}: loss {torch.stack(losses).mean():.4f}, {rate:,.0f} tokens/s"
+            if not bar.disable:
+                bar.set_postfix_str(line.partition(': ')[2])
+            elif rank == 0:
+                left = (run.max_iters - state.iter) * (time.time() - tick) / (state.iter - tick_iter)
+                print(f"{line}, {left:.0f} s left", flush=True)
+            losses = []
+        if rank == 0 and (evaluating or stopping):
+            if evaluating:
+                val, error = state.evaluate(val_windows, amp)
+                kind = {'exact': '', 'upper': ' (upper bound)'}[state.model.bound]
+                bar.write(f"iter {state.iter}: validation {val:.4f} ± {error:.4f} nats/token{kind}", file=sys.stdout)
+            state.save()
+        if evaluating or stopping or state.iter % run.log_interval == 0:
+            tick, tick_iter = time.time(), state.iter
+        if stopping:
+            break
+    bar.close()
+
+
+def main(argv):
+    run, config, meta, checkpoint = settings(argv)
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = common.pick_device(run.device)
+    if world > 1:
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    torch.set_float32_matmul_precision('high')
+    dtype = common.pick_dtype(run.dtype, device)
+    tokens = [common.load_tokens(run.dataset, split, config.vocab_size, device) for split in ('train', 'val')]
+    for split, t in zip(('train', 'val'), tokens):
+        if len(t) < config.block_size:
+            fail(f"data/{run.dataset}/{split}.bin has {len(t)} tokens, fewer than block_size={config.block_size}")
+    state = Run(run, config, meta, checkpoint, device)
+    if rank == 0:
+        n = sum(p.numel() for p in state.params)
+        print(f"{run.objective}: {n / 1e6:.2f}M parameters, {config.block_size * run.batch_size * run.grad_accum * world} "
+              f"tokens an iteration, {run.max_iters} iterations, {device} in {dtype}, to {run.out_dir}/", flush=True)
+
+    caught = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: caught.append(number))
+
+    def stop(it):
+        """Has a signal come? Processes agree on the iteration, so that none waits for another that has left."""
+        if world == 1:
+            return bool(caught)
+        if it % 10:
+            return False
+        flag = torch.tensor(float(bool(caught)), device=device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    train(state, *tokens[:1], common.windows(tokens[1], config.block_size, run.eval_windows), rank, world,
+          common.autocast(device, dtype), stop)
+    if caught and rank == 0:
+        print(f"stopped by a signal at iteration {state.iter}: saved; go on with --init_from=resume --out_dir={run.out_dir}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
