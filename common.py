@@ -85,7 +85,7 @@ def load_meta(dataset):
         known = sorted(p.parent.name for p in Path('data').glob('*/prepare.py'))
         if dataset in known:
             fail(f"{path} is missing: run `python data/{dataset}/prepare.py` first")
-        fail(f"dataset={dataset!r} is not one of: {', '.join(known)}")
+        fail(f"dataset={dataset!r} is not a folder of data/ that holds a prepare.py ({', '.join(known) or 'there is none here'})")
     return json.loads(path.read_text())
 
 

@@ -250,7 +250,8 @@ def main(argv):
             device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    torch.set_float32_matmul_precision('high')
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
     dtype = common.pick_dtype(run.dtype, device)
     tokens = [common.load_tokens(run.dataset, split, config.vocab_size, device) for split in ('train', 'val')]
     for split, t in zip(('train', 'val'), tokens):

