@@ -114,7 +114,7 @@ class Attention(nn.Module):
     def __init__(self, config, causal):
         super().__init__()
         self.causal, self.ours = causal, config.arch == 'ours'
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=not self.ours)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.ours)
 
@@ -155,16 +155,15 @@ class Block(nn.Module):
 
 
 def optimizers(model, lr, muon_lr, weight_decay=0.0):
-    """Muon for the matrices inside blocks, AdamW for the rest (all, if muon_lr is 0): a list, each with its base 'lr'."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in params.items() if muon_lr and 'blocks.' in name and p.dim() == 2]
-    others = [p for p in params.values() if not any(p is m for m in matrices)]
+    """[AdamW, Muon]: Muon for the matrices of the blocks, AdamW for the rest. With muon_lr = 0: [AdamW], for all."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (matrices if muon_lr and 'blocks.' in name and p.dim() == 2 else others).append(p)
     groups = [{'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0}]
-    out = [torch.optim.AdamW([g for g in groups if g['params']], lr=lr, betas=(0.9, 0.95), fused=others[0].device.type != 'mps')]
-    if matrices:
-        out.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
-    return out
+    adamw = torch.optim.AdamW([g for g in groups if g['params']], lr=lr, betas=(0.9, 0.95))
+    return [adamw, torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)] if matrices else [adamw]
 
 
 class GPT(nn.Module):
@@ -209,7 +208,8 @@ class GPT(nn.Module):
         mask: bool, broadcast to (B, H, T, T), True where a query may see a key. With a cache, h continues what was read
         before. Raises ValueError beyond block_size.
         """
-        past, end = len(cache or ()), len(cache or ()) + h.size(1)
+        past = 0 if cache is None else len(cache)
+        end = past + h.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
         h = F.rms_norm(h, h.shape[-1:]) if self.pos is None else h + self.pos.weight[past:end]

@@ -61,6 +61,9 @@ class Config:
             raise ValueError("template has no ___ (three underscores) to fill")
 
 
+PAUSE = 0.05  # seconds between the pictures of --watch
+
+
 def given(text):
     """A prompt from the command line: FILE:path is what that file holds."""
     if not text.startswith('FILE:'):
@@ -180,6 +183,8 @@ def main(argv):
                 calls += 1
                 if config.watch:
                     show(frames[-1][0].tolist(), canvas[0].tolist(), tokenizer)
+                    time.sleep(PAUSE)
+                    began += PAUSE
                 if config.watch or config.html:
                     frames.append(canvas)
     except ValueError as e:  # what this model cannot do

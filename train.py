@@ -90,8 +90,7 @@ def settings(argv):
         resume = source == 'resume'
         checkpoint = common.load(Path({**knobs, **flags}.get('out_dir', Config.out_dir), 'last.pt') if resume else source)
         kept = {**checkpoint['config'], **(checkpoint['run'] if resume else {'objective': checkpoint['objective']})}
-        kept.pop('init_from', None)
-        kept.pop('device', None)
+        kept = {k: v for k, v in kept.items() if k not in ('init_from', 'device', 'out_dir')}
     knobs = {**knobs, **kept, **flags}
     meta = common.load_meta(knobs.get('dataset', Config.dataset))
     vocab_size = common.Tokenizer(meta).vocab_size
@@ -105,11 +104,13 @@ def settings(argv):
     return run, config, meta, checkpoint
 
 
-def compiled(model, x):
-    """torch.compile(model), tried on x; the model itself, with a line of warning, where there is no compiler."""
+def compiled(model, x, amp):
+    """torch.compile(model), tried on x under autocast; the model itself, with a line of warning, where there is no compiler."""
     try:
         loss_fn = torch.compile(model)
-        loss_fn(x)[0].backward()
+        with amp:
+            loss, _ = loss_fn(x)
+        loss.backward()
         model.zero_grad()
         return loss_fn
     except Exception as e:  # no C++ compiler, no Triton, an old GPU: many kinds
@@ -202,7 +203,7 @@ def train(state, train_tokens, val_windows, rank, world, amp, stop):
     """The loop, from state.iter to max_iters or until stop() says so."""
     run, device = state.run, state.device
     batch = lambda: common.batch(train_tokens, run.batch_size, state.config.block_size)
-    loss_fn = compiled(state.model, batch()) if run.compile else state.model
+    loss_fn = compiled(state.model, batch(), amp) if run.compile else state.model
     never = torch.tensor(2 ** 62, device=device)
     first_bad, losses, tick, tick_iter = never, [], time.time(), state.iter
     bar = tqdm(total=run.max_iters, initial=state.iter, unit='it', disable=rank > 0 or not sys.stderr.isatty())
