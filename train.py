@@ -213,30 +213,25 @@ def train(state, train_tokens, val_windows, rank, world, amp, stop):
         first_bad = torch.minimum(first_bad, torch.where(loss.isfinite(), never, state.iter))
         losses.append(loss)
         bar.update()
-        last = state.iter == run.max_iters
-        stopping = stop(state.iter)
-        evaluating = last or state.iter % run.eval_interval == 0
-        if evaluating or stopping or state.iter % run.log_interval == 0:
-            if int(first_bad) < int(never):
-                sys.exit(f"error: the loss of iteration {int(first_bad)} is not finite; {run.out_dir}/last.pt, if there is "
-                         f"one, is from before; a smaller --lr or --muon_lr may help")
-            rate = (state.iter - tick_iter) * run.batch_size * run.grad_accum * world * state.config.block_size
-            rate /= time.time() - tick
-            line = f"iter {state.iter}: loss {torch.stack(losses).mean():.4f}, {rate:,.0f} tokens/s"
-            if not bar.disable:
-                bar.set_postfix_str(line.partition(': ')[2])
-            elif rank == 0:
-                left = (run.max_iters - state.iter) * (time.time() - tick) / (state.iter - tick_iter)
-                print(f"{line}, {left:.0f} s left", flush=True)
-            losses = []
+        evaluating, stopping = state.iter % run.eval_interval == 0 or state.iter == run.max_iters, stop(state.iter)
+        if not (evaluating or stopping or state.iter % run.log_interval == 0):
+            continue
+        if int(first_bad) < int(never):  # looked at only here: on a GPU every look waits for the device
+            sys.exit(f"error: the loss of iteration {int(first_bad)} is not finite; {run.out_dir}/last.pt, if there is "
+                     f"one, is from before; a smaller --lr or --muon_lr may help")
+        seconds = (time.time() - tick) / (state.iter - tick_iter)
+        rate = run.batch_size * run.grad_accum * world * state.config.block_size / seconds
+        line = f"loss {torch.stack(losses).mean():.4f}, {rate:,.0f} tokens/s"
+        bar.set_postfix_str(line)
+        if rank == 0 and bar.disable:
+            print(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left", flush=True)
+        if rank == 0 and evaluating:
+            val, error = state.evaluate(val_windows, amp)
+            kind = {'exact': 'exact', 'upper': 'upper bound'}[state.model.bound]
+            bar.write(f"iter {state.iter}: validation {val:.4f} ± {error:.4f} nats/token, {kind}", file=sys.stdout)
         if rank == 0 and (evaluating or stopping):
-            if evaluating:
-                val, error = state.evaluate(val_windows, amp)
-                kind = {'exact': '', 'upper': ' (upper bound)'}[state.model.bound]
-                bar.write(f"iter {state.iter}: validation {val:.4f} ± {error:.4f} nats/token{kind}", file=sys.stdout)
             state.save()
-        if evaluating or stopping or state.iter % run.log_interval == 0:
-            tick, tick_iter = time.time(), state.iter
+        losses, tick, tick_iter = [], time.time(), state.iter
         if stopping:
             break
     bar.close()
