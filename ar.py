@@ -3,7 +3,8 @@ The autoregressive objective: the baseline of every table.
 
     log p(x) = sum_i log p(x_i | x_<i),   x_<1 = [BOS]
 
-One forward scores all T positions at once, exactly. Row V of the embedding, [MASK] in the twin, is [BOS] here.
+One forward scores all T positions at once, exactly.
+Row V of the embedding, [MASK] in the twin, is [BOS] here.
 """
 import torch
 import torch.nn as nn
@@ -46,14 +47,16 @@ class Model(nn.Module):
     def sample(self, xt, steps=0, rule='', **how):
         """Generator of canvases, a token each. xt (B, T) starts with the prompt; the rest is blank (= V).
 
-        The same canvas as for a denoiser, so the same scripts serve both. steps is not used: it takes one for each blank.
+        The same canvas as for a denoiser, so the same scripts serve both.
+        steps is not used: it takes one for each blank.
         """
         blank = xt == self.blank
         start = int((~blank[0]).sum())
         if rule:
             raise ValueError("rule is for denoisers: an autoregressive model writes left to right")
         if blank[:, :start].any() or not blank[:, start:].all():
-            raise ValueError("an autoregressive model writes left to right: it takes a prompt, no suffix and no template")
+            raise ValueError("an autoregressive model writes left to right: "
+                             "it takes a prompt, no suffix and no template")
         cache = model.Cache(self.config.n_layer)
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):

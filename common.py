@@ -1,8 +1,9 @@
 """
 What the scripts share: device and precision, tokenizer, batches, evaluation, checkpoints.
 
-A checkpoint is self-contained: objective, config, tokenizer, weights, EMA, optimizers, iteration, seed, data source.
-Random numbers need no saving: the noise of iteration i is a function of (seed, i) alone (`seed_everything`).
+A checkpoint is self-contained: objective, config, tokenizer, weights, EMA, optimizers,
+iteration, seed, data source. Random numbers need no saving: the noise of iteration i is a
+function of (seed, i) alone (`seed_everything`).
 """
 import contextlib
 import importlib
@@ -19,7 +20,7 @@ from configurator import fail
 OBJECTIVES = ('ar', 'masked')  # the concept files
 
 
-# ---- device ----------------------------------------------------------------------------------------------------------
+# ---- device -----------------------------------------------------------------------------------------------
 
 def pick_device(name='auto'):
     """'auto' is cuda, else mps, else cpu -> torch.device, usable, or the script ends."""
@@ -34,14 +35,16 @@ def pick_device(name='auto'):
 
 
 def pick_dtype(name, device):
-    """'auto' is bfloat16 where the processor multiplies matrices in it: most CUDA GPUs, CPUs with AVX512-BF16 or AMX."""
+    """'auto' is bfloat16 where the processor multiplies matrices in it:
+    most CUDA GPUs, CPUs with AVX512-BF16 or AMX."""
     if name not in ('auto', 'float32', 'bfloat16'):
         fail(f"dtype={name!r} is not one of: auto, float32, bfloat16")
     if name != 'auto':
         return getattr(torch, name)
     if device.type == 'cuda':
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    able = torch.cpu.get_capabilities() if device.type == 'cpu' and hasattr(torch.cpu, 'get_capabilities') else {}
+    known = device.type == 'cpu' and hasattr(torch.cpu, 'get_capabilities')
+    able = torch.cpu.get_capabilities() if known else {}
     return torch.bfloat16 if able.get('avx512_bf16') or able.get('amx_bf16') else torch.float32
 
 
@@ -51,11 +54,12 @@ def autocast(device, dtype):
 
 
 def seed_everything(*numbers):
-    """Seed torch on all devices with a hash of the numbers: equal numbers, equal noise, whatever came before."""
+    """Seed torch on all devices with a hash of the numbers:
+    equal numbers, equal noise, whatever came before."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text -------------------------------------------------------------------------------------------------
 
 class Tokenizer:
     """Text <-> token ids by the `meta.json` of a dataset: {'kind': 'char', 'chars': [...]}."""
@@ -85,18 +89,21 @@ def load_meta(dataset):
         known = sorted(p.parent.name for p in Path('data').glob('*/prepare.py'))
         if dataset in known:
             fail(f"{path} is missing: run `python data/{dataset}/prepare.py` first")
-        fail(f"dataset={dataset!r} is not a folder of data/ that holds a prepare.py ({', '.join(known) or 'there is none here'})")
+        fail(f"dataset={dataset!r} is not a folder of data/ that holds a prepare.py "
+             f"({', '.join(known) or 'there is none here'})")
     return json.loads(path.read_text())
 
 
 def load_tokens(dataset, split, vocab_size, device):
-    """data/<dataset>/<split>.bin (uint16) as an int16 tensor on the device; `windows` and `batch` undo the sign."""
+    """data/<dataset>/<split>.bin (uint16) as an int16 tensor on the device;
+    `windows` and `batch` undo the sign."""
     path = Path('data', dataset, f'{split}.bin')
     if not path.is_file():
         fail(f"{path} is missing: run `python data/{dataset}/prepare.py` first")
     tokens = np.fromfile(path, np.uint16)
     if len(tokens) == 0 or tokens.max() >= vocab_size:
-        what = f"holds token {tokens.max()}, beyond the vocabulary of {vocab_size}" if len(tokens) else "is empty"
+        what = (f"holds token {tokens.max()}, beyond the vocabulary of {vocab_size}" if len(tokens)
+                else "is empty")
         fail(f"{path} {what}: run `python data/{dataset}/prepare.py` again")
     return torch.from_numpy(tokens.view(np.int16)).to(device)
 
@@ -108,7 +115,8 @@ def batch(tokens, B, T):
 
 
 def windows(tokens, T, most=0):
-    """Consecutive windows (N, T) int64 of all tokens (the last, incomplete one is left out); `most` of them, evenly spread."""
+    """Consecutive windows (N, T) int64 of all tokens (the last, incomplete one is left out);
+    `most` of them, evenly spread."""
     N = len(tokens) // T
     rows = torch.arange(N, device=tokens.device)
     if 0 < most < N:
@@ -116,21 +124,23 @@ def windows(tokens, T, most=0):
     return tokens[:N * T].view(N, T)[rows].long() & 0xFFFF
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation -------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(nats, x, seed=0, rows=64):
-    """Mean of nats(x) per token over windows x (N, T), and its standard error over windows; a function of the seed.
+    """Mean of nats(x) per token over windows x (N, T), and its standard error over windows;
+    a function of the seed.
 
     nats: (B, T) -> (B,), a likelihood or a bound in nats, called under the caller's autocast.
     """
     with torch.random.fork_rng():
         seed_everything(seed)
         values = torch.cat([nats(part) for part in x.split(rows)]).double() / x.size(1)
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float('nan')
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float('nan')
+    return values.mean().item(), error
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+# ---- checkpoints ------------------------------------------------------------------------------------------
 
 def save(checkpoint, path):
     """Write a checkpoint to a temporary file, then rename it: whenever we are killed, `path` is whole."""
@@ -145,14 +155,16 @@ def save(checkpoint, path):
 
 
 def load(path, device='cpu'):
-    """The checkpoint at `path` (a dict of plain values and tensors; no code is unpickled), or the script ends."""
+    """The checkpoint at `path` (a dict of plain values and tensors; no code is unpickled),
+    or the script ends."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}: `python train.py config/train_mdlm.py` makes one")
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as e:
         fail(f"{path} is not a checkpoint of this repository, or is damaged ({type(e).__name__})")
-    if not isinstance(checkpoint, dict) or not {'objective', 'config', 'tokenizer', 'model', 'ema'} <= checkpoint.keys():
+    needed = {'objective', 'config', 'run', 'tokenizer', 'model', 'ema', 'iter', 'tokens'}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         fail(f"{path} is not a checkpoint of this repository")
     return checkpoint
 

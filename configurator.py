@@ -3,9 +3,9 @@ Knobs: a dataclass in the source, then config files, then --key=value; the last 
 
     python train.py config/train_mdlm.py --n_layer=2
 
-A config file is Python whose names are knobs. Its `cpu = dict(...)`, if any, holds the values that replace them on a
-CPU. Every knob is checked against its dataclass field: an unknown name, a wrong type or an impossible value ends in one
-line on stderr and exit code 2, before anything is written.
+A config file is Python whose names are knobs. Its `cpu = dict(...)`, if any, holds the values that replace
+them on a CPU. Every knob is checked against its dataclass field: an unknown name, a wrong type or an
+impossible value ends in one line on stderr and exit code 2, before anything is written.
 """
 import ast
 import dataclasses
@@ -19,13 +19,15 @@ from pathlib import Path
 
 
 def fail(message):
-    """End the script as a person's mistake deserves: what is wrong and the way out, one line, exit code 2."""
+    """End the script as a person's mistake deserves:
+    what is wrong and the way out, one line, exit code 2."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
 def read(argv):
-    """argv -> (knobs of the config files, their `cpu` knobs, knobs of the flags as strings). `--help` is {'help': ''}."""
+    """argv -> (knobs of the config files, their `cpu` knobs, knobs of the flags as strings).
+    `--help` is {'help': ''}."""
     files, cpu, flags = {}, {}, {}
     for arg in argv:
         if arg in ('-h', '--help'):
@@ -37,7 +39,8 @@ def read(argv):
             flags[key] = value
         elif not Path(arg).is_file():
             near = difflib.get_close_matches(arg, map(str, Path('config').glob('*.py')), 1)
-            fail(f"there is no config file {arg!r}" + (f"; did you mean {near[0]}?" if near else "; knobs are --key=value"))
+            fail(f"there is no config file {arg!r}"
+                 + (f"; did you mean {near[0]}?" if near else "; knobs are --key=value"))
         else:
             try:
                 names = runpy.run_path(arg)
@@ -50,7 +53,8 @@ def read(argv):
 
 
 def convert(field, value):
-    """A knob's value as its field's type, or ValueError. Flags come as strings; an int will do for a float."""
+    """A knob's value as its field's type, or ValueError.
+    Flags come as strings; an int will do for a float."""
     if field.type is str and isinstance(value, str):
         return value
     if isinstance(value, str):
@@ -61,7 +65,8 @@ def convert(field, value):
     if field.type is float and type(value) is int:
         value = float(value)
     if type(value) is not field.type or value != value or value in (math.inf, -math.inf):
-        raise ValueError(f"--{field.name}={value} is not of type {field.type.__name__} (default: {field.default!r})")
+        raise ValueError(f"--{field.name}={value} is not of type {field.type.__name__} "
+                         f"(default: {field.default!r})")
     return value
 
 
@@ -71,10 +76,12 @@ def build(knobs, *classes):
     for key in knobs:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1)
-            fail(f"unknown knob --{key}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them"))
+            fail(f"unknown knob --{key}"
+                 + (f"; did you mean --{near[0]}?" if near else "; --help lists them"))
     try:
         values = {key: convert(fields[key], value) for key, value in knobs.items()}
-        return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}) for cls in classes]
+        return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+                for cls in classes]
     except ValueError as e:
         fail(e)
 
@@ -83,8 +90,11 @@ def help_text(doc, *classes):
     """The script's docstring and, for every knob, its default and the comment behind it in the source."""
     lines = [textwrap.dedent(doc).strip()]
     for cls in classes:
-        source = '\n'.join(inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c))
-        comments = {s.split(':')[0].strip(): s.partition('#')[2].strip() for s in source.splitlines() if ':' in s}
+        source = '\n'.join(inspect.getsource(c) for c in reversed(cls.__mro__)
+                           if dataclasses.is_dataclass(c))
+        comments = {s.split(':')[0].strip(): s.partition('#')[2].strip()
+                    for s in source.splitlines() if ':' in s}
         lines.append(f"\nknobs of {Path(inspect.getsourcefile(cls)).name}:")
-        lines += [f"  --{f'{f.name}={f.default}':<26} {comments.get(f.name, '')}" for f in dataclasses.fields(cls)]
+        lines += [f"  --{f'{f.name}={f.default}':<26} {comments.get(f.name, '')}"
+                  for f in dataclasses.fields(cls)]
     return '\n'.join(lines)

@@ -2,11 +2,12 @@
 Measure a checkpoint: -log p in nats and bits per token, exact or an upper bound, with its standard error.
 
     python eval.py --out_dir=out-mdlm                  # the dataset's validation split, all of it
-    python eval.py --out_dir=out-mdlm --order=left     # the same network writing left to right: exact, another model
+    python eval.py --out_dir=out-mdlm --order=left     # the same network left to right: exact, another model
     python eval.py --out_dir=out-ar --input=my.txt     # another text
 
-The text is cut into windows of the model's block size, each scored on its own; every objective sees the same windows.
-The standard error is over windows and holds both the noise of the estimate and the spread of the text.
+The text is cut into windows of the model's block size, each scored on its own; every objective sees
+the same windows. The standard error is over windows and holds both the noise of the estimate and the
+spread of the text.
 """
 import functools
 import math
@@ -31,11 +32,12 @@ class Config:
     input: str = ''          # a UTF-8 text to score; '': val.bin of the dataset
     windows: int = 0         # how many windows, evenly spread; 0: all
     draws: int = 8           # noise draws a window, for bounds
-    order: str = ''          # '': the objective's own figure; left: a denoiser's exact likelihood left to right
+    order: str = ''          # '': the objective's own; left: a denoiser's exact likelihood left to right
 
     def __post_init__(self):
         if self.draws < 1 or self.windows < 0 or self.seed < 0:
-            raise ValueError(f"draws={self.draws} must be at least 1, windows={self.windows} and seed={self.seed} not negative")
+            raise ValueError(f"draws={self.draws} must be at least 1, "
+                             f"windows={self.windows} and seed={self.seed} not negative")
         if self.order not in ('', 'left'):
             raise ValueError(f"order={self.order!r} is not one of: left")
 
@@ -68,7 +70,8 @@ def main(argv):
     model, tokenizer = common.load_model(checkpoint, device, config.ema)
     x = text_windows(config, checkpoint, tokenizer, model.config.block_size, device)
 
-    nats, label = functools.partial(model.nats, n=config.draws), {'exact': 'exact', 'upper': 'upper bound'}[model.bound]
+    nats = functools.partial(model.nats, n=config.draws)
+    label = {'exact': 'exact', 'upper': 'upper bound'}[model.bound]
     if config.order and model.bound != 'exact':  # an autoregressive model's own order is left
         if not hasattr(model, 'nats_left'):
             fail(f"order={config.order} is not something {checkpoint['objective']} can do")
@@ -78,8 +81,9 @@ def main(argv):
     parameters = sum(p.numel() for p in model.parameters())
     print("| objective | parameters | tokens seen | nats/char | bits/char | likelihood | windows |")
     print("|---|---|---|---|---|---|---|")
-    print(f"| {checkpoint['objective']} | {parameters / 1e6:.2f}M | {checkpoint['tokens'] / 1e6:.1f}M | {mean:.4f} ± {error:.4f} | "
-          f"{mean / math.log(2):.4f} ± {error / math.log(2):.4f} | {label} | {x.size(0)} of {x.size(1)} |")
+    print(f"| {checkpoint['objective']} | {parameters / 1e6:.2f}M | {checkpoint['tokens'] / 1e6:.1f}M | "
+          f"{mean:.4f} ± {error:.4f} | {mean / math.log(2):.4f} ± {error / math.log(2):.4f} | "
+          f"{label} | {x.size(0)} of {x.size(1)} |")
 
 
 if __name__ == '__main__':

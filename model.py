@@ -1,19 +1,20 @@
 """
 One transformer for every language model in this repository.
 
-`causal` is the whole difference between a GPT and a denoiser: with the causal mask position i sees x[:i+1] and
-predicts the next token; without it every position sees every other and predicts its own token.
+`causal` is the whole difference between a GPT and a denoiser: with the causal mask position i sees x[:i+1]
+and predicts the next token; without it every position sees every other and predicts its own token.
 
 The default architecture ("ours") is what trained fastest at small scale (NOTES.md):
-  rotary positions (arXiv 2104.09864), RMSNorm without gain (1910.07467), normalised queries and keys (2302.05442),
-  ReLU^2 MLP (2109.08668), no biases, and projections into the residual stream that start at zero, so that every
-  block starts as the identity and the first prediction is exactly uniform.
+  rotary positions (arXiv 2104.09864), RMSNorm without gain (1910.07467), normalised queries and keys
+  (2302.05442), ReLU^2 MLP (2109.08668), no biases, and projections into the residual stream that start at
+  zero, so that every block starts as the identity and the first prediction is exactly uniform.
   Muon (kellerjordan.github.io/posts/muon) trains the matrices of the blocks, AdamW everything else.
 `arch='gpt2'` is GPT-2: learned positions, LayerNorm with bias, GELU, biases, the head tied to the embedding.
 
 Shapes: B sequences, T tokens, V = vocab_size, C = n_embd, H = n_head, D = C / H.
-The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model. The head reads
-only the V real tokens, so [MASK] can never be predicted, and both twins have exactly the same parameters.
+The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model.
+The head reads only the V real tokens, so [MASK] can never be predicted, and both twins have
+exactly the same parameters.
 """
 from dataclasses import dataclass
 
@@ -39,7 +40,8 @@ class Config:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
         if self.arch == 'ours' and self.n_embd // self.n_head % 2:
-            raise ValueError(f"rotary positions need an even head width, not n_embd/n_head={self.n_embd // self.n_head}")
+            raise ValueError("rotary positions need an even head width, not "
+                             f"n_embd/n_head={self.n_embd // self.n_head}")
         if self.arch not in ('ours', 'gpt2'):
             raise ValueError(f"arch={self.arch!r} is not one of: ours, gpt2")
         if not 0 <= self.dropout < 1:
@@ -62,10 +64,12 @@ def rotate(x, cos, sin):
 def attention(q, k, v, causal, mask=None):
     """softmax(q k' / sqrt(D)) v of q (B, H, t, D) and k, v (B, H, T, D), t <= T.
 
-    causal: query i, at position T - t + i, sees the keys up to itself. mask: bool, broadcast to (B, H, t, T), True is seen.
+    causal: query i, at position T - t + i, sees the keys up to itself.
+    mask: bool, broadcast to (B, H, t, T), True is seen.
     """
     t, T = q.size(2), k.size(2)
-    manual = q.device.type == 'cpu' and q.requires_grad  # SDPA's backward on CPUs is 2 to 5 times slower (NOTES.md)
+    # SDPA's backward on CPUs is 2 to 5 times slower (NOTES.md)
+    manual = q.device.type == 'cpu' and q.requires_grad
     if causal and t > 1 and (manual or t < T or mask is not None):
         past = torch.ones(t, T, dtype=torch.bool, device=q.device).tril(T - t)
         causal, mask = False, past if mask is None else past & mask
@@ -120,7 +124,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask, cache, layer):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        # (B, H, T, D) each
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if self.ours:
             q, k = F.rms_norm(q, q.shape[-1:]).type_as(v), F.rms_norm(k, k.shape[-1:]).type_as(v)
             q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -155,7 +160,8 @@ class Block(nn.Module):
 
 
 def optimizers(model, lr, muon_lr, weight_decay=0.0):
-    """[AdamW, Muon]: Muon for the matrices of the blocks, AdamW for the rest. With muon_lr = 0: [AdamW], for all."""
+    """[AdamW, Muon]: Muon for the matrices of the blocks, AdamW for the rest.
+    With muon_lr = 0: [AdamW], for all."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -163,7 +169,9 @@ def optimizers(model, lr, muon_lr, weight_decay=0.0):
     groups = [{'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0}]
     adamw = torch.optim.AdamW([g for g in groups if g['params']], lr=lr, betas=(0.9, 0.95))
-    return [adamw, torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)] if matrices else [adamw]
+    if not matrices:
+        return [adamw]
+    return [adamw, torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)]
 
 
 class GPT(nn.Module):
@@ -205,8 +213,8 @@ class GPT(nn.Module):
     def trunk(self, h, mask=None, cache=None):
         """Embeddings h (B, T, C) -> normalised hidden states (B, T, C).
 
-        mask: bool, broadcast to (B, H, T, T), True where a query may see a key. With a cache, h continues what was read
-        before. Raises ValueError beyond block_size.
+        mask: bool, broadcast to (B, H, T, T), True where a query may see a key. With a cache, h continues
+        what was read before. Raises ValueError beyond block_size.
         """
         past = 0 if cache is None else len(cache)
         end = past + h.size(1)
@@ -223,7 +231,9 @@ class GPT(nn.Module):
         return F.linear(h, self.embed.weight[:self.config.vocab_size]) if self.head is None else self.head(h)
 
     def flops_per_token(self, T):
-        """Floating point operations of a training step per token: 6 a weight, 12 T C a layer for attention."""
-        weights = sum(p.numel() for b in self.blocks for p in b.parameters()) + self.config.vocab_size * self.config.n_embd
+        """Floating point operations of a training step per token:
+        6 a weight, 12 T C a layer for attention."""
+        weights = sum(p.numel() for b in self.blocks for p in b.parameters())
+        weights += self.config.vocab_size * self.config.n_embd
         attention = 12 * T * self.config.n_embd * self.config.n_layer
         return 6 * weights + attention // (2 if self.causal else 1)

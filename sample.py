@@ -1,14 +1,15 @@
 """
 Write text with any checkpoint: unmasking, infilling, left to right, and texts longer than the model's block.
 
-    python sample.py --steps=64                                       # the newest checkpoint under out*/
+    python sample.py --steps=64                                   # the newest checkpoint under out*/
     python sample.py --start="ROMEO:" --suffix="Exit." --rule=confidence
     python sample.py --template="To be, ___ that is the ___." --hole=12
-    python sample.py --watch=True                                     # the text as it denoises, in the terminal
-    python sample.py --html=sample.html                               # the same as a page with a slider
+    python sample.py --watch=True                                 # the text as it denoises, in the terminal
+    python sample.py --html=sample.html                           # the same as a page with a slider
 
-A canvas is (num_samples, length) tokens with the id V where text is still to be written. `model.sample(canvas, ...)`
-yields it after every network call; what is printed, watched or saved as a page is that one sequence of canvases.
+A canvas is (num_samples, length) tokens with the id V where text is still to be written.
+`model.sample(canvas, ...)` yields it after every network call; what is printed, watched or saved as a page
+is that one sequence of canvases.
 """
 import html
 import json
@@ -35,7 +36,7 @@ class Config:
     length: int = 0            # tokens of a text, prompt included; 0: the model's block size
     overlap: int = 0           # beyond the block: tokens of the last part kept as context; 0: half a block
     steps: int = 64            # of the denoiser for a block; an autoregressive model takes one a token
-    rule: str = ''             # which draws a step keeps: ancestral (default) | random | confidence | margin | entropy
+    rule: str = ''             # draws to keep: ancestral (default) | random | confidence | margin | entropy
     temperature: float = 1.0   # below 1: likelier tokens more often; 0: always the likeliest
     top_k: int = 0             # draw from the k likeliest tokens; 0: all
     top_p: float = 1.0         # draw from the fewest tokens with this probability together
@@ -84,8 +85,8 @@ def make_canvas(config, tokenizer, block_size):
         start, suffix = tokenizer.encode(given(config.start)), tokenizer.encode(given(config.suffix))
         length = config.length or block_size
         if len(start) >= min(length, block_size):
-            fail(f"start has {len(start)} tokens: it must be shorter than the text ({length}) and the block ({block_size}); "
-                 f"shorten it or raise --length")
+            fail(f"start has {len(start)} tokens: it must be shorter than the text ({length}) "
+                 f"and the block ({block_size}); shorten it or raise --length")
         if len(start) + len(suffix) >= length:
             fail(f"start and suffix fill all {length} tokens: raise --length")
         row = start + [blank] * (length - len(start) - len(suffix)) + suffix
@@ -97,7 +98,8 @@ def make_canvas(config, tokenizer, block_size):
 def generate(model, canvas, block_size, overlap, **knobs):
     """Generator of canvases (B, L), one a network call, for any L.
 
-    Block after block: each keeps the last `overlap` tokens of the one before as given context, the last ends at L.
+    Block after block: each keeps the last `overlap` tokens of the one before as given context,
+    the last ends at L.
     """
     start, length = 0, canvas.size(1)
     while True:
@@ -121,12 +123,14 @@ def show(old, new, tokenizer):
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>unmask</title>
-<style>body{font:16px/1.4 ui-monospace,monospace;max-width:52em;margin:2em auto;padding:0 1em;color:#222;background:#fff}
+<style>body{font:16px/1.4 ui-monospace,monospace;max-width:52em;margin:2em auto;padding:0 1em;
+color:#222;background:#fff}
 pre{white-space:pre-wrap;border-top:1px solid #ccc;padding-top:1em}input{width:100%}.m{color:#bbb}
 .n{background:#0072b2;color:#fff}</style>
 <p>TITLE<p><label>network call <output id="o"></output> <input id="s" type="range" min="0" value="0"></label>
 <button id="b">play</button><div id="t"></div><script>
-const frames = FRAMES, chars = CHARS, V = chars.length, s = document.getElementById('s'), t = document.getElementById('t')
+const frames = FRAMES, chars = CHARS, V = chars.length,
+  s = document.getElementById('s'), t = document.getElementById('t')
 s.max = frames.length - 1
 function show() {
   const now = frames[s.value], old = frames[Math.max(0, s.value - 1)]

@@ -1,12 +1,13 @@
 """
 Train any objective of this repository: one loop, the objective is a file.
 
-    python train.py config/train_mdlm.py                         # CUDA, MPS or CPU, whatever is there
+    python train.py config/train_mdlm.py                       # CUDA, MPS or CPU, whatever is there
     python train.py config/train_mdlm.py --max_iters=100 --n_layer=2
-    python train.py --init_from=resume --out_dir=out-mdlm        # go on where it stopped, bit for bit on a CPU
-    torchrun --nproc_per_node=8 train.py config/train_mdlm.py    # several GPUs
+    python train.py --init_from=resume --out_dir=out-mdlm      # go on where it stopped, bit for bit on a CPU
+    torchrun --nproc_per_node=8 train.py config/train_mdlm.py  # several GPUs
 
-Writes out_dir/last.pt (everything a resume needs) and out_dir/best.pt (the weights with the lowest validation figure).
+Writes out_dir/last.pt (everything a resume needs) and out_dir/best.pt (the weights with
+the lowest validation figure).
 Ctrl-C or SIGTERM: saves, then ends.
 """
 import copy
@@ -45,7 +46,7 @@ class Config:
     muon_lr: float = 0.02               # of Muon: the matrices of the blocks; 0: AdamW for all
     weight_decay: float = 0.0           # decoupled, on matrices
     warmup_iters: int = 30              # linear, from 0
-    schedule: str = 'linear'            # after the warm-up: linear (constant, then straight to 0) | cosine (to 0)
+    schedule: str = 'linear'            # after warm-up: linear (flat, then straight to 0) | cosine (to 0)
     cooldown: float = 0.5               # linear: the share of max_iters spent going to 0
     grad_clip: float = 1.0              # norm of the gradient; 0: off
     ema_decay: float = 0.999            # of the averaged weights, float32, that are evaluated and sampled
@@ -62,7 +63,8 @@ class Config:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.cooldown <= 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError(f"cooldown={self.cooldown} must be in [0, 1] and ema_decay={self.ema_decay} in [0, 1)")
+            raise ValueError(f"cooldown={self.cooldown} must be in [0, 1] "
+                             f"and ema_decay={self.ema_decay} in [0, 1)")
         if self.schedule not in ('linear', 'cosine'):
             raise ValueError(f"schedule={self.schedule!r} is not one of: linear, cosine")
 
@@ -88,24 +90,30 @@ def settings(argv):
     checkpoint, kept = None, {}
     if source != 'scratch':
         resume = source == 'resume'
-        checkpoint = common.load(Path({**knobs, **flags}.get('out_dir', Config.out_dir), 'last.pt') if resume else source)
-        kept = {**checkpoint['config'], **(checkpoint['run'] if resume else {'objective': checkpoint['objective']})}
+        out_dir = {**knobs, **flags}.get('out_dir', Config.out_dir)
+        checkpoint = common.load(Path(out_dir, 'last.pt') if resume else source)
+        kept = {**checkpoint['config'],
+                **(checkpoint['run'] if resume else {'objective': checkpoint['objective']})}
         kept = {k: v for k, v in kept.items() if k not in ('init_from', 'device', 'out_dir')}
     knobs = {**knobs, **kept, **flags}
     meta = common.load_meta(knobs.get('dataset', Config.dataset))
     vocab_size = common.Tokenizer(meta).vocab_size
     run, config = build({**knobs, 'vocab_size': vocab_size}, Config,
                         common.concept(knobs.get('objective', Config.objective)).Config)
+    if source == 'resume' and run.objective != checkpoint['objective']:
+        fail(f"objective={run.objective} but the run to resume has {checkpoint['objective']}: it cannot change")
     if source == 'resume' and asdict(config) != checkpoint['config']:
         name = next(k for k, v in asdict(config).items() if checkpoint['config'].get(k) != v)
-        fail(f"{name}={getattr(config, name)} but the run to resume has {checkpoint['config'].get(name)}: it cannot change")
+        fail(f"{name}={getattr(config, name)} but the run to resume has {checkpoint['config'].get(name)}: "
+             f"it cannot change")
     if checkpoint and checkpoint['tokenizer'] != meta:
         fail(f"dataset={run.dataset} has another vocabulary or source than the checkpoint was trained on")
     return run, config, meta, checkpoint
 
 
 def compiled(model, x, amp):
-    """torch.compile(model), tried on x under autocast; the model itself, with a line of warning, where there is no compiler."""
+    """torch.compile(model), tried on x under autocast;
+    the model itself, with a line of warning, where there is no compiler."""
     try:
         loss_fn = torch.compile(model)
         with amp:
@@ -114,7 +122,8 @@ def compiled(model, x, amp):
         model.zero_grad()
         return loss_fn
     except Exception as e:  # no C++ compiler, no Triton, an old GPU: many kinds
-        print(f"warning: torch.compile does not work here ({type(e).__name__}), going on without", file=sys.stderr)
+        print(f"warning: torch.compile does not work here ({type(e).__name__}), going on without",
+              file=sys.stderr)
         torch._dynamo.reset()
         model.zero_grad()
         return model
@@ -130,7 +139,8 @@ def average_gradients(params, world):
 
 @torch.no_grad()
 def update_ema(ema, params, decay, it):
-    """ema <- decay * ema + (1 - decay) * params; the decay warms up, so that the first weights are soon forgotten."""
+    """ema <- decay * ema + (1 - decay) * params;
+    the decay warms up, so that the first weights are soon forgotten."""
     torch._foreach_lerp_(ema, params, 1 - min(decay, (1 + it) / (10 + it)))
 
 
@@ -161,7 +171,8 @@ class Run:
     def step(self, loss_fn, batch, rank, world, amp):
         """One optimizer step over world * grad_accum micro-batches; returns the loss, on the device."""
         run, total = self.run, 0.0
-        for i in range(run.grad_accum):  # micro-batch rank * grad_accum + i: the same noise, however they are spread
+        # micro-batch rank * grad_accum + i: the same noise, however they are spread
+        for i in range(run.grad_accum):
             common.seed_everything(run.seed, self.iter, rank * run.grad_accum + i)
             with amp:
                 loss, _ = loss_fn(batch())
@@ -189,14 +200,16 @@ class Run:
 
     def save(self):
         """last.pt with everything, and best.pt when this is the best so far."""
-        state = dict(objective=self.run.objective, config=asdict(self.config), run=asdict(self.run), tokenizer=self.meta,
-                     iter=self.iter, tokens=self.tokens, val=self.val, ema=self.ema.state_dict())
+        state = dict(objective=self.run.objective, config=asdict(self.config), run=asdict(self.run),
+                     tokenizer=self.meta, iter=self.iter, tokens=self.tokens, val=self.val,
+                     ema=self.ema.state_dict())
         improved = self.val is not None and self.val[0] < self.best
         self.best = min(self.best, self.val[0]) if self.val else self.best
         state |= dict(best=self.best, model=self.model.state_dict())
         if improved:
             common.save(state, Path(self.run.out_dir, 'best.pt'))
-        common.save(state | dict(optimizers=[o.state_dict() for o in self.optimizers]), Path(self.run.out_dir, 'last.pt'))
+        state |= dict(optimizers=[o.state_dict() for o in self.optimizers])
+        common.save(state, Path(self.run.out_dir, 'last.pt'))
 
 
 def train(state, train_tokens, val_windows, rank, world, amp, stop):
@@ -206,29 +219,33 @@ def train(state, train_tokens, val_windows, rank, world, amp, stop):
     loss_fn = compiled(state.model, batch(), amp) if run.compile else state.model
     never = torch.tensor(2 ** 62, device=device)
     first_bad, losses, tick, tick_iter = never, [], time.time(), state.iter
-    bar = tqdm(total=run.max_iters, initial=state.iter, unit='it', disable=rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=run.max_iters, initial=state.iter, unit='it',
+               disable=rank > 0 or not sys.stderr.isatty())
 
     while state.iter < run.max_iters:
         loss = state.step(loss_fn, batch, rank, world, amp)
         first_bad = torch.minimum(first_bad, torch.where(loss.isfinite(), never, state.iter))
         losses.append(loss)
         bar.update()
-        evaluating, stopping = state.iter % run.eval_interval == 0 or state.iter == run.max_iters, stop(state.iter)
+        evaluating = state.iter % run.eval_interval == 0 or state.iter == run.max_iters
+        stopping = stop(state.iter)
         if not (evaluating or stopping or state.iter % run.log_interval == 0):
             continue
         if int(first_bad) < int(never):  # looked at only here: on a GPU every look waits for the device
-            sys.exit(f"error: the loss of iteration {int(first_bad)} is not finite; {run.out_dir}/last.pt, if there is "
-                     f"one, is from before; a smaller --lr or --muon_lr may help")
+            sys.exit(f"error: the loss of iteration {int(first_bad)} is not finite; {run.out_dir}/last.pt, "
+                     f"if there is one, is from before; a smaller --lr or --muon_lr may help")
         seconds = (time.time() - tick) / (state.iter - tick_iter)
         rate = run.batch_size * run.grad_accum * world * state.config.block_size / seconds
         line = f"loss {torch.stack(losses).mean():.4f}, {rate:,.0f} tokens/s"
         bar.set_postfix_str(line)
         if rank == 0 and bar.disable:
-            print(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left", flush=True)
+            print(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left",
+                  flush=True)
         if rank == 0 and evaluating:
             val, error = state.evaluate(val_windows, amp)
             kind = {'exact': 'exact', 'upper': 'upper bound'}[state.model.bound]
-            bar.write(f"iter {state.iter}: validation {val:.4f} ± {error:.4f} nats/token, {kind}", file=sys.stdout)
+            bar.write(f"iter {state.iter}: validation {val:.4f} ± {error:.4f} nats/token, {kind}",
+                      file=sys.stdout)
         if rank == 0 and (evaluating or stopping):
             state.save()
         losses, tick, tick_iter = [], time.time(), state.iter
@@ -249,22 +266,26 @@ def main(argv):
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
     dtype = common.pick_dtype(run.dtype, device)
-    tokens = [common.load_tokens(run.dataset, split, config.vocab_size, device) for split in ('train', 'val')]
+    tokens = [common.load_tokens(run.dataset, split, config.vocab_size, device)
+              for split in ('train', 'val')]
     for split, t in zip(('train', 'val'), tokens):
         if len(t) < config.block_size:
-            fail(f"data/{run.dataset}/{split}.bin has {len(t)} tokens, fewer than block_size={config.block_size}")
+            fail(f"data/{run.dataset}/{split}.bin has {len(t)} tokens, "
+                 f"fewer than block_size={config.block_size}")
     state = Run(run, config, meta, checkpoint, device)
     if rank == 0:
         n = sum(p.numel() for p in state.params)
-        print(f"{run.objective}: {n / 1e6:.2f}M parameters, {config.block_size * run.batch_size * run.grad_accum * world} "
-              f"tokens an iteration, {run.max_iters} iterations, {device} in {dtype}, to {run.out_dir}/", flush=True)
+        print(f"{run.objective}: {n / 1e6:.2f}M parameters, "
+              f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
+              f"{run.max_iters} iterations, {device} in {dtype}, to {run.out_dir}/", flush=True)
 
     caught = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: caught.append(number))
 
     def stop(it):
-        """Has a signal come? Processes agree on the iteration, so that none waits for another that has left."""
+        """Has a signal come?
+        Processes agree on the iteration, so that none waits for another that has left."""
         if world == 1:
             return bool(caught)
         if it % 10:
@@ -276,7 +297,8 @@ def main(argv):
     train(state, *tokens[:1], common.windows(tokens[1], config.block_size, run.eval_windows), rank, world,
           common.autocast(device, dtype), stop)
     if caught and rank == 0:
-        print(f"stopped by a signal at iteration {state.iter}: saved; go on with --init_from=resume --out_dir={run.out_dir}")
+        print(f"stopped by a signal at iteration {state.iter}: saved; "
+              f"go on with --init_from=resume --out_dir={run.out_dir}")
     if world > 1:
         dist.destroy_process_group()
 

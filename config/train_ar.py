@@ -1,4 +1,5 @@
-# The autoregressive twin of config/train_mdlm.py: the same data, sizes, loop and budget; only the objective differs.
+# The autoregressive twin of config/train_mdlm.py:
+# the same data, sizes, loop and budget; only the objective differs.
 out_dir = 'out-ar'
 objective = 'ar'
 dataset = 'shakespeare_char'
@@ -6,4 +7,4 @@ dataset = 'shakespeare_char'
 n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
 batch_size, max_iters = 64, 20000
 
-cpu = dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=24, max_iters=3500)
+cpu = dict(n_layer=4, n_head=3, n_embd=192, block_size=128, batch_size=24, max_iters=2500)

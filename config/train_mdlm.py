@@ -1,4 +1,4 @@
-# Masked diffusion on tiny-shakespeare, characters: 10.7M parameters on a GPU, 0.8M on a CPU.
+# Masked diffusion on tiny-shakespeare, characters: 10.7M parameters on a GPU, 1.8M on a CPU.
 out_dir = 'out-mdlm'
 objective = 'masked'
 dataset = 'shakespeare_char'
@@ -6,4 +6,4 @@ dataset = 'shakespeare_char'
 n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
 batch_size, max_iters = 64, 20000
 
-cpu = dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=24, max_iters=3500)
+cpu = dict(n_layer=4, n_head=3, n_embd=192, block_size=128, batch_size=24, max_iters=2500)

@@ -10,12 +10,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ['OMP_NUM_THREADS'] = '1'  # for the scripts that tests start; tiny tensors only lose time to a second thread
+# for the scripts that tests start; tiny tensors only lose time to a second thread
+os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
 
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 60
-TINY = ['--dataset=tiny', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--max_iters=4',
-        '--eval_interval=2', '--eval_windows=8', '--log_interval=2', '--compile=False', '--dtype=float32', '--device=cpu']
+TINY = ['--dataset=tiny', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
+        '--max_iters=4', '--eval_interval=2', '--eval_windows=8', '--log_interval=2', '--compile=False',
+        '--dtype=float32', '--device=cpu']
 
 
 @pytest.fixture
@@ -34,19 +36,22 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def mistake(capsys):
-    """Call a script's main and return its one line of complaint; anything but exit code 2 and one line fails the test."""
+    """Call a script's main and return its one line of complaint; anything but exit code 2 and one line fails
+    the test."""
     def call(main, *argv):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
             main(list(argv))
         out, err = capsys.readouterr()
-        assert exit.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1, (exit.value.code, err)
+        assert (exit.value.code == 2 and err.startswith('error: ')
+                and err.count('\n') == 1), (exit.value.code, err)
         return err
     return call
 
 
 class Joint:
-    """A random joint distribution over V ** T sequences with all its conditionals, by enumeration: the known answer."""
+    """A random joint distribution over V ** T sequences with all its conditionals, by enumeration: the known
+    answer."""
 
     def __init__(self, V=3, T=3, seed=0):
         generator = torch.Generator().manual_seed(seed)

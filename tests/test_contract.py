@@ -33,7 +33,8 @@ def test_the_config_is_a_dataclass_whose_every_knob_has_a_comment_and_a_plain_ty
 def test_forward_gives_a_scalar_loss_and_plain_metrics_and_every_parameter_a_gradient(concept):
     model = random_model(concept)
     loss, metrics = model(torch.randint(7, (6, 8)))
-    assert loss.shape == () and loss.isfinite() and all(v.shape == () and not v.requires_grad for v in metrics.values())
+    assert (loss.shape == () and loss.isfinite()
+            and all(v.shape == () and not v.requires_grad for v in metrics.values()))
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 

