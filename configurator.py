@@ -34,9 +34,7 @@ def read(argv):
             flags['help'] = ''
         elif arg.startswith('--'):
             key, equals, value = arg[2:].partition('=')
-            if not equals:
-                fail(f"{arg} has no value: write {arg}=VALUE")
-            flags[key] = value
+            flags[key] = value if equals else 'True'  # --watch is --watch=True
         elif not Path(arg).is_file():
             near = difflib.get_close_matches(arg, map(str, Path('config').glob('*.py')), 1)
             fail(f"there is no config file {arg!r}"

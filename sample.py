@@ -4,7 +4,7 @@ Write text with any checkpoint: unmasking, infilling, left to right, and texts l
     python sample.py --steps=64                                   # the newest checkpoint under out*/
     python sample.py --start="ROMEO:" --suffix="Exit." --rule=confidence
     python sample.py --template="To be, ___ that is the ___." --hole=12
-    python sample.py --watch=True                                 # the text as it denoises, in the terminal
+    python sample.py --watch                                      # the text as it denoises, in the terminal
     python sample.py --html=sample.html                           # the same as a page with a slider
 
 A canvas is (num_samples, length) tokens with the id V where text is still to be written.

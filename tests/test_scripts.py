@@ -219,7 +219,7 @@ def test_a_prompt_can_come_from_a_file(trained, capsys, mistake):
 
 
 def test_watching_draws_every_canvas_and_the_last_has_no_blank(trained, capsys):
-    sample.main(['--out_dir=out-m', '--watch=True', '--steps=4', '--rule=random'])
+    sample.main(['--out_dir=out-m', '--watch', '--steps=4', '--rule=random'])
     frames = capsys.readouterr().out.split('\033[H\033[J')[1:]
     assert len(frames) == 4
     blanks = [frame.count('░') for frame in frames]

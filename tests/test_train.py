@@ -200,7 +200,7 @@ def test_ctrl_c_saves_and_ends_well(workdir):
     (['--init_from=resume'], ['out/last.pt', 'train.py']),
     (['--init_from=nowhere.pt'], ['nowhere.pt']),
     (['config/none.py'], ['config/none.py']),
-    (['--lr'], ['--lr=VALUE']),
+    (['--lr'], ['lr=True', 'float']),
 ])
 def test_a_mistake_ends_in_one_line_and_writes_nothing(workdir, mistake, flags, words):
     message = mistake(train.main, *TINY, *flags)
