@@ -37,7 +37,7 @@ class Config:
     overlap: int = 0           # beyond the block: tokens of the last part kept as context; 0: half a block
     steps: int = 64            # of the denoiser for a block; an autoregressive model takes one a token
     rule: str = ''             # draws to keep: ancestral (default) | random | confidence | margin | entropy
-    temperature: float = 1.0   # below 1: likelier tokens more often; 0: always the likeliest
+    temperature: float = 0.7   # 1: the model's own law; below: likelier tokens more often; 0: the likeliest
     top_k: int = 0             # draw from the k likeliest tokens; 0: all
     top_p: float = 1.0         # draw from the fewest tokens with this probability together
     start: str = ''            # given text at the start; FILE:path reads it from a file
