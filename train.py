@@ -11,7 +11,6 @@ the lowest validation figure).
 Ctrl-C or SIGTERM: saves, then ends.
 """
 import copy
-import json
 import math
 import os
 import signal
@@ -96,12 +95,12 @@ def settings(argv):
                 **(checkpoint['run'] if resume else {'objective': checkpoint['objective']})}
         kept = {k: v for k, v in kept.items() if k not in ('init_from', 'device', 'out_dir')}
     knobs = {**knobs, **kept, **flags}
+    if source == 'resume' and knobs['objective'] != checkpoint['objective']:
+        fail(f"objective={knobs['objective']}: the run to resume is of {checkpoint['objective']}, that cannot change")
     meta = common.load_meta(knobs.get('dataset', Config.dataset))
     vocab_size = common.Tokenizer(meta).vocab_size
     run, config = build({**knobs, 'vocab_size': vocab_size}, Config,
                         common.concept(knobs.get('objective', Config.objective)).Config)
-    if source == 'resume' and run.objective != checkpoint['objective']:
-        fail(f"objective={run.objective} but the run to resume has {checkpoint['objective']}: it cannot change")
     if source == 'resume' and asdict(config) != checkpoint['config']:
         name = next(k for k, v in asdict(config).items() if checkpoint['config'].get(k) != v)
         fail(f"{name}={getattr(config, name)} but the run to resume has {checkpoint['config'].get(name)}: "

@@ -44,7 +44,8 @@ def draw(logp, temperature=1.0, top_k=0, top_p=1.0):
         return logp.argmax(-1)
     p = truncate(logp / temperature, top_k, top_p).softmax(-1)
     p = p if p.device.type == 'mps' else p.double()
-    return (p / -torch.log1p(-torch.rand_like(p))).argmax(-1)
+    race = -torch.log1p(-torch.rand_like(p))
+    return (p / race.clamp(min=torch.finfo(p.dtype).tiny)).argmax(-1)  # u = 0 must not make 0 / 0
 
 
 def confidence(logp):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import masked
-from conftest import Joint
 
 
 def exact_model(joint, **knobs):

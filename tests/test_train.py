@@ -256,6 +256,7 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_left_alone(workdir, mis
 def test_a_resumed_run_keeps_its_shape(workdir, mistake):
     train.main(TINY)
     assert 'n_layer=2' in mistake(train.main, '--init_from=resume', '--n_layer=2')
+    assert 'objective=ar' in mistake(train.main, '--init_from=resume', '--objective=ar')
 
 
 def test_help_lists_every_knob_and_starts_nothing(workdir, capsys):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import ar
-import masked
 import unmask
 from conftest import Joint, chi_square_p
 
