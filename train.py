@@ -96,7 +96,8 @@ def settings(argv):
         kept = {k: v for k, v in kept.items() if k not in ('init_from', 'device', 'out_dir')}
     knobs = {**knobs, **kept, **flags}
     if source == 'resume' and knobs['objective'] != checkpoint['objective']:
-        fail(f"objective={knobs['objective']}: the run to resume is of {checkpoint['objective']}, that cannot change")
+        fail(f"objective={knobs['objective']}: the run to resume is of {checkpoint['objective']}, "
+             f"that cannot change")
     meta = common.load_meta(knobs.get('dataset', Config.dataset))
     vocab_size = common.Tokenizer(meta).vocab_size
     run, config = build({**knobs, 'vocab_size': vocab_size}, Config,
