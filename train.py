@@ -144,7 +144,7 @@ def update_ema(ema, params, decay, it):
     torch._foreach_lerp_(ema, params, 1 - min(decay, (1 + it) / (10 + it)))
 
 
-class Run:
+class State:
     """All that changes while training: weights, averaged weights, optimizers, iteration, best figure."""
 
     def __init__(self, run, config, meta, checkpoint, device):
@@ -234,6 +234,9 @@ def train(state, train_tokens, val_windows, rank, world, amp, stop):
         if int(first_bad) < int(never):  # looked at only here: on a GPU every look waits for the device
             sys.exit(f"error: the loss of iteration {int(first_bad)} is not finite; {run.out_dir}/last.pt, "
                      f"if there is one, is from before; a smaller --lr or --muon_lr may help")
+        if (evaluating or stopping) and not all(p.isfinite().all() for p in state.params):
+            sys.exit(f"error: iteration {state.iter - 1} made weights that are not finite; "
+                     f"{run.out_dir}/last.pt, if there is one, is from before; a smaller --lr may help")
         seconds = (time.time() - tick) / (state.iter - tick_iter)
         rate = run.batch_size * run.grad_accum * world * state.config.block_size / seconds
         line = f"loss {torch.stack(losses).mean():.4f}, {rate:,.0f} tokens/s"
@@ -272,7 +275,7 @@ def main(argv):
         if len(t) < config.block_size:
             fail(f"data/{run.dataset}/{split}.bin has {len(t)} tokens, "
                  f"fewer than block_size={config.block_size}")
-    state = Run(run, config, meta, checkpoint, device)
+    state = State(run, config, meta, checkpoint, device)
     if rank == 0:
         n = sum(p.numel() for p in state.params)
         print(f"{run.objective}: {n / 1e6:.2f}M parameters, "
@@ -300,6 +303,7 @@ def main(argv):
         print(f"stopped by a signal at iteration {state.iter}: saved; "
               f"go on with --init_from=resume --out_dir={run.out_dir}")
     if world > 1:
+        dist.barrier()  # rank 0 may still be writing the last checkpoint
         dist.destroy_process_group()
 
 

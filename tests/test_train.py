@@ -140,6 +140,22 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(work
     assert checkpoint['iter'] == 4 and all(p.isfinite().all() for p in checkpoint['model'].values())
 
 
+def test_weights_that_an_update_made_infinite_are_not_saved(workdir, monkeypatch):
+    train.main(TINY)
+    original = train.update_ema
+
+    def overflow(ema, params, decay, it):
+        params[0].data.view(-1)[0] = float('inf')
+        original(ema, params, decay, it)
+    monkeypatch.setattr(train, 'update_ema', overflow)
+    with pytest.raises(SystemExit) as exit:
+        train.main(['--init_from=resume', '--max_iters=5'])  # one iteration: a finite loss, infinite weights
+    assert 'iteration 4' in str(exit.value.code)
+    for name in ('last.pt', 'best.pt'):
+        assert all(p.isfinite().all() for p in common.load(f'out/{name}')['model'].values())
+    assert common.load('out/last.pt')['iter'] == 4
+
+
 def test_killing_at_any_moment_leaves_a_loadable_checkpoint(workdir):
     argv = [sys.executable, ROOT / 'train.py', *TINY, '--max_iters=100000', '--eval_interval=1',
             '--eval_windows=1']
