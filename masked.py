@@ -3,19 +3,29 @@ Masked (absorbing-state) diffusion:
 tokens turn into [MASK] one by one; a transformer learns to put them back.
 
 Forward process, t in [0, 1]: each token of x0 is still clean with probability alpha(t), else it is [MASK];
-alpha(0) = 1, alpha(1) = 0. The network sees xt and predicts x0 at every position. Negative ELBO in nats per
-token (MDLM arXiv 2406.07524, MD4 2406.04329):
+alpha(0) = 1, alpha(1) = 0; below, m(t) = 1 - alpha(t). The network sees xt and predicts x0 at every
+position. Negative ELBO in nats per token (MDLM arXiv 2406.07524, MD4 2406.04329):
 
-    E_t [ -alpha'(t) / (1 - alpha(t)) * sum over masked i of -log p(x0_i | xt) ] / (B T)
+    E_t [ m'(t) / m(t) * sum over masked i of loss_i(xt) ] / (B T),     m'(t) / m(t) = -alpha' / (1 - alpha)
 
-Divided by B T, never by the number of masked tokens: that quotient is not a bound. With alpha(t) = 1 - t the
-weight is 1/t, and the integral over t can be done by hand: mask exactly k of T tokens, k uniform on 1..T,
-and weigh by T/k (LLaDA 2502.09992, 2409.02908). `nats` uses that form, whose variance is far lower.
+Divided by B T, never by the number of masked tokens: that quotient is not a bound. Substituting m for t
+leaves 1/m and no schedule: schedules differ in how often they visit a noise level, not in the bound. The
+integral over m can be done by hand too: mask exactly k of T tokens, k uniform on 1..T, and weigh by T/k
+(LLaDA 2502.09992, 2409.02908). The level is then the k-th smallest of T uniform numbers. `nats` uses that
+form, whose variance is far lower.
 
-SUBS (MDLM): p never holds [MASK] (the head has no such row), and a token that is not masked is copied. The
-number of masks tells the network what t is, so it takes no time input.
+Three parameterizations, three losses of a masked token (l the network's output, v its true token):
+
+    SUBS  -log softmax(l)_v                       clean tokens are copied, [MASK] is never predicted (MDLM)
+    SEDD  sum_y e^(l_y) - 1 - l_v                 score entropy of s_y = e^(l_y) alpha / m (2310.16834)
+    D3PM  KL(q(xs | xt, x0) || p(xs | xt))        T steps, [MASK] is predicted, nothing copied (2107.03006)
+
+If e^l adds up to 1, SEDD is SUBS; for any other sum Z it is worse by Z - 1 - log Z: it pays for learning to
+normalise. D3PM without probability on [MASK] is SUBS in T steps, and pays for learning to copy.
+The number of masks tells the network what t is, so only SEDD must be told (`time_input`).
 """
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,27 +38,91 @@ from unmask import unmask
 
 @dataclass
 class Config(model.Config):
-    loss_weight: str = 'flat'    # training only: elbo (the bound's 1/t) | flat (all masked tokens alike)
+    parameterization: str = 'subs'  # subs | d3pm | sedd
+    T: int = 0                   # steps of the diffusion; 0: continuous time
+    schedule: str = 'linear'     # linear | cosine | cosine_sqr | geometric | polynomial | log_uniform
+    time_input: bool = False     # tell the network the noise level; sedd needs it
+    masking: str = 'bernoulli'   # training only: bernoulli (each token by itself) | count (exactly k of T)
+    loss_weight: str = 'flat'    # training only: elbo (the bound's weights) | flat (all masked tokens alike)
     t_law: str = 'bell'          # training only: uniform | bell, t = sigmoid(N(bell_center, bell_width^2))
     bell_center: float = -0.5    # of the bell; 0 is t = 0.5
     bell_width: float = 0.4      # of the bell
+    copy_weight: float = 0.1     # training only: of the loss at clean tokens, which d3pm must learn to copy
     random_length: float = 0.0   # training only: share of rows cut to a random length (LLaDA: 0.01)
 
     def __post_init__(self):
         super().__post_init__()
-        for name, known in (('loss_weight', ('elbo', 'flat')), ('t_law', ('uniform', 'bell'))):
+        for name, known in (('loss_weight', ('elbo', 'flat')), ('t_law', ('uniform', 'bell')),
+                            ('parameterization', PARAMETERIZATIONS), ('schedule', SCHEDULES),
+                            ('masking', ('bernoulli', 'count'))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of: {', '.join(known)}")
         if not 0 <= self.random_length <= 1:
             raise ValueError(f"random_length={self.random_length} must be in [0, 1]")
         if self.bell_width <= 0:
             raise ValueError(f"bell_width={self.bell_width} must be positive")
+        if self.T < 0 or self.copy_weight < 0:
+            raise ValueError(f"T={self.T} and copy_weight={self.copy_weight} must not be negative")
+        if self.parameterization == 'd3pm' and not self.T:
+            raise ValueError("d3pm is a diffusion in steps: give it some, for example T=1000")
+        if self.parameterization == 'sedd' and self.T:
+            raise ValueError(f"sedd is a diffusion in continuous time: T={self.T} must be 0")
+        if self.parameterization == 'sedd' and not self.time_input:
+            raise ValueError("sedd needs time_input=True: a score depends on the time")
+        if self.masking == 'count' and self.T:
+            raise ValueError(f"masking=count is an integral over continuous time: T={self.T} must be 0")
 
+
+# ---- schedules: f with f(0) = 0 and its derivative; m(t) = f(t) / f(1) reaches 0 and 1 exactly ------------
 
 def linear(t):
-    """The linear (log-linear) schedule: alpha(t) and the bound's weight -alpha'(t) / (1 - alpha(t))."""
-    return 1 - t, 1 / t
+    """m = t (log-linear in MDLM's terms)."""
+    return t, torch.ones_like(t)
 
+
+def cosine(t):
+    """m = 1 - cos(pi t / 2)."""
+    return (math.pi / 4 * t).sin() ** 2, math.pi / 4 * (math.pi / 2 * t).sin()
+
+
+def cosine_sqr(t):
+    """m = 1 - cos(pi t / 2)^2."""
+    return (math.pi / 2 * t).sin() ** 2, math.pi / 2 * (math.pi * t).sin()
+
+
+def geometric(t, low=1e-4, high=20.0):
+    """m = 1 - exp(-sigma), sigma = low^(1-t) high^t, shifted and stretched to reach both ends."""
+    rate = math.log(high / low)
+    sigma = low * torch.expm1(rate * t)  # less sigma(0)
+    return -torch.expm1(-sigma), rate * low * torch.exp(rate * t - sigma)
+
+
+def polynomial(t, a=-3.0, b=5.0, c=-4.0):
+    """m ~ the integral of (a s^2 + b s + c)^2 from 0 to t (MuLAN arXiv 2312.13236)."""
+    f = a * a * t ** 4 / 5 + a * b * t ** 3 / 2 + (b * b + 2 * a * c) * t ** 2 / 3 + b * c * t + c * c
+    return t * f, (a * t ** 2 + b * t + c) ** 2
+
+
+def log_uniform(t, least=1e-3):
+    """log m is nearly uniform, so the weight m'/m is nearly constant.
+
+    This is the change of variables, and the importance sampling of t by its weight, of MDLM at once.
+    """
+    rate = -math.log(least)
+    return torch.expm1(rate * t), rate * torch.exp(rate * t)
+
+
+SCHEDULES = {f.__name__: f for f in (linear, cosine, cosine_sqr, geometric, polynomial, log_uniform)}
+
+
+def noise(schedule, t):
+    """(m(t), m'(t)) of a schedule, the probability of a mask and its derivative: alpha = 1 - m."""
+    f, slope = schedule(t)
+    end = schedule(torch.ones_like(t))[0]
+    return f / end, slope / end
+
+
+# ---- which times training visits --------------------------------------------------------------------------
 
 def low_discrepancy(u, B):
     """B points (u + i/B) mod 1 from one uniform u, (B,):
@@ -71,57 +145,150 @@ def exactly(k, u):
     return u.argsort(-1).argsort(-1) < k[:, None]
 
 
+# ---- the loss of a masked token in nats, (B, T) -----------------------------------------------------------
+# out (B, T, V), x (B, T); m and m_before (B, 1): noise levels of this step and of the next towards clean text.
+# Times the weight of the step (`Model.levels`) they are terms of the negative ELBO.
+
+def subs(out, x, m=None, m_before=None):
+    """-log p(x0_i | xt): the cross-entropy."""
+    return token_nats(out, x)
+
+
+def sedd(out, x, m=None, m_before=None):
+    """Score entropy (arXiv 2310.16834) of the scores e^l (1 - m) / m, divided by (1 - m) / m: Z - 1 - l_v.
+
+    l = out - log V, so that a network of zeros starts at Z = 1. Cross-entropy if Z = 1.
+    """
+    logs = sedd_logs(out)
+    return logs.exp().sum(-1) - 1 - logs.gather(-1, x[..., None])[..., 0]
+
+
+def sedd_logs(out):
+    """Network output -> l (B, T, V), at least float32."""
+    return out.to(torch.promote_types(out.dtype, torch.float32)) - math.log(out.size(-1))
+
+
+def d3pm(out, x, m, m_before):
+    """KL of a step of D3PM in absorbing states (arXiv 2107.03006), divided by the chance to be revealed in it.
+
+    out (B, T, V + 1): the network may predict [MASK], with probability p_mask. With
+    e(m) = log(1 + (1 - m) / m p_mask) the step reveals v with probability (m - m_before) / m p_v / e^e(m), so
+    KL = reveal (e(m) - log p_v) + stay (e(m) - e(m_before)), reveal = (m - m_before) / m, stay = 1 - reveal.
+    """
+    logp = out.to(torch.promote_types(out.dtype, torch.float32)).log_softmax(-1)
+    p_mask = logp[..., -1].exp()
+    excess = torch.log1p((1 - m) / m * p_mask)
+    # the clamps keep 0 * inf from being NaN: the step to m_before = 0 is never stayed in, and steps in which
+    # m does not change have weight 0
+    before = torch.log1p((1 - m_before) / m_before.clamp(min=1e-12) * p_mask)
+    stay_to_reveal = m_before / (m - m_before).clamp(min=1e-12)
+    return excess - logp.gather(-1, x[..., None])[..., 0] + stay_to_reveal * (excess - before)
+
+
+PARAMETERIZATIONS = {'subs': subs, 'd3pm': d3pm, 'sedd': sedd}
+
+
 class Model(nn.Module):
     bound = 'upper'
 
     def __init__(self, config):
         super().__init__()
         self.config, self.blank = config, config.vocab_size
-        self.gpt = model.GPT(config, causal=False)
+        self.copies = config.parameterization != 'd3pm'  # are clean tokens copied, or predicted too?
+        self.gpt = model.GPT(config, causal=False, timed=config.time_input,
+                             outputs=config.vocab_size + (not self.copies))
+        self.token_loss = PARAMETERIZATIONS[config.parameterization]
+        self.noise = functools.partial(noise, SCHEDULES[config.schedule])
         self.time = uniform
         if config.t_law == 'bell':
             self.time = functools.partial(bell, center=config.bell_center, width=config.bell_width)
-        # flat is 1 / E[t]: as with 1/t, weight times t averages to 1, and the loss of a fresh model to ln V
-        flat = 1 / self.time((torch.arange(1000) + 0.5) / 1000).mean().item()
-        elbo = config.loss_weight == 'elbo'
-        self.weight = lambda t: linear(t)[1] if elbo else torch.full_like(t, flat)
+        # flat is 1 / E[m]: as with the bound's weights, weight times m averages to 1, and the loss of a
+        # fresh model to ln V
+        self.flat = 1 / self.noise(self.time((torch.arange(1000) + 0.5) / 1000))[0].mean().item()
+
+    def levels(self, t):
+        """Times (B,) -> noise levels m, m_before (B,) and the bound's weight (B,).
+
+        In T steps, t is rounded up to i / T; m_before is the level at (i - 1) / T, the weight
+        T (m - m_before) / m. In continuous time m_before is m and the weight m' / m.
+        """
+        if not self.config.T:
+            m, slope = self.noise(t)
+            return m, m, slope / m
+        i = (t * self.config.T).ceil().clamp(1, self.config.T)
+        m, m_before = self.noise(i / self.config.T)[0], self.noise((i - 1) / self.config.T)[0]
+        return m, m_before, self.config.T * (m - m_before) / m
 
     def forward(self, x, t=None, u=None):
-        """x (B, T) -> (loss in nats per token, metrics).
-        Noise t (B,), the masking probability, and u (B, T) may be given."""
+        """x (B, T) -> (loss in nats per token, metrics). Noise may be given: times t (B,), u (B, T)."""
         B, T = x.shape
         if t is None:
             t = self.time(low_discrepancy(torch.rand((), device=x.device), B))
         if u is None:
             u = torch.rand(B, T, device=x.device)
-        masked, attend, count = u < 1 - linear(t)[0][:, None], None, B * T
-        # the same shapes whatever the length: cut positions are neither seen nor scored
-        if self.config.random_length:
+        m, m_before, weight = self.levels(t)
+        length, attend = T, None
+        if self.config.random_length:  # the same shapes whatever the length: cut positions are not seen
             cut = torch.rand(B, 1, device=x.device) < self.config.random_length
             length = torch.where(cut, torch.randint(1, T + 1, (B, 1), device=x.device), T)
             inside = torch.arange(T, device=x.device) < length
-            masked, attend, count = masked & inside, inside[:, None, None], length.sum()
-        nats = self.masked_nats(x, masked, attend)
-        loss = (self.weight(t) * nats).sum() / count
-        return loss, {'nats_per_masked': nats.detach().sum() / masked.sum().clamp(min=1)}
+            attend, u = inside[:, None, None], u.where(inside, 2.0)
+        if self.config.masking == 'count':
+            k = (m[:, None] * length).ceil()
+            masked, weight = exactly(k[:, 0], u), weight * (m[:, None] * length / k)[:, 0]
+        else:
+            masked = u < m[:, None]
+        if self.config.loss_weight == 'flat':
+            weight = torch.full_like(t, self.flat)
+        loss = self.masked_nats(x, masked, attend, m, m_before, self.config.copy_weight)
+        count = B * T if attend is None else length.sum()
+        return (weight * loss).sum() / count, {
+            'nats_per_masked': loss.detach().sum() / masked.sum().clamp(min=1)}
 
-    def masked_nats(self, x, masked, attend=None):
-        """Sum over the masked positions of -log p(x0_i | xt), (B,).
-        x (B, T), masked (B, T) bool; attend: see GPT.trunk."""
-        return (token_nats(self.gpt(x.where(~masked, self.blank), attend), x) * masked).sum(-1)
+    def masked_nats(self, x, masked, attend=None, m=None, m_before=None, copy_weight=0.0):
+        """Sum of the loss over the masked positions, (B,). x (B, T), masked (B, T) bool; attend: see
+        GPT.trunk; noise levels m, m_before (B,). copy_weight: of the clean positions, where they are not
+        copied."""
+        out = self.gpt(x.where(~masked, self.blank), attend, time=m if self.config.time_input else None)
+        columns = (m[:, None], m_before[:, None]) if m is not None else ()
+        loss = (self.token_loss(out, x, *columns) * masked).sum(-1)
+        if self.copies or not copy_weight:
+            return loss
+        seen = ~masked if attend is None else ~masked & attend[:, 0, 0]
+        return loss + copy_weight * (token_nats(out, x) * seen).sum(-1)
 
     def nats(self, x, n=1):
         """An estimate, with n draws, of the upper bound on -log p(x) in nats: (B,). x (B, T).
 
-        Draw i masks exactly k tokens, k uniform on the i-th n-th of 1..T
-        (the draws together are stratified).
+        Draw i has a noise level from the i-th n-th of all (the draws together are stratified).
         """
-        B, T = x.shape
-        total = 0
+        draw = self.step_nats if self.config.T else self.count_nats
+        total = self.copy_nats(x)
         for i in range(n):
-            k = ((i + torch.rand(B, device=x.device)) / n * T).long().clamp(max=T - 1) + 1
-            total += T / k * self.masked_nats(x, exactly(k, torch.rand(B, T, device=x.device)))
-        return total / n
+            total = total + draw(x, (i + torch.rand(x.size(0), device=x.device)) / n) / n
+        return total
+
+    def count_nats(self, x, v):
+        """The bound's term at the fraction v (B,) in [0, 1) of all counts: mask exactly k tokens, k uniform
+        on 1..T. The noise level is the k-th smallest of T uniform numbers."""
+        T = x.size(1)
+        k = (v * T).long().clamp(max=T - 1) + 1
+        u = torch.rand(x.shape, device=x.device)
+        m = u.sort(-1).values.gather(1, k[:, None] - 1)[:, 0]
+        return T / k * self.masked_nats(x, exactly(k, u), None, m, m)
+
+    def step_nats(self, x, v):
+        """The bound's term at the fraction v (B,) in [0, 1) of the T steps."""
+        m, m_before, weight = self.levels(v)
+        masked = torch.rand(x.shape, device=x.device) < m[:, None]
+        return weight * self.masked_nats(x, masked, None, m, m_before)
+
+    def copy_nats(self, x):
+        """The bound's reconstruction term -log p(x0 | clean x0), (B,): zero where clean tokens are copied."""
+        if self.copies:
+            return torch.zeros(x.size(0), device=x.device)
+        none = torch.zeros(x.size(0), device=x.device)
+        return token_nats(self.gpt(x, time=none if self.config.time_input else None), x).sum(-1)
 
     def nats_left(self, x):
         """-log p(x) in nats of the same network writing left to right, exact, (B,); T forwards.
@@ -132,14 +299,25 @@ class Model(nn.Module):
         position = torch.arange(x.size(1), device=x.device)
         total = 0
         for i in range(x.size(1)):
-            total += token_nats(self.gpt(x.where(position < i, self.blank))[:, i:i + 1],
-                                x[:, i:i + 1]).sum(-1)
+            logp = self.logp(x.where(position < i, self.blank))[:, i]
+            total = total - logp.gather(-1, x[:, i:i + 1])[:, 0]
         return total
 
+    def logs(self, xt, t=None):
+        """Unnormalised log p(x0 | xt), (B, T, V), at least float32; [MASK] left out. t (B,) is the noise
+        level, by default the share of masks."""
+        if t is None:
+            t = (xt == self.blank).float().mean(-1)
+        out = self.gpt(xt, time=t if self.config.time_input else None)[..., :self.config.vocab_size]
+        return sedd_logs(out)
+
+    def logp(self, xt, t=None):
+        """log p(x0 | xt), (B, T, V), normalised: `logs` with the sum of SEDD's scores divided out."""
+        return self.logs(xt, t).log_softmax(-1)
+
     def denoise(self, xt, t=None):
-        """log p(x0 | xt), (B, T, V) float32, normalised. A clean token is copied.
-        t is not used (see above)."""
-        logp = self.gpt(xt).float().log_softmax(-1)
+        """log p(x0 | xt), (B, T, V) float32, normalised. A clean token is copied. t (B,): noise level."""
+        logp = self.logp(xt, t).float()
         copied = torch.full_like(logp, -torch.inf).scatter(-1, xt.clamp(max=self.blank - 1)[..., None], 0.0)
         return torch.where((xt == self.blank)[..., None], logp, copied)
 
@@ -147,4 +325,8 @@ class Model(nn.Module):
     def sample(self, xt, steps, rule='', **how):
         """Generator of canvases (B, T), one a network call;
         xt holds V where tokens are to be drawn (see unmask.py)."""
-        yield from unmask(self.denoise, xt, self.blank, steps, rule or 'ancestral', **how)
+        if rule == 'analytic' and not self.copies:
+            raise ValueError("rule=analytic is for scores (sedd) and for subs, not for d3pm")
+        analytic = rule == 'analytic' and self.token_loss is sedd
+        denoise = self.logs if analytic else self.denoise
+        yield from unmask(denoise, xt, self.blank, steps, rule or 'ancestral', **how)

@@ -14,8 +14,10 @@ The default architecture ("ours") is what trained fastest at small scale (NOTES.
 Shapes: B sequences, T tokens, V = vocab_size, C = n_embd, H = n_head, D = C / H.
 The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model.
 The head reads only the V real tokens, so [MASK] can never be predicted, and both twins have
-exactly the same parameters.
+exactly the same parameters. Two switches serve single objectives: `timed` tells every block the noise level
+(FiLM, arXiv 1709.07871; DiT 2212.09748), `outputs` = V + 1 lets the head predict [MASK] too.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +63,14 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
+WAVES = 32  # cosines that tell a block what time it is
+
+
+def cosines(t):
+    """Time t (B, n) in [0, 1] -> its cosine series cos(pi k t), k < WAVES, (B, n, WAVES) float32."""
+    return torch.cos(math.pi * t.float()[..., None] * torch.arange(WAVES, device=t.device))
+
+
 def attention(q, k, v, causal, mask=None):
     """softmax(q k' / sqrt(D)) v of q (B, H, t, D) and k, v (B, H, T, D), t <= T.
 
@@ -82,7 +92,7 @@ def attention(q, k, v, causal, mask=None):
 
 
 class Cache:
-    """Keys and values of the tokens already read, for causal sampling."""
+    """Keys and values of the tokens already read, for sampling from left to right."""
 
     def __init__(self, n_layer):
         self.kv = [None] * n_layer
@@ -96,6 +106,10 @@ class Cache:
             k, v = (torch.cat(old_new, dim=2) for old_new in zip(self.kv[layer], (k, v)))
         self.kv[layer] = k, v
         return k, v
+
+    def trim(self, length):
+        """Forget all but the first `length` tokens."""
+        self.kv = [(k[:, :, :length], v[:, :, :length]) for k, v in self.kv]
 
 
 class Norm(nn.Module):
@@ -148,24 +162,30 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, causal):
+    def __init__(self, config, causal, timed):
         super().__init__()
         self.norm1, self.attn = Norm(config), Attention(config, causal)
         self.norm2, self.mlp = Norm(config), MLP(config)
         self.drop = nn.Dropout(config.dropout)
+        self.film = nn.Linear(WAVES, 4 * config.n_embd) if timed else None
 
-    def forward(self, x, rotary, mask, cache, layer):
-        x = x + self.drop(self.attn(self.norm1(x), rotary, mask, cache, layer))
-        return x + self.drop(self.mlp(self.norm2(x)))
+    def forward(self, x, rotary, mask, cache, layer, time):
+        if self.film is None:
+            x = x + self.drop(self.attn(self.norm1(x), rotary, mask, cache, layer))
+            return x + self.drop(self.mlp(self.norm2(x)))
+        scale1, shift1, scale2, shift2 = self.film(time).chunk(4, dim=-1)  # (B, 1 or T, C) each
+        x = x + self.drop(self.attn(self.norm1(x) * (1 + scale1) + shift1, rotary, mask, cache, layer))
+        return x + self.drop(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
 
 
 def optimizers(model, lr, muon_lr, weight_decay=0.0):
-    """[AdamW, Muon]: Muon for the matrices of the blocks, AdamW for the rest.
+    """[AdamW, Muon]: Muon for the matrices of the blocks, AdamW for the rest (what tells them the time too).
     With muon_lr = 0: [AdamW], for all."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (matrices if muon_lr and 'blocks.' in name and p.dim() == 2 else others).append(p)
+            muon = muon_lr and 'blocks.' in name and 'film.' not in name and p.dim() == 2
+            (matrices if muon else others).append(p)
     groups = [{'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0}]
     adamw = torch.optim.AdamW([g for g in groups if g['params']], lr=lr, betas=(0.9, 0.95))
@@ -175,16 +195,17 @@ def optimizers(model, lr, muon_lr, weight_decay=0.0):
 
 
 class GPT(nn.Module):
-    def __init__(self, config, causal):
+    def __init__(self, config, causal, timed=False, outputs=0):
+        """timed: the blocks take a time; outputs: of the head, vocab_size (0) or one more, [MASK]."""
         super().__init__()
-        self.config, self.causal = config, causal
+        self.config, self.causal, self.outputs = config, causal, outputs or config.vocab_size
         ours = config.arch == 'ours'
         self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # row V: [MASK] or [BOS]
         self.pos = None if ours else nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, causal, timed) for _ in range(config.n_layer))
         self.norm = Norm(config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False) if ours else None  # None: tied
+        self.head = nn.Linear(config.n_embd, self.outputs, bias=False) if ours else None  # None: tied
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
@@ -196,7 +217,7 @@ class GPT(nn.Module):
             if p.dim() < 2:
                 continue  # norms and biases keep ones and zeros; below, the biases of Linear
             into_residual = name.endswith('proj.weight')
-            if ours and (into_residual or name == 'head.weight'):
+            if ours and (into_residual or name == 'head.weight') or 'film.' in name:
                 nn.init.zeros_(p)
             elif ours:
                 nn.init.normal_(p, std=1.0 if name == 'embed.weight' else p.size(1) ** -0.5)
@@ -206,34 +227,37 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x, mask=None, cache=None):
-        """Logits (B, T, V) of tokens x (B, T) int64 in [0, V]; mask and cache as in `trunk`."""
-        return self.logits(self.trunk(self.embed(x), mask, cache))
+    def forward(self, x, mask=None, cache=None, time=None, where=None):
+        """Logits (B, T, V) of tokens x (B, T) int64 in [0, V]; the rest as in `trunk`."""
+        return self.logits(self.trunk(self.embed(x), mask, cache, time, where))
 
-    def trunk(self, h, mask=None, cache=None):
+    def trunk(self, h, mask=None, cache=None, time=None, where=None):
         """Embeddings h (B, T, C) -> normalised hidden states (B, T, C).
 
         mask: bool, broadcast to (B, H, T, T), True where a query may see a key. With a cache, h continues
-        what was read before. Raises ValueError beyond block_size.
+        what was read before. time: (B,), or (B, T) a token, in [0, 1], if the model is timed. where: the
+        positions (T,) of the tokens, if not one after the other. Raises ValueError beyond block_size.
         """
         past = 0 if cache is None else len(cache)
         end = past + h.size(1)
-        if end > self.config.block_size:
+        if end > self.config.block_size and where is None:
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
-        h = F.rms_norm(h, h.shape[-1:]) if self.pos is None else h + self.pos.weight[past:end]
-        h, rotary = self.drop(h), (self.cos[past:end], self.sin[past:end])
+        where = slice(past, end) if where is None else where
+        h = F.rms_norm(h, h.shape[-1:]) if self.pos is None else h + self.pos.weight[where]
+        h, rotary = self.drop(h), (self.cos[where], self.sin[where])
+        waves = None if time is None else cosines(time if time.dim() == 2 else time[:, None])
         for i, block in enumerate(self.blocks):
-            h = block(h, rotary, mask, cache, i)
+            h = block(h, rotary, mask, cache, i, waves)
         return self.norm(h)
 
     def logits(self, h):
-        """Hidden states (B, T, C) -> logits (B, T, V); never of row V."""
-        return F.linear(h, self.embed.weight[:self.config.vocab_size]) if self.head is None else self.head(h)
+        """Hidden states (B, T, C) -> logits (B, T, V); of row V only if the model was built with it."""
+        return F.linear(h, self.embed.weight[:self.outputs]) if self.head is None else self.head(h)
 
     def flops_per_token(self, T):
         """Floating point operations of a training step per token:
         6 a weight, 12 T C a layer for attention."""
-        weights = sum(p.numel() for b in self.blocks for p in b.parameters())
-        weights += self.config.vocab_size * self.config.n_embd
+        weights = sum(p.numel() for b in self.blocks for n, p in b.named_parameters() if 'film.' not in n)
+        weights += self.outputs * self.config.n_embd
         attention = 12 * T * self.config.n_embd * self.config.n_layer
         return 6 * weights + attention // (2 if self.causal else 1)
