@@ -146,8 +146,8 @@ def exactly(k, u):
 
 
 # ---- the loss of a masked token in nats, (B, T) -----------------------------------------------------------
-# out (B, T, V), x (B, T); m and m_before (B, 1): noise levels of this step and of the next towards clean text.
-# Times the weight of the step (`Model.levels`) they are terms of the negative ELBO.
+# out (B, T, V), x (B, T); m and m_before (B, 1): noise levels of this step and of the next on the way to
+# clean text. Times the weight of the step (`Model.levels`) they are terms of the negative ELBO.
 
 def subs(out, x, m=None, m_before=None):
     """-log p(x0_i | xt): the cross-entropy."""
@@ -169,10 +169,10 @@ def sedd_logs(out):
 
 
 def d3pm(out, x, m, m_before):
-    """KL of a step of D3PM in absorbing states (arXiv 2107.03006), divided by the chance to be revealed in it.
+    """KL of a step of D3PM in absorbing states (arXiv 2107.03006), divided by the chance of a reveal in it.
 
     out (B, T, V + 1): the network may predict [MASK], with probability p_mask. With
-    e(m) = log(1 + (1 - m) / m p_mask) the step reveals v with probability (m - m_before) / m p_v / e^e(m), so
+    e(m) = log(1 + (1 - m) / m p_mask) the step reveals v with probability (m - m_before) / m p_v / e^e(m):
     KL = reveal (e(m) - log p_v) + stay (e(m) - e(m_before)), reveal = (m - m_before) / m, stay = 1 - reveal.
     """
     logp = out.to(torch.promote_types(out.dtype, torch.float32)).log_softmax(-1)
@@ -284,10 +284,10 @@ class Model(nn.Module):
         return weight * self.masked_nats(x, masked, None, m, m_before)
 
     def copy_nats(self, x):
-        """The bound's reconstruction term -log p(x0 | clean x0), (B,): zero where clean tokens are copied."""
-        if self.copies:
-            return torch.zeros(x.size(0), device=x.device)
+        """The bound's reconstruction term -log p(x0 | x0), (B,): zero where clean tokens are copied."""
         none = torch.zeros(x.size(0), device=x.device)
+        if self.copies:
+            return none
         return token_nats(self.gpt(x, time=none if self.config.time_input else None), x).sum(-1)
 
     def nats_left(self, x):

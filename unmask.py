@@ -2,25 +2,36 @@
 The reverse process of every denoiser: from [MASK]s to text, a few tokens a step.
 
 A denoiser is one function, `denoise(xt, t) -> log p(x0 | xt)` (B, T, V), float32 and normalised. A canvas xt
-(B, T) holds tokens and, where text is to be written, the mask id V. All samplers below repeat: ask the
-denoiser, draw a token for every masked position, keep some of the draws. They differ in which they keep:
+(B, T) holds tokens and, where text is to be written, the mask id V; t (B,) is the noise level, the
+probability of a mask, from 1 to 0. All samplers ask the denoiser, draw a token for every masked position and
+keep some of the draws. They differ in which:
 
-  ancestral    the exact reversal of the forward process (MDLM, arXiv 2406.07524): every position has a time,
-               uniform in [0, 1], at which it is revealed. The times are drawn first, so a step that reveals
-               nothing costs nothing, and each row of the batch goes from one of its own events to the next.
-               With as many steps as you like there are at most T network calls; only positions that share a
-               step are drawn independently.
-  random       the same with exact counts: T / steps positions a step, in random order.
-  confidence, margin, entropy
-               exact counts, the positions where the denoiser is surest first.
-               Greedy in the order, not in the tokens.
+  exact for a perfect denoiser, if the steps are many
+    ancestral      reverses the forward process (MDLM arXiv 2406.07524): between the levels t and s a token
+                   is revealed with probability (t - s) / t. So each position has a uniform level of its own.
+                   These are drawn first, a step that reveals nothing costs nothing, and each row of the
+                   batch goes from one of its events to the next: at most T network calls for T tokens.
+    first_hitting  the same with a step for each event: one token a call (2409.02908)
+    analytic       SEDD's step, by unnormalised scores (2310.16834); ancestral if they are normalised
+    remdm_cap, remdm_rescale, remdm_conf, remdm_loop
+                   ancestral, but written tokens go back to [MASK] now and then (2503.00307)
+  a fixed number of tokens a step, the best first: greedy in the order, not in the tokens
+    random, confidence, margin, entropy, and llada: confidence in the drawn token (2502.09992)
+  as many tokens a step as are safe, at least one
+    threshold, factor (Fast-dLLM 2505.22618), eb: entropy-bounded (2505.24857)
 
 Noise is float64 where the device has it: float32 Gumbel noise loses its tail and so lowers the temperature
-(arXiv 2409.02908).
+(arXiv 2409.02908). How sure the denoiser is, is read from its log p as it is, before temperature.
 """
+import functools
+import inspect
+import math
+
 import torch
 import torch.nn.functional as F
 
+
+# ---- drawing a token --------------------------------------------------------------------------------------
 
 def truncate(logp, top_k=0, top_p=1.0):
     """log p (..., V) with all but the top_k likeliest, or the fewest that hold mass top_p, at -inf
@@ -48,89 +59,328 @@ def draw(logp, temperature=1.0, top_k=0, top_p=1.0):
     return (p / race.clamp(min=torch.finfo(p.dtype).tiny)).argmax(-1)  # u = 0 must not make 0 / 0
 
 
-def confidence(logp):
-    """How sure the denoiser is of its best token, (B, T)."""
-    return logp.amax(-1)
+def guided(denoise, given, mask_id, scale):
+    """Classifier-free guidance on the given tokens (LLaDA arXiv 2502.09992): log p of a text with them,
+    (1 + scale) times, less scale times log p without them; both in one call of twice the batch."""
+    def guided_denoise(xt, t):
+        both = denoise(torch.cat([xt, xt.masked_fill(given, mask_id)]), torch.cat([t, t]))
+        logp, without = both.chunk(2)
+        towards = ((1 + scale) * logp - scale * without).log_softmax(-1)
+        return torch.where((xt == mask_id)[..., None], towards, logp)
+    return guided_denoise
 
 
-def margin(logp):
-    """Probability of the best token less that of the second, (B, T)."""
-    best = logp.topk(2).values.exp()
-    return best[..., 0] - best[..., 1]
+# ---- which positions are best: (log p (B, T, V), drawn tokens (B, T)) -> score (B, T) ---------------------
 
-
-def entropy(logp):
-    """Negative entropy of the prediction in nats, (B, T)."""
-    return torch.special.xlogy(p := logp.exp(), p).sum(-1)
-
-
-def random(logp):
-    """No preference, (B, T): ties are broken at random."""
+def random(logp, token):
+    """No preference: ties are broken at random."""
     return torch.zeros_like(logp[..., 0])
 
 
-SCORES = {'random': random, 'confidence': confidence, 'margin': margin, 'entropy': entropy}
-RULES = ('ancestral', *SCORES)
+def confidence(logp, token):
+    """How sure the denoiser is of its best token."""
+    return logp.amax(-1)
 
 
-def counts(n, steps):
-    """How many of n positions each step reveals:
-    (n, steps) integers that add up to n (B,), the larger first."""
-    step = torch.arange(steps, device=n.device)
-    return n[:, None] // steps + (step < n[:, None] % steps)
+def llada(logp, token):
+    """How sure the denoiser is of the drawn token."""
+    return logp.gather(-1, token[..., None])[..., 0]
+
+
+def margin(logp, token):
+    """Probability of the best token less that of the second."""
+    best_two = logp.topk(2).values.exp()
+    return best_two[..., 0] - best_two[..., 1]
+
+
+def entropy(logp, token):
+    """Negative entropy of the prediction in nats."""
+    return torch.special.xlogy(p := logp.exp(), p).sum(-1)
+
+
+SCORES = {f.__name__: f for f in (random, confidence, llada, margin, entropy)}
+
+
+def ranks(score, candidates):
+    """Rank of each candidate of a row, 0 the highest score; ties at random, others last. (B, T) int64."""
+    shuffle = torch.rand(score.shape, device=score.device).argsort(-1)
+    score = score.masked_fill(~candidates, -torch.inf).gather(1, shuffle)
+    order = shuffle.gather(1, score.argsort(dim=-1, descending=True, stable=True))
+    place = torch.arange(order.size(1), device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, place)
 
 
 def best(score, candidates, k):
     """The k[b] highest-scored candidates of each row b as a mask (B, T); ties are broken at random."""
-    shuffle = torch.rand_like(score).argsort(-1)
-    score = score.masked_fill(~candidates, -torch.inf).gather(1, shuffle)
-    order = shuffle.gather(1, score.argsort(dim=-1, descending=True, stable=True))
-    ranks = torch.arange(order.size(1), device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter(1, order, ranks)
-    return (rank < k[:, None]) & candidates
+    return (ranks(score, candidates) < k[:, None]) & candidates
 
 
-def events(masked, steps):
+def longest(score, candidates, allowed):
+    """The best candidates of each row, up to the last that is allowed and at least one: a mask (B, T).
+
+    allowed: (order (B, T): positions, candidates first, from the highest score down) -> bool (B, T).
+    """
+    rank = ranks(score, candidates)
+    order = rank.argsort(-1)
+    fits = allowed(order) & candidates.gather(1, order)
+    n = torch.arange(1, order.size(1) + 1, device=order.device)
+    return (rank < torch.where(fits, n, 1).amax(-1, keepdim=True)) & candidates
+
+
+# ---- how many are safe: (log p, candidates, bound) -> a mask (B, T) ---------------------------------------
+
+def above(logp, candidates, threshold=0.9):
+    """All positions whose best token has more than this probability (Fast-dLLM arXiv 2505.22618)."""
+    sure = logp.amax(-1)
+    return longest(sure, candidates, lambda order: sure.gather(1, order).exp() > threshold)
+
+
+def by_factor(logp, candidates, factor=1.0):
+    """The n surest, n the largest with (n + 1) (1 - probability of the n-th) < factor (arXiv 2505.22618)."""
+    sure = logp.amax(-1)
+    n = torch.arange(1, sure.size(1) + 1, device=sure.device)
+    return longest(sure, candidates, lambda order: (n + 1) * (1 - sure.gather(1, order).exp()) < factor)
+
+
+def entropy_bounded(logp, candidates, gamma=0.1):
+    """The positions of lowest entropy whose entropies, but for the largest, add up to at most gamma nats:
+    a bound on how much the draws could have told about each other (arXiv 2505.24857)."""
+    H = -entropy(logp, None)
+
+    def allowed(order):
+        sorted_H = H.gather(1, order)
+        return sorted_H.cumsum(-1) - sorted_H <= gamma
+    return longest(-H, candidates, allowed)
+
+
+# ---- noise levels -----------------------------------------------------------------------------------------
+
+def levels(steps, grid='linear', device=None):
+    """The noise levels 1 = t_0 > ... > t_steps = 0 of the steps, float64. linear | cosine (MD4 arXiv
+    2406.04329, MaskGIT 2202.04200: few tokens in the first steps, many in the last)."""
+    if grid not in ('linear', 'cosine'):
+        raise ValueError(f"grid={grid!r} is not one of: linear, cosine")
+    left = torch.arange(steps, -1, -1, dtype=torch.float64, device='cpu') / steps
+    left = left if grid == 'linear' else torch.sin(math.pi / 2 * left)
+    return left.to(device, torch.float32 if device and device.type == 'mps' else torch.float64)
+
+
+def counts(n, level):
+    """How many of n positions each step reveals, (B, steps) integers that add up to n (B,): after the step
+    to level t, floor(n t) are left. Steps that reveal none come last, where they cost nothing."""
+    k = -(n[:, None] * level + 1e-9).floor().long().diff(dim=-1)
+    return k.gather(1, (k == 0).byte().argsort(dim=-1, stable=True))
+
+
+def events(masked, level=None):
     """Draw when each masked position is revealed: (event, time), both (B, T).
 
-    Every position gets a uniform step out of `steps`; event numbers the distinct steps of a row 0, 1, 2, ...
-    and time is 1 at the first step and 1 / steps at the last. Given positions have event -1.
+    Every position gets a uniform noise level of its own; the step that crosses it reveals it. event numbers
+    the distinct steps of a row 0, 1, 2, ... and time is the level at which such a step begins. Without
+    levels every position is a step, at its own level (first hitting). Given positions have event -1.
     """
-    step = torch.randint(steps, masked.shape, device=masked.device).masked_fill(~masked, -1)
+    own = torch.rand(masked.shape, device=masked.device)
+    if level is None:
+        event = own.masked_fill(~masked, -1).argsort(-1, descending=True).argsort(-1)
+        return event.masked_fill(~masked, -1), own
+    falling = level.to(own.dtype)
+    step = (len(level) - 1 - torch.bucketize(own, falling.flip(0), right=True)).clamp(min=0)
+    step = step.masked_fill(~masked, -1)
     ordered, order = step.sort(-1)
     new = ordered != F.pad(ordered[:, :-1], (1, 0), value=-1)  # -1s first, then each step's first occurrence
     event = torch.empty_like(step).scatter(1, order, new.long().cumsum(-1) - 1)
-    return event.masked_fill(~masked, -1), 1 - step / steps
+    return event.masked_fill(~masked, -1), falling[step.clamp(min=0)]
 
 
-def ancestral(denoise, xt, mask_id, steps, **how):
-    """Exact reversal in `steps` steps; yields the canvas (B, T) after every network call."""
-    event, time = events(xt == mask_id, steps)
+def parts(masked, block_length):
+    """LLaDA's blocks: the masked positions of one stretch of block_length after the other, (B, T) bool each;
+    0: all at once."""
+    number = torch.arange(masked.size(1), device=masked.device) // (block_length or masked.size(1))
+    for i in range(int(number[-1]) + 1):
+        if (part := masked & (number == i)).any():
+            yield part
+
+
+# ---- samplers: generators of canvases (B, T), one a network call ------------------------------------------
+# draw: log p -> tokens
+
+def by_events(denoise, xt, mask_id, draw, level):
+    """Reveal every position at its own event; see `events`."""
+    event, time = events(xt == mask_id, level)
     for i in range(int(event.max()) + 1):
         now = event == i
         t = torch.where(now, time, 0).amax(-1)  # each row's own time; 0 for a row that is done
-        xt = torch.where(now, draw(denoise(xt, t), **how), xt)
+        xt = torch.where(now, draw(denoise(xt, t)), xt)
         yield xt
 
 
-def ordered(denoise, xt, mask_id, steps, score, **how):
-    """Exact counts a step, the highest scores first; yields the canvas (B, T) after every network call."""
-    n = (xt == mask_id).sum(-1)
-    for k in counts(n, steps).T[:int(n.max())]:
+def ancestral(denoise, xt, mask_id, steps, draw, grid='linear'):
+    """Reveal every position in the step of the grid that crosses its level."""
+    yield from by_events(denoise, xt, mask_id, draw, levels(steps, grid, xt.device))
+
+
+def first_hitting(denoise, xt, mask_id, steps, draw):
+    """Reveal one position a call, whatever the steps."""
+    yield from by_events(denoise, xt, mask_id, draw, None)
+
+
+def analytic(logs, xt, mask_id, steps, draw, grid='linear'):
+    """SEDD's analytic step: with scores e^l (1 - t) / t and Z the sum of e^l, a token is revealed with
+    probability Z (t - s) / t; in the last step all that are left. logs: as denoise, l, not normalised."""
+    level = levels(steps, grid, xt.device)
+    for i, (t, s) in enumerate(zip(level[:-1], level[1:])):
         masked = xt == mask_id
-        logp = denoise(xt, masked.float().mean(-1))
-        xt = torch.where(best(score(logp), masked, k), draw(logp, **how), xt)
+        if not masked.any():
+            return
+        out = logs(xt, t.float().expand(len(xt)))
+        reveal = torch.rand(xt.shape, device=xt.device) < out.logsumexp(-1).exp() * ((t - s) / t)
+        xt = torch.where(masked & (reveal | (i == steps - 1)), draw(out), xt)
         yield xt
 
 
-def unmask(denoise, xt, mask_id, steps, rule='ancestral', **how):
-    """Generator of canvases (B, T), one a network call;
-    the last holds no mask id and given tokens never change.
+def remasking(logp, xt, mask_id, free, draw, t, s, sigma):
+    """One step of ReMDM (arXiv 2503.00307) from level t to s: (xs, revealed), both (B, T).
 
-    denoise (xt, t) -> log p(x0 | xt) (B, T, V); rule one of RULES; how: temperature, top_k, top_p of `draw`.
+    A written token goes back to [MASK] with probability sigma (0-d or (B, T)), where it is free to; a masked
+    one is revealed with probability (t - s + sigma (1 - t)) / t, so that the levels are t and s as before.
+    """
+    masked = xt == mask_id
+    u = torch.rand(xt.shape, device=xt.device)
+    reveal = masked & (u < (t - s + sigma * (1 - t)) / t)
+    xs = torch.where(reveal, draw(logp), xt)
+    return xs.masked_fill(free & ~masked & (u < sigma), mask_id), reveal
+
+
+def most_remasking(t, s):
+    """The largest probability of remasking from level t to s: min(1, s / (1 - t))."""
+    return (s / (1 - t)).clamp(max=1)
+
+
+def remdm(denoise, xt, mask_id, draw, path, sigma):
+    """path: levels (t, s) and whether to remask, for every step. sigma: (t, s, written) -> probability of
+    remasking; written (B, T): log p of each token when it was written, inf where it is masked."""
+    free, written = xt == mask_id, torch.full(xt.shape, torch.inf, device=xt.device)
+    for t, s, remask in path:
+        masked = xt == mask_id
+        if masked.any():
+            logp = denoise(xt, t.float().expand(len(xt)))
+        chance = sigma(t, s, written) if remask else torch.zeros_like(t)
+        xt, revealed = remasking(logp, xt, mask_id, free, draw, t, s, chance)
+        p = logp.gather(-1, xt.clamp(max=mask_id - 1)[..., None])[..., 0]
+        written = torch.where(revealed, p, written).masked_fill(xt == mask_id, torch.inf)
+        if masked.any():
+            yield xt
+
+
+def down(steps, grid, device):
+    """A path of `steps` steps down the grid, remasking in all."""
+    level = levels(steps, grid, device)
+    return [(t, s, True) for t, s in zip(level[:-1], level[1:])]
+
+
+def remdm_cap(denoise, xt, mask_id, steps, draw, eta=0.02, grid='linear'):
+    """ReMDM, sigma = min(eta, the largest possible)."""
+    yield from remdm(denoise, xt, mask_id, draw, down(steps, grid, xt.device),
+                     lambda t, s, written: most_remasking(t, s).clamp(max=eta))
+
+
+def remdm_rescale(denoise, xt, mask_id, steps, draw, eta=0.02, grid='linear'):
+    """ReMDM, sigma = eta times the largest possible."""
+    yield from remdm(denoise, xt, mask_id, draw, down(steps, grid, xt.device),
+                     lambda t, s, written: eta * most_remasking(t, s))
+
+
+def remdm_conf(denoise, xt, mask_id, steps, draw, grid='linear'):
+    """ReMDM, the largest possible sigma shared out in a row by softmax(-probability when written)."""
+    def sigma(t, s, written):  # of a masked position exp(-exp(inf)) = 0; all masked: none
+        return most_remasking(t, s) * (-written.exp()).softmax(-1).nan_to_num()
+    yield from remdm(denoise, xt, mask_id, draw, down(steps, grid, xt.device), sigma)
+
+
+def remdm_loop(denoise, xt, mask_id, steps, draw, eta=0.02, on=0.55, off=0.05, alpha_on=0.9):
+    """ReMDM: down to the level 1 - alpha_on without remasking, stay there and remask (times on to off, sigma
+    as in cap), then down to 0 without."""
+    times = torch.arange(steps, -1, -1, device=xt.device) / steps
+    level = torch.where(times > on, 1 - (1 - times) * alpha_on / (1 - on),
+                        (1 - alpha_on) * (times / off).clamp(max=1))
+    path = zip(level[:-1], level[1:], (times[:-1] <= on) & (times[1:] >= off))
+    yield from remdm(denoise, xt, mask_id, draw, path,
+                     lambda t, s, written: most_remasking(t, s).clamp(max=eta))
+
+
+def in_order(denoise, xt, mask_id, steps, draw, score, grid='linear', block_length=0):
+    """As many tokens a step as the grid says, the highest scores first; block after block, if told so, with
+    its share of the steps."""
+    blocks = list(parts(xt == mask_id, block_length))
+    for i, part in enumerate(blocks):
+        share = max(1, steps // len(blocks) + (i < steps % len(blocks)))
+        for k in counts(part.sum(-1), levels(share, grid, xt.device)).T:
+            if not k.any():
+                break
+            masked = xt == mask_id
+            logp = denoise(xt, masked.float().mean(-1))
+            token = draw(logp)
+            xt = torch.where(best(score(logp, token), masked & part, k), token, xt)
+            yield xt
+
+
+def adaptive(denoise, xt, mask_id, draw, block_length, safe):
+    """All tokens that `safe` (log p, candidates) lets through, as often as it takes."""
+    for part in parts(xt == mask_id, block_length):
+        while (left := part & (xt == mask_id)).any():
+            logp = denoise(xt, (xt == mask_id).float().mean(-1))
+            xt = torch.where(safe(logp, left), draw(logp), xt)
+            yield xt
+
+
+def threshold(denoise, xt, mask_id, steps, draw, threshold=0.9, block_length=0):
+    """See `above`; the steps are as many as it takes."""
+    yield from adaptive(denoise, xt, mask_id, draw, block_length,
+                        lambda logp, left: above(logp, left, threshold))
+
+
+def factor(denoise, xt, mask_id, steps, draw, factor=1.0, block_length=0):
+    """See `by_factor`; the steps are as many as it takes."""
+    yield from adaptive(denoise, xt, mask_id, draw, block_length,
+                        lambda logp, left: by_factor(logp, left, factor))
+
+
+def eb(denoise, xt, mask_id, steps, draw, gamma=0.1, block_length=0):
+    """See `entropy_bounded`; the steps are as many as it takes."""
+    yield from adaptive(denoise, xt, mask_id, draw, block_length,
+                        lambda logp, left: entropy_bounded(logp, left, gamma))
+
+
+RULES = {f.__name__: f for f in (ancestral, first_hitting, analytic, remdm_cap, remdm_rescale, remdm_conf,
+                                 remdm_loop, threshold, factor, eb)}
+RULES |= {name: functools.partial(in_order, score=score) for name, score in SCORES.items()}
+TAKES_STEPS = [name for name in RULES if name not in ('first_hitting', 'threshold', 'factor', 'eb')]
+
+
+def knobs_of(rule):
+    """Names of a rule's own knobs, from its signature."""
+    return [name for name, p in inspect.signature(RULES[rule]).parameters.items()
+            if p.default is not p.empty and name != 'score']
+
+
+def unmask(denoise, xt, mask_id, steps, rule='ancestral', cfg=0.0, temperature=1.0, top_k=0, top_p=1.0,
+           **knobs):
+    """Generator of canvases (B, T), one a network call; the last holds no mask id, given tokens stay.
+
+    denoise (xt, t) -> log p(x0 | xt) (B, T, V); rule: one of RULES, knobs: its own; cfg: scale of `guided`;
+    the others: see `draw`. Raises ValueError for an unknown rule and for a knob that is not the rule's.
     """
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not one of: {', '.join(RULES)}")
-    if rule == 'ancestral':
-        return ancestral(denoise, xt, mask_id, steps, **how)
-    return ordered(denoise, xt, mask_id, steps, SCORES[rule], **how)
+    for name in knobs.keys() - knobs_of(rule):
+        raise ValueError(f"{name} is not a knob of rule={rule}, whose own are: "
+                         f"{', '.join(knobs_of(rule)) or 'none'}")
+    given = xt != mask_id
+    if given.all():
+        return iter(())
+    if cfg and not given.any():
+        raise ValueError("cfg guides towards a given text: give one with --start")
+    if cfg:
+        denoise = guided(denoise, given, mask_id, cfg)
+    drawn = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    return RULES[rule](denoise, xt, mask_id, steps, drawn, **knobs)

@@ -95,8 +95,8 @@ def test_a_schedule_agrees_with_finite_differences_and_reaches_both_ends_exactly
     schedule = masked.SCHEDULES[name]
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     m, slope = masked.noise(schedule, t)
-    assert torch.allclose(slope, (masked.noise(schedule, t + 1e-6)[0] - masked.noise(schedule, t - 1e-6)[0]) / 2e-6,
-                          rtol=1e-6, atol=1e-9)
+    after, before = (masked.noise(schedule, t + dt)[0] for dt in (1e-6, -1e-6))
+    assert torch.allclose(slope, (after - before) / 2e-6, rtol=1e-6, atol=1e-9)
     assert (m.diff() > 0).all() and (slope > 0).all()
     for dtype in (torch.float32, torch.float64):
         ends, slope = masked.noise(schedule, torch.tensor([0, 1], dtype=dtype))
@@ -108,10 +108,11 @@ def test_a_schedule_agrees_with_finite_differences_and_reaches_both_ends_exactly
 def test_the_schedules_are_the_published_ones():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     level = lambda name: masked.noise(masked.SCHEDULES[name], t)[0]
-    assert torch.allclose(level('linear'), t) and torch.allclose(level('cosine'), 1 - (math.pi * t / 2).cos())
+    assert torch.allclose(level('linear'), t)
+    assert torch.allclose(level('cosine'), 1 - (math.pi * t / 2).cos())
     assert torch.allclose(level('cosine_sqr'), 1 - (math.pi * t / 2).cos() ** 2)
     sigma = 1e-4 ** (1 - t) * 20 ** t
-    assert torch.allclose(level('geometric'), 1 - (-sigma).exp(), atol=2e-4)  # theirs misses the ends by 1e-4
+    assert torch.allclose(level('geometric'), 1 - (-sigma).exp(), atol=2e-4)  # which misses the ends by 1e-4
     steps = torch.linspace(0, 1, 100001, dtype=torch.float64)
     area = torch.cumulative_trapezoid((-3 * steps ** 2 + 5 * steps - 4) ** 2, steps)
     assert torch.allclose(level('polynomial')[1:], (area / area[-1])[9999::10000], atol=1e-8)
@@ -172,8 +173,8 @@ def test_random_lengths_do_not_recompile():
 @pytest.mark.parametrize('name', masked.SCHEDULES)
 @pytest.mark.parametrize('masking', ['bernoulli', 'count'])
 def test_every_schedule_and_both_maskings_train_towards_the_same_bound(name, masking, joint):
-    """4 standard errors: a false alarm in 16,000 runs a case; the seed is fixed. The network is a wrong one, so
-    that the bound is not the likelihood."""
+    """4 standard errors: a false alarm in 16,000 runs a case; the seed is fixed. The network is a wrong one,
+    so that the bound is not the likelihood."""
     torch.manual_seed(0)
     model = exact_model(joint, schedule=name, masking=masking, loss_weight='elbo', t_law='uniform')
     model.gpt.forward = lambda x, mask=None, time=None: joint.logp(x) * 0.5
@@ -181,7 +182,8 @@ def test_every_schedule_and_both_maskings_train_towards_the_same_bound(name, mas
     bound = sum((T / m.sum() * model.masked_nats(x[None], m[None])).item() / math.comb(T, int(m.sum())) / T
                 for m in subsets(T))
     n = 40000
-    draws = torch.stack([model(x.expand(400, T), t=masked.uniform(torch.rand(400)))[0] for _ in range(n // 400)]) * T
+    draws = T * torch.stack([model(x.expand(400, T), t=masked.uniform(torch.rand(400)))[0]
+                             for _ in range(n // 400)])
     missing = 1e-3 * bound  # `uniform` keeps t off [0, 0.001]
     assert abs(draws.mean() - bound) < 4 * draws.std() / len(draws) ** 0.5 + missing
 
@@ -195,7 +197,8 @@ def test_stratified_times_a_change_of_variables_and_counts_each_lower_the_varian
     model = lambda **knobs: exact_model(joint, loss_weight='elbo', t_law='uniform', **knobs)
     x = joint.x[7].expand(1, joint.T)
     one = {}
-    for name, knobs in dict(plain={}, log_uniform=dict(schedule='log_uniform'), count=dict(masking='count')).items():
+    cases = dict(plain={}, log_uniform=dict(schedule='log_uniform'), count=dict(masking='count'))
+    for name, knobs in cases.items():
         torch.manual_seed(0)
         m = model(**knobs)
         one[name] = spread(torch.stack([m(x)[0] for _ in range(8000)]))
@@ -351,8 +354,8 @@ def test_the_network_of_sedd_sees_the_time_once_it_has_learned_to():
 
 
 def test_counts_give_a_timed_network_the_time_of_its_masks(joint):
-    """The k-th smallest of T uniform numbers is Beta(k, T + 1 - k): the bound of a network that depends on the
-    time, against its integral over the time by quadrature. 4 standard errors; the seed is fixed."""
+    """The k-th smallest of T uniform numbers is Beta(k, T + 1 - k): the bound of a network that depends on
+    the time, against its integral over the time by quadrature. 4 standard errors; the seed is fixed."""
     torch.manual_seed(0)
     model, T, x = exact_model(joint, parameterization='sedd', time_input=True), joint.T, joint.x[5]
     model.gpt.forward = lambda x, mask=None, time=None: joint.logp(x) * (1 + time[:, None, None])
@@ -371,7 +374,8 @@ def test_wrong_knobs_are_refused_by_name():
     for knobs, name in ((dict(loss_weight='flt'), 'loss_weight'), (dict(t_law='x'), 't_law'),
                         (dict(random_length=2.0), 'random_length'), (dict(n_head=5), 'n_head'),
                         (dict(dropout=1.0), 'dropout'), (dict(n_layer=0), 'n_layer'),
-                        (dict(parameterization='d3pm'), 'T=1000'), (dict(parameterization='sedd'), 'time_input'),
+                        (dict(parameterization='d3pm'), 'T=1000'),
+                        (dict(parameterization='sedd'), 'time_input'),
                         (dict(parameterization='sedd', time_input=True, T=10), 'T=10'),
                         (dict(masking='count', T=10), 'T=10'), (dict(schedule='cos'), 'schedule'),
                         (dict(T=-1), 'T=-1'), (dict(masking='x'), 'masking')):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ar
+import masked
 import unmask
 from conftest import Joint, chi_square_p
 
@@ -17,11 +18,13 @@ def last(generator):
 
 
 @pytest.mark.parametrize('rule, steps', [('ancestral', 10 ** 6), ('random', 3), ('confidence', 3),
-                                         ('margin', 3), ('entropy', 3), ('random', 50)])
+                                         ('margin', 3), ('entropy', 3), ('random', 50),
+                                         ('first_hitting', 1), ('analytic', 300), ('eb', 1)])
 def test_one_token_a_step_with_exact_conditionals_draws_the_joint_in_any_order(joint, rule, steps):
     torch.manual_seed(0)
-    blank = torch.full((40000, joint.T), joint.V)
-    x = last(unmask.unmask(joint.denoise, blank, joint.V, steps, rule))
+    blank = torch.full((20000, joint.T), joint.V)
+    knobs = dict(gamma=0.0) if rule == 'eb' else {}
+    x = last(unmask.unmask(joint.denoise, blank, joint.V, steps, rule, **knobs))
     assert chi_square_p(x, joint.p, joint.V) > 1e-4
 
 
@@ -75,9 +78,9 @@ def test_a_thousand_steps_on_256_tokens_cost_at_most_256_calls_at_any_batch_size
 
 
 def test_the_number_of_calls_has_the_mean_that_theory_gives():
-    """T (1 - (1 - 1/T)^L) for one row (MDLM); 4 standard errors."""
+    """T (1 - (1 - 1/T)^L) for a row of any batch (MDLM); 4 standard errors."""
     torch.manual_seed(0)
-    event, _ = unmask.events(torch.ones(4000, 20, dtype=torch.bool), 30)
+    event, _ = unmask.events(torch.ones(4000, 20, dtype=torch.bool), unmask.levels(30))
     calls = event.amax(-1).double() + 1
     assert abs(calls.mean() - 30 * (1 - (1 - 1 / 30) ** 20)) < 4 * calls.std() / 4000 ** 0.5
 
@@ -85,14 +88,14 @@ def test_the_number_of_calls_has_the_mean_that_theory_gives():
 def test_events_number_the_distinct_steps_of_each_row():
     torch.manual_seed(0)
     masked_ = torch.rand(50, 9) < 0.7
-    event, time = unmask.events(masked_, 5)
+    event, time = unmask.events(masked_, unmask.levels(5))
     assert (event[~masked_] == -1).all() and (event[masked_] >= 0).all()
     for e, t, m in zip(event, time, masked_):
         steps = sorted({round((1 - v) * 5) for v in t[m].tolist()})
         assert e[m].tolist() == [steps.index(round((1 - v) * 5)) for v in t[m].tolist()]
 
 
-@pytest.mark.parametrize('rule', [r for r in unmask.RULES if r != 'ancestral'])
+@pytest.mark.parametrize('rule', unmask.SCORES)
 @pytest.mark.parametrize('steps', [1, 3, 4, 10, 25])
 def test_ordered_rules_reveal_exact_counts_and_leave_no_mask(rule, steps):
     torch.manual_seed(0)
@@ -106,8 +109,10 @@ def test_ordered_rules_reveal_exact_counts_and_leave_no_mask(rule, steps):
     revealed = -torch.stack(left).diff(dim=0)
     assert left[-1].sum() == 0 and len(revealed) == min(steps, 9)
     for row, n in zip(revealed.T, left[0]):
-        share = [int(n) // steps + (i < int(n) % steps) for i in range(steps)]
-        assert row.tolist() == share[:len(row)]
+        after = [int(n) * (steps - i) // steps for i in range(steps + 1)]
+        shares = [a - b for a, b in zip(after, after[1:])]
+        assert max(shares) - min(shares) <= 1
+        assert [k for k in row.tolist() if k] == [k for k in shares if k] and row.sum() == n
 
 
 def test_ties_are_broken_at_random_not_left_to_right():
@@ -119,10 +124,12 @@ def test_ties_are_broken_at_random_not_left_to_right():
 
 def test_scores_prefer_the_surest_position():
     logp = torch.tensor([[0.4, 0.3, 0.3], [0.5, 0.45, 0.05], [0.45, 0.28, 0.27]]).log()[None]
-    assert unmask.confidence(logp).argmax() == 1
-    assert unmask.margin(logp).argmax() == 2
-    assert unmask.entropy(logp).argmax() == 1
-    assert torch.allclose(unmask.entropy(torch.tensor([[[0.0, -torch.inf]]])), torch.zeros(1, 1))
+    token = torch.tensor([[0, 2, 1]])
+    assert unmask.confidence(logp, token).argmax() == 1
+    assert unmask.margin(logp, token).argmax() == 2
+    assert unmask.entropy(logp, token).argmax() == 1
+    assert torch.allclose(unmask.llada(logp, token).exp(), torch.tensor([[0.4, 0.05, 0.28]]))
+    assert torch.allclose(unmask.entropy(torch.tensor([[[0.0, -torch.inf]]]), None), torch.zeros(1, 1))
 
 
 def test_rows_of_a_batch_do_not_influence_each_other(joint):
@@ -159,8 +166,211 @@ def test_top_k_and_top_p_keep_what_they_say():
     assert kept(top_k=0, top_p=1.0) == [True] * 4 and kept(top_p=1e-9) == [False, True, False, False]
 
 
+# ---- the rules one by one ---------------------------------------------------------------------------------
+
+LOGP = torch.tensor([[0.97, 0.02, 0.01], [0.6, 0.3, 0.1], [0.9, 0.06, 0.04], [0.4, 0.3, 0.3]]).log()[None]
+ALL = torch.ones(1, 4, dtype=torch.bool)
+
+
+def test_threshold_takes_every_sure_position_and_at_least_one():
+    assert unmask.above(LOGP, ALL, 0.85).tolist() == [[True, False, True, False]]
+    assert unmask.above(LOGP, ALL, 0.99).tolist() == [[True, False, False, False]]
+    assert unmask.above(LOGP, torch.tensor([[False, True, False, True]]), 0.99).tolist() == [
+        [False, True, False, False]]
+    assert unmask.above(LOGP, ~ALL, 0.1).sum() == 0
+
+
+def test_the_factor_rule_takes_the_largest_n_that_its_inequality_allows():
+    """(n + 1) (1 - c_n): 2 * 0.03, 3 * 0.1, 4 * 0.4, 5 * 0.6."""
+    for factor, n in ((0.05, 1), (0.07, 1), (0.31, 2), (1.61, 3), (3.1, 4)):
+        picked = unmask.by_factor(LOGP, ALL, factor)[0]
+        assert picked.tolist() == [n > rank for rank in (0, 2, 1, 3)], factor
+
+
+def test_entropy_bounded_takes_the_prefix_whose_entropy_but_for_the_largest_is_within_gamma():
+    a, b, c, _ = (-(LOGP.exp() * LOGP).sum(-1))[0].sort().values.tolist()
+    for gamma, n in ((0.0, 1), (a - 1e-4, 1), (a + 1e-4, 2), (a + b + 1e-4, 3), (a + b + c + 1e-4, 4)):
+        assert unmask.entropy_bounded(LOGP, ALL, gamma).sum() == n
+
+
+@pytest.mark.parametrize('pick', [unmask.above, unmask.by_factor, unmask.entropy_bounded])
+def test_what_is_safe_in_a_row_does_not_depend_on_the_batch(pick):
+    torch.manual_seed(0)
+    logp, candidates = (torch.randn(50, 9, 4) * 4).log_softmax(-1), torch.rand(50, 9) < 0.6
+    together = pick(logp, candidates)
+    assert (together & ~candidates).sum() == 0 and (together.any(-1) == candidates.any(-1)).all()
+    assert torch.equal(together, torch.cat([pick(a[None], b[None]) for a, b in zip(logp, candidates)]))
+
+
+def test_the_sure_rules_end_when_all_is_written_whatever_the_steps(joint):
+    calls = lambda steps, rule, **knobs: len(list(unmask.unmask(
+        joint.denoise, torch.full((4, 3), 3), 3, steps, rule, **knobs)))
+    assert calls(50, 'threshold', threshold=1e-9) == calls(50, 'factor', factor=1e9) == 1
+    assert calls(1, 'threshold', threshold=1.0) == calls(1, 'factor', factor=0.0) == 3
+    assert calls(50, 'eb', gamma=1e9) == 1 and calls(1, 'eb', gamma=0.0) == 3
+
+
+def test_analytic_steps_reveal_by_the_sum_of_the_scores_and_the_last_reveals_the_rest():
+    torch.manual_seed(0)
+    for Z in (1.0, 0.5, 1.5):
+        logs = lambda xt, t: torch.full((*xt.shape, 4), Z / 4).log()
+        left = [x.eq(4).double().mean() for x in
+                unmask.unmask(logs, torch.full((1, 40000), 4), 4, 4, 'analytic')]
+        expected = torch.tensor([1 - min(1, Z / k) for k in (4, 3, 2, 1)]).cumprod(0)
+        assert left[-1] == 0 and abs(left[0] - expected[0]) < 0.01 and abs(left[2] - expected[2]) < 0.01
+    with pytest.raises(ValueError, match='d3pm'):
+        model = masked.Model(masked.Config(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4,
+                                           parameterization='d3pm', T=10))
+        next(model.sample(torch.full((1, 4), 3), 4, 'analytic'))
+
+
+def test_normalised_scores_make_the_analytic_step_the_ancestral_one(joint):
+    """Two steps: the law by enumeration, as for ancestral above."""
+    torch.manual_seed(0)
+    blank = torch.full((30000, joint.T), joint.V)
+    a, b = (last(unmask.unmask(joint.denoise, blank, joint.V, 2, rule)) for rule in ('ancestral', 'analytic'))
+    a, b = (torch.bincount(x @ torch.tensor([9, 3, 1]), minlength=27).double() for x in (a, b))
+    statistic = ((a - b) ** 2 / (a + b)).sum()  # two samples of equal size: chi-square with 26 degrees
+    assert torch.special.gammaincc(torch.tensor(13.0), statistic / 2) > 1e-4
+
+
+# ---- ReMDM ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('rule, knobs, steps', [('remdm_rescale', dict(eta=0.02), 200),
+                                                ('remdm_cap', dict(eta=0.002), 200), ('remdm_conf', {}, 400),
+                                                ('remdm_loop', dict(eta=0.004, alpha_on=0.6), 300)])
+def test_remasking_keeps_the_law_of_the_joint(joint, rule, knobs, steps):
+    """Many small steps; conf prefers to remask the unlikely, which is not exact: it must only be close."""
+    torch.manual_seed(0)
+    blank = torch.full((8000, joint.T), joint.V)
+    x = last(unmask.unmask(joint.denoise, blank, joint.V, steps, rule, **knobs))
+    if rule == 'remdm_conf':
+        frequency = torch.bincount(x @ torch.tensor([9, 3, 1]), minlength=27) / 8000
+        assert (frequency - joint.p).abs().sum() / 2 < 0.1
+    else:
+        assert chi_square_p(x, joint.p, joint.V) > 1e-4
+
+
+def test_a_step_of_remasking_leaves_the_noise_level_where_the_grid_says():
+    torch.manual_seed(0)
+    t, s = torch.tensor(0.6), torch.tensor(0.5)
+    xt = torch.where(torch.rand(1, 200000) < t, 4, 1)
+    logp = torch.zeros(1, 200000, 4).log_softmax(-1)
+    for sigma in (0.0, 0.1, unmask.most_remasking(t, s).item()):
+        xs, _ = unmask.remasking(logp, xt, 4, xt >= 0, unmask.draw, t, s, torch.tensor(sigma))
+        assert abs((xs == 4).double().mean() - 0.5) < 4 * (0.25 / 200000) ** 0.5 * 2
+        went = ((xt == 1) & (xs == 4)).double().sum() / (xt == 1).sum()
+        assert abs(went - sigma) < 4 * (0.25 / 80000) ** 0.5
+
+
+@pytest.mark.parametrize('rule', [r for r in unmask.RULES if r.startswith('remdm')])
+def test_remasking_spares_given_tokens_and_leaves_no_mask(joint, rule):
+    torch.manual_seed(0)
+    xt = torch.full((50, 3), 3)
+    xt[:, 1] = 2
+    frames = list(unmask.unmask(joint.denoise, xt, 3, 40, rule))
+    assert all((x[:, 1] == 2).all() for x in frames) and (frames[-1] < 3).all()
+    written_again = sum(((a < 3) & (b == 3)).sum() for a, b in zip(frames, frames[1:]))
+    assert written_again > 0
+
+
+def test_remasking_by_confidence_prefers_the_tokens_that_were_unlikely():
+    torch.manual_seed(0)
+    p = torch.tensor([[0.9, 0.1]]).log()
+    denoise = lambda xt, t: p.expand(*xt.shape, 2)
+    gone = torch.zeros(2)
+    for _ in range(300):
+        frames = list(unmask.unmask(denoise, torch.full((1, 30), 2), 2, 10, 'remdm_conf'))
+        for a, b in zip(frames, frames[1:]):
+            for v in (0, 1):
+                gone[v] += ((a == v) & (b == 2)).sum()
+    assert gone[1] / gone[0] > 1.4 * 0.1 / 0.9
+
+
+# ---- guidance, grids and blocks ---------------------------------------------------------------------------
+
+def test_guidance_of_scale_0_changes_nothing_and_more_moves_towards_the_given(joint):
+    torch.manual_seed(0)
+    xt = torch.tensor([[1, 3, 3], [0, 3, 2]])
+    given, t = xt != 3, torch.full((2,), 0.6)
+    plain = joint.denoise(xt, t)
+    none = unmask.guided(joint.denoise, given, 3, 0.0)(xt, t)
+    assert torch.allclose(none.exp(), plain.exp())
+    without = joint.denoise(torch.full_like(xt, 3), t)
+    twice = unmask.guided(joint.denoise, given, 3, 1.0)(xt, t)[0, 1]
+    assert torch.allclose(twice, (2 * plain - without)[0, 1].log_softmax(-1))
+    calls = joint.calls
+    frames = list(unmask.unmask(joint.denoise, xt, 3, 5, 'confidence', cfg=1.5))
+    assert joint.calls - calls == len(frames)
+    assert (frames[-1][given] == xt[given]).all() and (frames[-1] < 3).all()
+    with pytest.raises(ValueError, match='--start'):
+        unmask.unmask(joint.denoise, torch.full((1, 3), 3), 3, 5, cfg=1.0)
+
+
+def test_the_cosine_grid_reveals_few_tokens_first_and_ends_at_zero():
+    level = unmask.levels(8, 'cosine')
+    assert level[0] == 1 and level[-1] == 0 and (level.diff() < 0).all()
+    assert torch.allclose(level[:-1], torch.cos(torch.arange(8).double() * torch.pi / 16))
+    k = unmask.counts(torch.tensor([64]), level)[0]
+    assert k.sum() == 64 and (k.diff() >= -1).all() and k[0] < k[-1] / 4
+    with pytest.raises(ValueError, match='cosine'):
+        unmask.levels(8, 'sine')
+
+
+def test_ancestral_on_either_grid_reveals_what_the_levels_say():
+    torch.manual_seed(0)
+    for grid in ('linear', 'cosine'):
+        level = unmask.levels(5, grid)
+        _, time = unmask.events(torch.ones(1, 100000, dtype=torch.bool), level)
+        for t, s in zip(level[:-1], level[1:]):
+            assert abs((time == t.float()).double().mean() - (t - s)) < 4 * 0.5 / 100000 ** 0.5
+
+
+@pytest.mark.parametrize('rule', ['llada', 'threshold', 'factor', 'eb', 'random'])
+def test_blocks_are_written_one_after_the_other_with_their_share_of_the_steps(rule):
+    torch.manual_seed(0)
+    xt = torch.full((3, 12), 5)
+    xt[:, 0] = 1
+    logits = torch.randn(3, 12, 5)
+    frames = list(unmask.unmask(lambda xt, t: logits.log_softmax(-1), xt, 5, 6, rule, block_length=4))
+    for x in frames:
+        blocks = (x == 5).view(3, 3, 4).any(-1)
+        assert not (blocks[:, 0] & (~(x == 5).view(3, 3, 4).all(-1)[:, 1])).any()
+        assert not (blocks[:, 1] & (~(x == 5).view(3, 3, 4).all(-1)[:, 2])).any()
+    assert (frames[-1] < 5).all() and (rule not in unmask.SCORES or len(frames) == 6)
+
+
+def test_every_step_count_is_honoured():
+    denoise = lambda xt, t: torch.zeros(*xt.shape, 2).log_softmax(-1)
+    for steps in range(1, 129):
+        assert len(list(unmask.unmask(denoise, torch.full((1, 128), 2), 2, steps, 'random'))) == steps
+        assert len(unmask.levels(steps)) == steps + 1
+
+
+def test_a_full_canvas_needs_no_call():
+    for rule in unmask.RULES:
+        assert list(unmask.unmask(None, torch.zeros(2, 3, dtype=torch.long), 5, 4, rule)) == []
+
+
+@pytest.mark.parametrize('rule', unmask.RULES)
+def test_every_rule_fills_the_canvas_and_keeps_what_is_given(joint, rule):
+    torch.manual_seed(0)
+    xt = torch.full((20, 3), 3)
+    xt[::2, 0] = 1
+    for x in unmask.unmask(joint.denoise, xt, 3, 4, rule, temperature=0.7, top_k=2, top_p=0.95):
+        assert (x[::2, 0] == 1).all()
+    assert (x < 3).all()
+
+
+def test_a_knob_of_another_rule_is_refused_by_name():
+    xt = torch.full((1, 3), 3)
+    for rule, knob in (('confidence', 'gamma'), ('eb', 'grid'), ('first_hitting', 'block_length')):
+        with pytest.raises(ValueError, match=knob):
+            unmask.unmask(None, xt, 3, 4, rule, **{knob: 1})
+
+
 def test_an_unknown_rule_is_named():
-    with pytest.raises(ValueError, match='ancestral, random'):
+    with pytest.raises(ValueError, match='ancestral, first_hitting'):
         unmask.unmask(None, torch.zeros(1, 1), 1, 1, 'confidense')
 
 
