@@ -17,7 +17,7 @@ import torch
 
 from configurator import fail
 
-OBJECTIVES = ('ar', 'masked')  # the concept files
+OBJECTIVES = ('ar', 'masked', 'block')  # the concept files
 
 
 # ---- device -----------------------------------------------------------------------------------------------
@@ -62,25 +62,78 @@ def seed_everything(*numbers):
 # ---- text -------------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """Text <-> token ids by the `meta.json` of a dataset: {'kind': 'char', 'chars': [...]}."""
+    """Text <-> token ids, as the `meta.json` of a dataset says:
+    {'kind': 'char', 'chars': [...]}, one id a character; {'kind': 'byte'}, the 256 bytes of UTF-8;
+    {'kind': 'gpt2'}, the 50,257 byte pairs of GPT-2.
+
+    encode(text) -> list of ids. vocab_size: how many ids there are. end: the id of <|endoftext|>, which
+    preparers write between documents and encode never returns, or None.
+    """
 
     def __init__(self, meta):
-        if meta.get('kind') != 'char':
-            fail(f"tokenizer kind {meta.get('kind')!r} is not known here")
-        self.meta, self.chars = meta, meta['chars']
-        self.ids = {c: i for i, c in enumerate(self.chars)}
-        self.vocab_size = len(self.chars)
-
-    def encode(self, text):
-        """Text -> list of ids; characters outside the vocabulary end the script, by name."""
-        unknown = sorted(set(text) - self.ids.keys())
-        if unknown:
-            fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
-        return [self.ids[c] for c in text]
+        self.meta, kind = meta, meta.get('kind')
+        if kind == 'char':
+            self.pieces, self.encode, self.end = char_tokens(meta['chars'])
+        elif kind == 'byte':
+            self.pieces, self.encode, self.end = byte_tokens()
+        elif kind == 'gpt2':
+            self.pieces, self.encode, self.end = gpt2_tokens()
+        else:
+            fail(f"tokenizer kind {kind!r} is not one of: char, byte, gpt2")
+        self.vocab_size = len(self.pieces)
+        self.lengths = np.array([len(piece) for piece in self.pieces])
+        if self.end is not None:
+            self.lengths[self.end] = 0
 
     def decode(self, ids, blank='░'):
-        """Ids -> text; id V, a masked or unwritten position, becomes `blank`."""
-        return ''.join(self.chars[i] if i < self.vocab_size else blank for i in ids)
+        """Ids -> text; an id beyond the vocabulary, a masked or unwritten position, becomes `blank`.
+        Bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        blank = blank.encode()  # UTF-8 finds its place again after broken bytes, so no blank gets lost
+        pieces = (self.pieces[i] if i < self.vocab_size else blank for i in ids)
+        return b''.join(pieces).decode(errors='replace')
+
+    def piece(self, i):
+        """The text of the single id i, for display."""
+        return self.decode([i])
+
+    def n_bytes(self, ids):
+        """How many bytes of UTF-8 the ids (list or array of any shape, all below vocab_size) stand for.
+        Summed over tokens: a window that cuts a character counts the bytes it holds of it.
+        <|endoftext|> counts 0, it is a mark between texts and no text."""
+        return int(self.lengths[np.asarray(ids, np.int64)].sum())
+
+
+def char_tokens(chars):
+    """One id a character -> (bytes of every id, text -> ids, no end of text).
+    Characters outside the vocabulary end the script, by name."""
+    ids = {c: i for i, c in enumerate(chars)}
+
+    def encode(text):
+        unknown = sorted(set(text) - ids.keys())
+        if unknown:
+            fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
+        return [ids[c] for c in text]
+    return [c.encode() for c in chars], encode, None
+
+
+def byte_tokens():
+    """One id a byte of UTF-8 -> (bytes of every id, text -> ids, no end of text)."""
+    return [bytes([i]) for i in range(256)], lambda text: list(text.encode(errors='replace')), None
+
+
+def gpt2_tokens():
+    """GPT-2's byte pairs -> (bytes of every id, text -> ids, id of <|endoftext|>).
+    tiktoken downloads the vocabulary once, or reads it from TIKTOKEN_CACHE_DIR."""
+    try:
+        import tiktoken
+        encoding = tiktoken.get_encoding('gpt2')
+    except ImportError as e:
+        fail(f"kind 'gpt2' needs tiktoken ({e}): pip install tiktoken")
+    except (OSError, ValueError) as e:  # no connection, or a file of another checksum
+        fail(f"tiktoken cannot get the vocabulary of GPT-2 ({type(e).__name__}): go online once, "
+             f"or set TIKTOKEN_CACHE_DIR to a folder where it has been before")
+    pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    return pieces, encoding.encode_ordinary, encoding.eot_token
 
 
 def load_meta(dataset):
@@ -91,20 +144,24 @@ def load_meta(dataset):
             fail(f"{path} is missing: run `python data/{dataset}/prepare.py` first")
         fail(f"dataset={dataset!r} is not a folder of data/ that holds a prepare.py "
              f"({', '.join(known) or 'there is none here'})")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding='utf-8'))
 
 
 def load_tokens(dataset, split, vocab_size, device):
-    """data/<dataset>/<split>.bin (uint16) as an int16 tensor on the device;
-    `windows` and `batch` undo the sign."""
-    path = Path('data', dataset, f'{split}.bin')
-    if not path.is_file():
-        fail(f"{path} is missing: run `python data/{dataset}/prepare.py` first")
-    tokens = np.fromfile(path, np.uint16)
-    if len(tokens) == 0 or tokens.max() >= vocab_size:
-        what = (f"holds token {tokens.max()}, beyond the vocabulary of {vocab_size}" if len(tokens)
-                else "is empty")
-        fail(f"{path} {what}: run `python data/{dataset}/prepare.py` again")
+    """All data/<dataset>/<split>*.bin (uint16; one file, or shards in the order of their names) as one
+    stream, an int16 tensor on the device; `windows` and `batch` undo the sign."""
+    prepare = f"run `python data/{dataset}/prepare.py`"
+    paths = sorted(Path('data', dataset).glob(f'{split}*.bin'))
+    if not paths:
+        fail(f"{Path('data', dataset, f'{split}.bin')} is missing: {prepare} first")
+    lengths = [path.stat().st_size // 2 for path in paths]
+    tokens = np.empty(sum(lengths), np.uint16)  # filled shard by shard, so that memory holds them once
+    for path, length, shard in zip(paths, lengths, np.split(tokens, np.cumsum(lengths)[:-1])):
+        shard[:] = np.fromfile(path, np.uint16, length)
+        if length == 0 or shard.max() >= vocab_size:
+            what = (f"holds token {shard.max()}, beyond the vocabulary of {vocab_size}" if length
+                    else "is empty")
+            fail(f"{path} {what}: {prepare} again")
     return torch.from_numpy(tokens.view(np.int16)).to(device)
 
 

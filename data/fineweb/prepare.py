@@ -1,0 +1,68 @@
+"""
+FineWeb, 10 billion tokens of web text, already in the byte pairs of GPT-2, with <|endoftext|> (50256) before
+every document: writes val_000000.bin, train_000001.bin ... (uint16) and meta.json beside this file.
+
+    python data/fineweb/prepare.py                 # 1 validation and 10 training shards, 2.2 GB
+    python data/fineweb/prepare.py --shards=103    # all, 20.7 GB
+
+Each shard holds 100 million tokens (the last 55 million), 200 MB. Run it again after a stop, or with more
+shards: what is there stays.
+
+Source: huggingface.co/datasets/kjj0/fineweb10B-gpt2, the files of modded-nanogpt in the format of llm.c
+(HF_ENDPOINT is honoured).
+"""
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from configurator import fail  # noqa: E402
+from data import tools  # noqa: E402
+
+REPOSITORY = 'kjj0/fineweb10B-gpt2'
+MAGIC, VERSION = 20240520, 1  # llm.c, dev/data/data_common.py
+SHARDS = 103
+
+
+@dataclass
+class Config:
+    shards: int = 10  # training shards, 0 to 103; 0: only to evaluate
+    out: str = str(HERE)  # where the files go
+
+    def __post_init__(self):
+        if not 0 <= self.shards <= SHARDS:
+            raise ValueError(f"shards={self.shards} must be in 0 to {SHARDS}")
+
+
+def shard_tokens(path):
+    """The tokens of a shard, (n,) uint16, behind its header of 256 int32: magic, version, n, 0 ..."""
+    header = np.fromfile(path, '<i4', 256)
+    tokens = np.fromfile(path, '<u2', offset=1024) if len(header) == 256 else []
+    if len(tokens) == 0 or header[:3].tolist() != [MAGIC, VERSION, len(tokens)]:
+        fail(f"{path} is not a whole shard of GPT-2 tokens (its header: {header[:3].tolist()}, "
+             f"its tokens: {len(tokens)}): delete it and run the same command again")
+    return tokens
+
+
+def main(argv):
+    config = tools.settings(argv, __doc__, Config)
+    host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
+    out = Path(config.out)
+    for name in ['val_000000.bin'] + [f'train_{i:06d}.bin' for i in range(1, config.shards + 1)]:
+        if not (out / name).exists():
+            raw = out / f'fineweb_{name}'
+            tools.fetch(f'{host}/datasets/{REPOSITORY}/resolve/main/{raw.name}', raw)
+            tokens = shard_tokens(raw)
+            tools.write(out / name, tokens.tobytes())
+            raw.unlink()
+            print(f"{name}: {len(tokens):,} tokens", flush=True)
+        if not (out / 'meta.json').exists():  # early: one can train on the shards that have come
+            tools.write_meta(out, dict(kind='gpt2', source=REPOSITORY, sha256=''))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

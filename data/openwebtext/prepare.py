@@ -1,0 +1,138 @@
+"""
+OpenWebText, or documents of your own, in the byte pairs of GPT-2 with <|endoftext|> (50256) behind each:
+writes train.bin, val.bin (uint16) and meta.json beside this file.
+
+    python data/openwebtext/prepare.py                     # 8 million documents, 9 billion tokens, 18 GB
+    python data/openwebtext/prepare.py --input=docs.jsonl  # or .txt, or a folder of such files
+
+A line of a .jsonl is a document, its "text"; a .txt is one document, or several with a line <|endoftext|>
+between them. Every 2,000th document goes to val.bin. Documents stream from source to disk: memory holds
+--batch of them. A run that is stopped starts anew.
+
+Source: huggingface.co/datasets/Skylion007/openwebtext, through the library datasets, which has to be
+installed for it.
+"""
+import hashlib
+import itertools
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from common import Tokenizer  # noqa: E402
+from configurator import fail  # noqa: E402
+from data import tools  # noqa: E402
+
+
+@dataclass
+class Config:
+    input: str = ''  # .txt, .jsonl or a folder of them, instead of OpenWebText
+    name: str = 'Skylion007/openwebtext'  # a dataset of the hub with a column "text"
+    revision: str = ''  # of that dataset, e.g. refs/convert/parquet; '': the main one
+    val_every: int = 2000  # one document in so many is for validation
+    batch: int = 1024  # documents in memory at a time
+    threads: int = 8  # that tokenize
+    out: str = str(HERE)  # where the files go
+
+    def __post_init__(self):
+        for name in ('val_every', 'batch', 'threads'):
+            if getattr(self, name) < (2 if name == 'val_every' else 1):
+                raise ValueError(f"{name}={getattr(self, name)} is too small")
+
+
+def hub_documents(config):
+    """The texts of a dataset of the hub, as they stream in."""
+    try:
+        import datasets
+    except ImportError:
+        fail("OpenWebText comes through the library datasets: pip install datasets; "
+             "or give documents of your own with --input=FILE")
+    try:
+        for row in datasets.load_dataset(config.name, split='train', streaming=True,
+                                         revision=config.revision or None):
+            yield row['text']
+    except (RuntimeError, OSError, ValueError, KeyError) as e:
+        fail(f"the stream of {config.name} broke ({type(e).__name__}: {str(e)[:200]}): try again, where "
+             f"its script is refused with --revision=refs/convert/parquet; or give --input=FILE")
+
+
+def file_documents(path):
+    """The documents of a .txt or .jsonl, one at a time."""
+    lines = []
+    try:
+        with open(path, encoding='utf-8') as f:
+            for number, line in enumerate(f, 1):
+                if path.suffix == '.jsonl' and line.strip():
+                    yield str(json.loads(line)['text'])
+                elif path.suffix != '.jsonl' and line.strip() == '<|endoftext|>':
+                    yield ''.join(lines)
+                    lines = []
+                elif path.suffix != '.jsonl':
+                    lines.append(line)
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        fail(f'{path}, line {number}: not an object with a "text" ({type(e).__name__}: {e})')
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f"cannot read {path} as UTF-8 text: {e}")
+    yield ''.join(lines)
+
+
+def documents(config):
+    """(iterator over the documents, their source)"""
+    if not config.input:
+        return hub_documents(config), config.name
+    root = Path(config.input)
+    paths = sorted(p for p in root.rglob('*') if p.suffix in ('.txt', '.jsonl')) if root.is_dir() else [root]
+    if not all(p.is_file() for p in paths) or not paths:
+        fail(f"--input={config.input} is no file, and no folder with .txt or .jsonl in it")
+    return itertools.chain.from_iterable(map(file_documents, paths)), root.name
+
+
+def write_tokens(texts, tokenizer, config, paths):
+    """texts -> paths['train'], paths['val'], batch by batch.
+    Returns ({'train': tokens, 'val': tokens}, sha256 of the texts)."""
+    counts, digest, number = dict(train=0, val=0), hashlib.sha256(), 0
+    with tools.disk(config.out), open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val, \
+            ThreadPoolExecutor(config.threads) as pool, \
+            tqdm(unit=' documents', disable=not sys.stderr.isatty()) as bar:
+        while batch := list(itertools.islice(texts, config.batch)):
+            for text, ids in zip(batch, pool.map(tokenizer.encode, batch)):
+                split, file = ('val', val) if number % config.val_every == 0 else ('train', train)
+                file.write(np.array([*ids, tokenizer.end], np.uint16).tobytes())
+                digest.update(text.encode(errors='replace'))
+                counts[split] += len(ids) + 1
+                number += 1
+            bar.update(len(batch))
+    return counts, digest.hexdigest()
+
+
+def main(argv):
+    config = tools.settings(argv, __doc__, Config)
+    texts, source = documents(config)
+    first = next(texts, '')  # a source that does not open ends the script here, before anything is written
+    texts = filter(str.strip, itertools.chain([first], texts))
+    tokenizer, out = Tokenizer(dict(kind='gpt2')), Path(config.out)
+    paths = {split: out / f'{split}.bin.tmp' for split in ('train', 'val')}
+    with tools.disk(out):
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        counts, sha256 = write_tokens(texts, tokenizer, config, paths)
+        if not all(counts.values()):
+            fail(f"{source} holds fewer than two documents; a single text: data/text/prepare.py")
+        for split, path in paths.items():
+            os.replace(path, out / f'{split}.bin')
+    finally:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+    tools.write_meta(out, dict(kind='gpt2', source=source, sha256=sha256))
+    print(f"{source}: train {counts['train']:,} tokens, val {counts['val']:,} tokens")
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

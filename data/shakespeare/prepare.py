@@ -1,0 +1,36 @@
+"""
+tiny-shakespeare in the byte pairs of GPT-2:
+writes train.bin, val.bin (uint16, 90/10 of the characters) and meta.json beside this file.
+
+    python data/shakespeare/prepare.py
+    python data/shakespeare/prepare.py --input=my.txt
+
+The text comes from where data/shakespeare_char/prepare.py finds it: --input, input.txt beside that script,
+the download, the plays out of a package.
+"""
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from data import tools  # noqa: E402
+from data.shakespeare_char import prepare as characters  # noqa: E402
+
+
+@dataclass
+class Config(characters.Config):
+    tokenizer: str = 'gpt2'  # gpt2 | byte | char
+    out: str = str(HERE)  # where the files go
+
+
+def main(argv):
+    config = tools.settings(argv, __doc__, Config)
+    data, source = characters.find_text(config)
+    texts = tools.cut(tools.decode(data, source))
+    tools.prepare_text(texts, config.tokenizer, config.out, source, hashlib.sha256(data).hexdigest())
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,0 +1,42 @@
+"""
+Any UTF-8 text:
+writes train.bin, val.bin (uint16, 90/10 of the characters) and meta.json beside this file.
+
+    python data/text/prepare.py --input=my.txt                     # one token a byte: knows every text
+    python data/text/prepare.py --input=my.txt --tokenizer=char    # one a character of this text
+    python data/text/prepare.py --input=my.txt --tokenizer=gpt2    # GPT-2's byte pairs, for megabytes
+
+    python train.py config/train_mdlm.py --dataset=text
+
+Text and tokens pass through memory, about 40 bytes for one of the text; larger ones are a task for
+data/openwebtext/prepare.py.
+"""
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from configurator import fail  # noqa: E402
+from data import tools  # noqa: E402
+
+
+@dataclass
+class Config:
+    input: str = ''  # the text
+    tokenizer: str = 'byte'  # byte | char | gpt2
+    out: str = str(HERE)  # where the files go
+
+
+def main(argv):
+    config = tools.settings(argv, __doc__, Config)
+    if not config.input:
+        fail("which text? --input=FILE")
+    data, source = tools.read_bytes(config.input, 'input'), Path(config.input).name
+    texts = tools.cut(tools.decode(data, source))
+    tools.prepare_text(texts, config.tokenizer, config.out, source, hashlib.sha256(data).hexdigest())
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

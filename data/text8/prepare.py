@@ -1,0 +1,67 @@
+"""
+text8: the first 100,000,000 characters of a cleaned Wikipedia, a-z and space, one token a character:
+writes train.bin, val.bin, test.bin (uint16; 90, 5 and 5 million, the split that published figures use)
+and meta.json beside this file.
+
+    python data/text8/prepare.py                       # downloads 31 MB
+    python data/text8/prepare.py --input=text8.zip     # or the unpacked text8, or another text of its kind
+
+Source: Matt Mahoney, mattmahoney.net/dc/textdata.html
+"""
+import hashlib
+import string
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from configurator import fail  # noqa: E402
+from data import tools  # noqa: E402
+
+CHARS = ' ' + string.ascii_lowercase
+LENGTH = 100_000_000
+
+
+@dataclass
+class Config:
+    input: str = ''  # text8 or text8.zip at hand, of any length
+    url: str = 'http://mattmahoney.net/dc/text8.zip'  # the download, kept as text8.zip in the folder --out
+    out: str = str(HERE)  # where the files go
+
+
+def find_text(config):
+    """The bytes of text8, out of the zip file where it is one."""
+    path = Path(config.input or Path(config.out, 'text8.zip'))
+    if not config.input:
+        tools.fetch(config.url, path, otherwise="give the file with --input=text8.zip")
+    if zipfile.is_zipfile(path) or not config.input:
+        return tools.unzip(path, 'text8')
+    return tools.read_bytes(path, 'input')
+
+
+def main(argv):
+    config = tools.settings(argv, __doc__, Config)
+    data = find_text(config)
+    source = Path(config.input).name or config.url
+    table = np.full(256, len(CHARS), np.uint16)
+    table[list(CHARS.encode())] = np.arange(len(CHARS))
+    tokens = table[np.frombuffer(data, np.uint8)]
+    if len(tokens) < 100 or not config.input and len(tokens) != LENGTH:
+        fail(f"{source} has {len(tokens):,} characters, text8 has {LENGTH:,}")
+    if tokens.max() == len(CHARS):
+        odd = data[int(tokens.argmax())]
+        fail(f"{source} holds {chr(odd)!r}, text8 only a-z and space; other texts: data/text/prepare.py")
+    a, b = int(0.9 * len(tokens)), int(0.95 * len(tokens))
+    for split, part in (('train', tokens[:a]), ('val', tokens[a:b]), ('test', tokens[b:])):
+        tools.write(Path(config.out, f'{split}.bin'), part.tobytes())
+        print(f"{split}: {len(part):,} characters")
+    tools.write_meta(config.out, dict(kind='char', chars=list(CHARS), source=source,
+                                      sha256=hashlib.sha256(data).hexdigest()))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

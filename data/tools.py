@@ -1,0 +1,190 @@
+"""
+What the preparers share: flags, downloads that go on where they were cut, files that are whole or absent,
+text into tokens.
+"""
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import requests
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import Tokenizer
+from configurator import build, fail, help_text, read
+
+TRIES, PAUSE = 5, 1.0  # of a download that was cut; seconds before the second, doubled for each after it
+
+
+def settings(argv, doc, Config):
+    """The Config that the flags ask for; --help prints what there is and ends the script."""
+    files, _, flags = read(argv)
+    if 'help' in flags:
+        print(help_text(doc, Config))
+        sys.exit(0)
+    config, = build({**files, **flags}, Config)
+    return config
+
+
+# ---- files ------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def disk(path):
+    """A disk that refuses to hold `path` (full, no rights) ends the script in one line."""
+    try:
+        yield
+    except requests.RequestException:  # an OSError as well, but of the network
+        raise
+    except OSError as e:
+        room = "; make room, then run the same command again" if e.errno == errno.ENOSPC else ""
+        fail(f"cannot write {path}: {e.strerror or e}{room}")
+
+
+def write(path, data):
+    """Write bytes under a temporary name, then rename: a file is whole or absent."""
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_bytes(path, flag):
+    """The bytes of the file that a person named with --flag, or the script ends."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        fail(f"cannot read --{flag}={path}: {e.strerror}")
+
+
+def unzip(path, member):
+    """The bytes of one member of a zip file, which carries a checksum of its own; or the script ends."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(member)
+    except (zipfile.BadZipFile, KeyError) as e:
+        fail(f"{path} is damaged or another file than expected ({e}): replace it")
+
+
+# ---- downloads --------------------------------------------------------------------------------------------
+
+def append(url, part):
+    """One connection: ask for what `part` lacks and put it behind what it has.
+    Raises requests.RequestException; what has come by then stays in `part`."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {'Accept-Encoding': 'identity'}  # else lengths would count compressed bytes
+    if have:
+        headers['Range'] = f'bytes={have}-'
+    with requests.get(url, headers=headers, stream=True, timeout=20) as response:
+        size = response.headers.get('content-range', '').rpartition('/')[2]
+        if response.status_code == 416 and have:  # nothing lies beyond `have`
+            if size == str(have):
+                return
+            part.unlink()  # of another file, or of another version of this one
+            return append(url, part)
+        response.raise_for_status()
+        if response.status_code != 206:  # the server knows no ranges and sends all of it
+            have, size = 0, response.headers.get('content-length', '')
+        total = int(size) if size.isdigit() else None
+        with disk(part):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, 'ab' if have else 'wb') as f, \
+                    tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=part.stem,
+                         disable=not sys.stderr.isatty()) as bar:
+                for chunk in response.iter_content(1 << 16):
+                    f.write(chunk)
+                    bar.update(len(chunk))
+    if total is not None and part.stat().st_size != total:
+        raise requests.ConnectionError(f"{part.stat().st_size} of {total} bytes came")
+
+
+def download(url, path, sha256=''):
+    """url -> path, whole and with the right checksum, or not at all; a file that exists is left alone.
+
+    What has come lies in path.part, where the next call goes on. A connection that is cut is tried again,
+    one that never gave a byte is not. Raises requests.RequestException, or ValueError (another checksum).
+    """
+    path = Path(path)
+    if path.exists():
+        return
+    part = path.with_name(path.name + '.part')
+    for attempt in range(TRIES):
+        try:
+            append(url, part)
+            break
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
+            if attempt == TRIES - 1 or not part.exists():
+                raise
+            time.sleep(PAUSE * 2 ** attempt)
+    if sha256:
+        with open(part, 'rb') as f:
+            found = hashlib.file_digest(f, 'sha256').hexdigest()
+        if found != sha256:
+            part.unlink()
+            raise ValueError(f"sha256 {found[:12]}… instead of {sha256[:12]}…")
+    os.replace(part, path)
+
+
+def fetch(url, path, sha256='', otherwise=''):
+    """download(), or the script ends and names the way out; `otherwise` is another one."""
+    try:
+        download(url, path, sha256)
+    except (requests.RequestException, ValueError) as e:
+        why = type(e).__name__ if isinstance(e, requests.ConnectionError) else str(e)[:150]
+        fail(f"{url} could not be downloaded ({why}): "
+             f"run the same command again, it goes on where it stopped{otherwise and '; or ' + otherwise}")
+
+
+# ---- text into tokens -------------------------------------------------------------------------------------
+
+def decode(data, source):
+    """Bytes -> text with plain line ends; text that is not UTF-8 or very short ends the script."""
+    try:
+        text = data.decode().replace('\r\n', '\n')
+    except UnicodeDecodeError as e:
+        fail(f"{source} is not UTF-8 text: {e}")
+    if len(text) < 100:
+        fail(f"{source} has {len(text)} characters: too few to train on")
+    return text
+
+
+def cut(text):
+    """{'train': the first 90% of the characters, 'val': the rest}"""
+    n = int(0.9 * len(text))
+    return dict(train=text[:n], val=text[n:])
+
+
+def write_meta(out, meta):
+    """meta.json, the name of the tokenizer and the origin of the text, is written last: it says that the
+    dataset is there."""
+    write(Path(out, 'meta.json'), json.dumps(meta, ensure_ascii=False, indent=1).encode())
+
+
+def prepare_text(texts, kind, out, source, sha256):
+    """texts {'train': str, 'val': str, ...} -> out/<split>.bin (uint16) for each, out/meta.json.
+    kind: char (the vocabulary is that of all splits) | byte | gpt2."""
+    chars = {'chars': sorted(set().union(*texts.values()))} if kind == 'char' else {}
+    meta = dict(kind=kind, **chars, source=source, sha256=sha256)
+    tokenizer, out = Tokenizer(meta), Path(out)
+    tokens = {split: np.array(tokenizer.encode(text), np.uint16) for split, text in texts.items()}
+    for split in ('train', 'val', 'test'):
+        if split in tokens:
+            write(out / f'{split}.bin', tokens[split].tobytes())
+        else:
+            with disk(out):  # of an earlier run, maybe in other tokens
+                (out / f'{split}.bin').unlink(missing_ok=True)
+    write_meta(out, meta)
+    print(f"{source}: {sum(map(len, texts.values())):,} characters, "
+          f"a vocabulary of {tokenizer.vocab_size:,}; "
+          + ', '.join(f"{split} {len(ids):,} tokens" for split, ids in tokens.items()))
