@@ -44,7 +44,7 @@ class Model(nn.Module):
         return token_nats(self.gpt(self.shifted(x)), x).sum(-1)
 
     @torch.no_grad()
-    def sample(self, xt, steps=0, rule='', **how):
+    def sample(self, xt, steps=0, rule='', temperature=1.0, top_k=0, top_p=1.0, **knobs):
         """Generator of canvases, a token each. xt (B, T) starts with the prompt; the rest is blank (= V).
 
         The same canvas as for a denoiser, so the same scripts serve both.
@@ -52,8 +52,9 @@ class Model(nn.Module):
         """
         blank = xt == self.blank
         start = int((~blank[0]).sum())
-        if rule:
-            raise ValueError("rule is for denoisers: an autoregressive model writes left to right")
+        if rule or knobs:
+            raise ValueError(f"{', '.join(knobs) or 'rule'} is for denoisers: "
+                             f"an autoregressive model writes left to right")
         if blank[:, :start].any() or not blank[:, start:].all():
             raise ValueError("an autoregressive model writes left to right: "
                              "it takes a prompt, no suffix and no template")
@@ -61,6 +62,6 @@ class Model(nn.Module):
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):
             logits = self.gpt(new, cache=cache)[:, -1].float()
-            new = draw(logits.log_softmax(-1), **how)[:, None]
+            new = draw(logits.log_softmax(-1), temperature, top_k, top_p)[:, None]
             xt[:, i:i + 1] = new
             yield xt.clone()

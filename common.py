@@ -246,11 +246,11 @@ def concept(objective):
     return importlib.import_module(objective)
 
 
-def load_model(checkpoint, device, ema=True):
-    """(model in eval mode, tokenizer) of a checkpoint dict."""
+def load_model(checkpoint, device, ema=True, **changes):
+    """(model in eval mode, tokenizer) of a checkpoint dict; changes: of its config, where weights allow."""
     module = concept(checkpoint['objective'])
     try:
-        model = module.Model(module.Config(**checkpoint['config']))
+        model = module.Model(module.Config(**{**checkpoint['config'], **changes}))
         model.load_state_dict(checkpoint['ema' if ema else 'model'])
     except (TypeError, ValueError, RuntimeError) as e:
         fail(f"the checkpoint does not fit this version of {checkpoint['objective']}.py: {str(e)[:200]}")

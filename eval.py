@@ -1,63 +1,350 @@
 """
-Measure a checkpoint: -log p in nats and bits per token, exact or an upper bound, with its standard error.
+Measure a checkpoint: its likelihood on a text, or its own texts under a judge.
 
-    python eval.py --out_dir=out-mdlm                  # the dataset's validation split, all of it
-    python eval.py --out_dir=out-mdlm --order=left     # the same network left to right: exact, another model
-    python eval.py --out_dir=out-ar --input=my.txt     # another text
+    python eval.py --out_dir=out-mdlm                     # likelihood on the dataset's validation split
+    python eval.py --out_dir=out-mdlm --order=left        # the same network left to right: another model
+    python eval.py --out_dir=out-ar --input=my.txt        # another text; --dataset=NAME: another dataset
+    python eval.py --out_dir=out-mdlm --T=10              # the bound of a diffusion in 10 steps
+    python eval.py --mode=gen_ppl --out_dir=out-mdlm --judge=out-ar --steps=64 --temperature=1
+    python eval.py --mode=frontier --out_dir=out-mdlm --judge=out-ar --csv=frontier.csv --plot=frontier.svg
 
-The text is cut into windows of the model's block size, each scored on its own; every objective sees
-the same windows. The standard error is over windows and holds both the noise of the estimate and the
-spread of the text.
+nll: the text is cut into windows of the model's block size, each scored on its own; every objective sees the
+same windows. The standard error is over windows and holds both the noise of the estimate and the spread of
+the text. Bits per byte divide by the bytes the tokens stand for, words are what spaces separate.
+
+gen_ppl: texts of the model are decoded, written anew in the judge's tokens, and all scored, none dropped:
+windows of the judge's block size, each on its own, up to and including the first <|endoftext|>, nothing
+behind it. Sure but dull texts have a low perplexity; so there stand beside it, in the judge's tokens: the
+entropy of the tokens of a text (nats, mean over texts), the share of different n-grams among all (distinct),
+and the share of a text's 4-grams that it had before (repetition). The first row is the validation text's.
+
+frontier: the same for every rule and number of steps.
 """
+import csv
 import functools
+import itertools
 import math
+import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 import common
+import unmask
+from ar import token_nats
 from configurator import build, fail, help_text, read
+
+MODES = ('nll', 'gen_ppl', 'frontier')
 
 
 @dataclass
-class Config:
+class Config(unmask.Config):
+    mode: str = 'nll'        # nll | gen_ppl | frontier
     out_dir: str = ''        # folder of the checkpoint; '': the newest out*/
     which: str = 'best'      # best | last
     ema: bool = True         # the averaged weights
     device: str = 'auto'     # auto | cpu | cuda | mps
     dtype: str = 'float32'   # of the networks: float32 | bfloat16 | auto
     seed: int = 1337         # equal seeds, equal figures
-    input: str = ''          # a UTF-8 text to score; '': val.bin of the dataset
+    input: str = ''          # a UTF-8 text to score; '': the dataset's split
+    dataset: str = ''        # another dataset than the model's own
+    split: str = 'val'       # of the dataset: val | test | train
     windows: int = 0         # how many windows, evenly spread; 0: all
     draws: int = 8           # noise draws a window, for bounds
     order: str = ''          # '': the objective's own; left: a denoiser's exact likelihood left to right
+    T: int = -1              # steps of the bound of masked diffusion, 0: continuous; -1: as in training
+    judge: str = ''          # out_dir of an autoregressive model, or a GPT-2: gpt2, gpt2-large, a folder
+    num_samples: int = 64    # texts to be judged
+    batch: int = 64          # texts written at once
+    length: int = 0          # tokens of a text; 0: the model's block size
+    overlap: int = 0         # beyond the block: tokens kept as context; 0: half a block
+    temperature: float = 1.0  # 1: the model's own law
+    rules: str = ''          # frontier: these only, separated by commas; '': all
+    grid_of_steps: str = '8,16,32,64,128,256,512,1024'  # frontier: the numbers of steps
+    csv: str = ''            # frontier: write the table here
+    plot: str = ''           # frontier: draw it here, .svg or .png (needs matplotlib)
 
     def __post_init__(self):
-        if self.draws < 1 or self.windows < 0 or self.seed < 0:
-            raise ValueError(f"draws={self.draws} must be at least 1, "
-                             f"windows={self.windows} and seed={self.seed} not negative")
-        if self.order not in ('', 'left'):
-            raise ValueError(f"order={self.order!r} is not one of: left")
+        super().__post_init__()
+        for name in ('draws', 'num_samples', 'batch'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.windows < 0 or self.seed < 0 or self.T < -1 or self.length < 0 or self.overlap < 0:
+            raise ValueError(f"windows={self.windows}, seed={self.seed}, length={self.length} and "
+                             f"overlap={self.overlap} must not be negative, T={self.T} not below -1")
+        for name, known in (('order', ('', 'left')), ('mode', MODES), ('split', ('val', 'test', 'train'))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of: "
+                                 f"{', '.join(filter(None, known))}")
+        if self.mode != 'nll' and not self.judge:
+            raise ValueError(f"mode={self.mode} needs a judge, for example --judge=out-ar")
+        if not all(part.strip().isdigit() and int(part) for part in self.grid_of_steps.split(',')):
+            raise ValueError(f"grid_of_steps={self.grid_of_steps!r} is not a list of numbers: 8,16,32")
+        for rule in filter(None, self.rules.split(',')):
+            if rule not in unmask.RULES:
+                raise ValueError(f"rules: {rule!r} is not one of: {', '.join(unmask.RULES)}")
 
 
-def text_windows(config, checkpoint, tokenizer, T, device):
-    """Windows (N, T) of --input or of the dataset the checkpoint was trained on."""
+# ---- likelihood -------------------------------------------------------------------------------------------
+
+def as_tokens(ids, device):
+    """ids -> the int16 form of `common.windows`."""
+    return torch.from_numpy(np.array(ids, np.uint16).view(np.int16)).to(device)
+
+
+def load_text(config, checkpoint, tokenizer, device):
+    """Tokens of --input, of --dataset, or of the dataset the checkpoint was trained on."""
     if config.input:
         try:
             text = Path(config.input).read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as e:
             fail(f"cannot read --input={config.input}: {e}")
-        tokens = torch.tensor(tokenizer.encode(text), dtype=torch.int16, device=device)
-    else:
-        dataset = checkpoint['run']['dataset']
-        if common.load_meta(dataset) != checkpoint['tokenizer']:
-            fail(f"data/{dataset} has been prepared anew from another text: score a text with --input=FILE")
-        tokens = common.load_tokens(dataset, 'val', tokenizer.vocab_size, device)
+        return as_tokens(tokenizer.encode(text), device)
+    dataset = config.dataset or checkpoint['run']['dataset']
+    meta, own = common.load_meta(dataset), checkpoint['tokenizer']
+    if not config.dataset and meta != own:
+        fail(f"data/{dataset} has been prepared anew from another text: score a text with --input=FILE")
+    other = common.Tokenizer(meta)
+    tokens = common.load_tokens(dataset, config.split, other.vocab_size, device)
+    if other.pieces == tokenizer.pieces:
+        return tokens
+    return as_tokens(tokenizer.encode(other.decode((tokens.long() & 0xFFFF).tolist())), device)
+
+
+def text_windows(config, checkpoint, tokenizer, T, device):
+    """Windows (N, T) of the text."""
+    tokens = load_text(config, checkpoint, tokenizer, device)
     if len(tokens) < T:
         fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
     return common.windows(tokens, T, config.windows)
+
+
+def nll(config, checkpoint, model, tokenizer, amp):
+    """Print one row of the table."""
+    x = text_windows(config, checkpoint, tokenizer, model.config.block_size, next(model.parameters()).device)
+    nats = functools.partial(model.nats, n=config.draws)
+    label = {'exact': 'exact', 'upper': 'upper bound'}[model.bound]
+    if config.order and model.bound != 'exact':  # an autoregressive model's own order is left
+        if not hasattr(model, 'nats_left'):
+            fail(f"order={config.order} is not something {checkpoint['objective']} can do")
+        nats, label = model.nats_left, 'exact, left to right'
+    with amp:
+        mean, error = common.evaluate(nats, x, config.seed)
+    ids = x.cpu()
+    per_byte = x.numel() / tokenizer.n_bytes(ids) / math.log(2)
+    words = sum(len(tokenizer.decode(row).split()) for row in ids.tolist())
+    parameters = sum(p.numel() for p in model.parameters())
+    word_perplexity = math.exp(min(700, mean * x.numel() / max(1, words)))
+    print("| objective | parameters | tokens seen | nats/token | bits/token | bits/byte | perplexity/word | "
+          "likelihood | windows |")
+    print("|---" * 9 + "|")
+    print(f"| {checkpoint['objective']} | {parameters / 1e6:.2f}M | {checkpoint['tokens'] / 1e6:.1f}M | "
+          f"{mean:.4f} ± {error:.4f} | {mean / math.log(2):.4f} ± {error / math.log(2):.4f} | "
+          f"{mean * per_byte:.4f} ± {error * per_byte:.4f} | {word_perplexity:,.0f} | "
+          f"{label} | {x.size(0)} of {x.size(1)} |")
+
+
+# ---- texts under a judge ----------------------------------------------------------------------------------
+
+def token_entropy(text):
+    """Entropy in nats of the tokens of one text (list of ids)."""
+    _, counts = np.unique(text, return_counts=True)
+    p = counts / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def ngrams(text, n):
+    return list(zip(*(text[i:] for i in range(n))))
+
+
+def distinct(texts, n):
+    """Different n-grams / n-grams, over all texts."""
+    grams = [gram for text in texts for gram in ngrams(text, n)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def repetition(texts, n=4):
+    """Share of a text's n-grams that occurred in it before, over all texts."""
+    grams = [ngrams(text, n) for text in texts]
+    return 1 - sum(len(set(g)) for g in grams) / sum(map(len, grams)) if any(grams) else 0.0
+
+
+class GPT2Judge:
+    """A pretrained GPT-2 through the library transformers, where both can be had."""
+
+    def __init__(self, name, device):
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError:
+            fail(f"judge={name} is no folder with a checkpoint of ours, and a GPT-2 needs the library "
+                 f"transformers: pip install transformers")
+        try:
+            self.net = GPT2LMHeadModel.from_pretrained(name).to(device).eval()
+        except (OSError, ValueError) as e:
+            fail(f"judge={name} could not be loaded: {str(e)[:200]}")
+        self.tokenizer = common.Tokenizer(dict(kind='gpt2'))
+        self.block_size = self.net.config.n_positions - 1  # <|endoftext|> comes before
+
+    def nats(self, x):
+        """-log p(x) in nats, (B,), after an <|endoftext|>. x (B, T)."""
+        before = F.pad(x, (1, 0), value=self.tokenizer.end)
+        return token_nats(self.net(before).logits[:, :-1], x).sum(-1)
+
+
+class OurJudge:
+    """A checkpoint of this repository with an exact likelihood."""
+
+    def __init__(self, path, device):
+        checkpoint = common.load(common.find_checkpoint(path))
+        self.net, self.tokenizer = common.load_model(checkpoint, device)
+        if self.net.bound != 'exact':
+            fail(f"judge={path} is of {checkpoint['objective']}, whose likelihood is not exact: "
+                 f"take an autoregressive one")
+        self.block_size = self.net.config.block_size
+
+    def nats(self, x):
+        return self.net.nats(x)
+
+
+def cut_at_end(ids, end):
+    """ids up to and including the first <|endoftext|>, if the tokenizer has one."""
+    return ids[:ids.index(end) + 1] if end in ids else ids
+
+
+@torch.no_grad()
+def judged(judge, texts, device, rows=64):
+    """What the judge and the counts say of texts (list of str): a dict of floats."""
+    ids = [cut_at_end(judge.tokenizer.encode(text), judge.tokenizer.end) for text in texts]
+    ids = [row for row in ids if row]
+    T = judge.block_size
+    windows = sorted((row[i:i + T] for row in ids for i in range(0, len(row), T)), key=len)
+    nats = 0.0
+    for _, same in itertools.groupby(windows, key=len):
+        for part in torch.tensor(list(same)).to(device).split(rows):
+            nats += judge.nats(part).double().sum().item()
+    n = sum(map(len, ids))
+    return dict(nats_per_token=nats / n, perplexity=math.exp(nats / n),
+                entropy=sum(map(token_entropy, ids)) / len(ids),
+                **{f'distinct_{k}': distinct(ids, k) for k in (1, 2, 3)}, repetition=repetition(ids))
+
+
+def written(model, config, tokenizer, device, **knobs):
+    """num_samples texts of the model: (texts, network calls of a batch, tokens/s)."""
+    T, calls, texts, batches, began = model.config.block_size, [], [], 0, time.time()
+    L = config.length or T
+    counter = model.gpt.register_forward_pre_hook(lambda *_: calls.append(1))
+    for start in range(0, config.num_samples, config.batch):
+        rows = min(config.batch, config.num_samples - start)
+        canvas = torch.full((rows, L), tokenizer.vocab_size, device=device)
+        for canvas in unmask.generate(model, canvas, T, config.overlap or T // 2, **knobs):
+            pass
+        texts += [tokenizer.decode(row) for row in canvas.tolist()]
+        batches += 1
+    counter.remove()
+    return texts, len(calls) / batches, config.num_samples * L / (time.time() - began)
+
+
+COLUMNS = ('nats_per_token', 'perplexity', 'entropy', 'distinct_1', 'distinct_2', 'distinct_3', 'repetition')
+
+
+def head():
+    print("| texts | knob | network calls | tokens/s | judge, nats/token | perplexity | entropy | "
+          "distinct-1 | distinct-2 | distinct-3 | repetition |")
+    print("|---" * 11 + "|", flush=True)
+
+
+def row(name, knob, calls, speed, figures):
+    cells = [name, knob, f"{calls:.1f}" if calls else "", f"{speed:,.0f}" if speed else ""]
+    print("| " + " | ".join(cells + [f"{figures[c]:.3f}" for c in COLUMNS]) + " |", flush=True)
+
+
+def validation_row(config, checkpoint, tokenizer, judge, L, device):
+    """The same figures for as many stretches of the validation text."""
+    tokens = load_text(config, checkpoint, tokenizer, device)
+    stretches = common.windows(tokens, min(L, len(tokens)), config.num_samples).tolist()
+    row('validation text', '', 0, 0, judged(judge, [tokenizer.decode(s) for s in stretches], device))
+
+
+def gen_ppl(config, checkpoint, model, tokenizer, judge, amp, device):
+    """Two rows: the validation text, and texts of the model."""
+    head()
+    validation_row(config, checkpoint, tokenizer, judge, config.length or model.config.block_size, device)
+    common.seed_everything(config.seed)
+    with amp:
+        texts, calls, speed = written(model, config, tokenizer, device, **config.knobs())
+    row(config.rule or checkpoint['objective'], f"{config.steps} steps", calls, speed,
+        judged(judge, texts, device))
+
+
+# the rules without steps are tried with values of their own knob instead
+SWEEPS = {'threshold': ('threshold', (0.3, 0.5, 0.7, 0.9, 0.97)),
+          'factor': ('factor', (8.0, 4.0, 2.0, 1.0, 0.5)),
+          'eb': ('gamma', (10.0, 3.0, 1.0, 0.3, 0.1, 0.03))}
+
+
+def frontier_settings(config):
+    """(rule, its knob for the table, knobs) of every point."""
+    common_knobs = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    for rule in filter(None, (config.rules or ','.join(unmask.RULES)).split(',')):
+        if rule in SWEEPS:
+            name, values = SWEEPS[rule]
+            points = [(f"{name} {value}", {name: value}) for value in values]
+        elif rule == 'first_hitting':
+            points = [('', {})]
+        else:
+            points = [(f"{int(n)} steps", dict(steps=int(n))) for n in config.grid_of_steps.split(',')]
+        for label, knobs in points:
+            yield rule, label, dict(dict(steps=config.steps), rule=rule, **common_knobs) | knobs
+
+
+def frontier(config, checkpoint, model, tokenizer, judge, amp, device):
+    """A row for every rule and number of steps; the same in a CSV and a plot."""
+    head()
+    validation_row(config, checkpoint, tokenizer, judge, config.length or model.config.block_size, device)
+    rows = []
+    for rule, label, knobs in frontier_settings(config):
+        common.seed_everything(config.seed)
+        with amp:
+            try:
+                texts, calls, speed = written(model, config, tokenizer, device, **knobs)
+            except ValueError as e:  # of a rule that this model cannot take
+                print(f"{rule}: {e}", file=sys.stderr)
+                continue
+        figures = judged(judge, texts, device)
+        rows.append(dict(rule=rule, knob=label, calls=calls, tokens_per_second=speed, **figures))
+        row(rule, label, calls, speed, figures)
+    if config.csv and rows:
+        with open(config.csv, 'w', newline='') as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if config.plot and rows:
+        draw(rows, config.plot)
+
+
+def draw(rows, path):
+    """Quality and entropy against network calls, a line a rule."""
+    try:
+        import matplotlib
+    except ImportError:
+        fail("plot needs matplotlib: pip install matplotlib; the table above and --csv do not")
+    matplotlib.use('agg')
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout='constrained')
+    for i, (rule, points) in enumerate(itertools.groupby(rows, key=lambda r: r['rule'])):
+        points = sorted(points, key=lambda r: r['calls'])
+        for axis, column in zip(axes, ('nats_per_token', 'entropy')):
+            axis.plot([p['calls'] for p in points], [p[column] for p in points], marker='osv^D'[i % 5],
+                      color=pyplot.cm.tab20(i % 20), label=rule, markersize=4)
+    for axis, label in zip(axes, ('nats/token under the judge', 'entropy of the tokens of a text, nats')):
+        axis.set(xscale='log', xlabel='network calls', ylabel=label)
+    axes[1].legend(fontsize='small', ncols=2)
+    figure.savefig(path)
 
 
 def main(argv):
@@ -67,23 +354,22 @@ def main(argv):
     config, = build({**files, **flags}, Config)
     device = common.pick_device(config.device)
     checkpoint = common.load(common.find_checkpoint(config.out_dir, config.which))
-    model, tokenizer = common.load_model(checkpoint, device, config.ema)
-    x = text_windows(config, checkpoint, tokenizer, model.config.block_size, device)
-
-    nats = functools.partial(model.nats, n=config.draws)
-    label = {'exact': 'exact', 'upper': 'upper bound'}[model.bound]
-    if config.order and model.bound != 'exact':  # an autoregressive model's own order is left
-        if not hasattr(model, 'nats_left'):
-            fail(f"order={config.order} is not something {checkpoint['objective']} can do")
-        nats, label = model.nats_left, 'exact, left to right'
-    with common.autocast(device, common.pick_dtype(config.dtype, device)):
-        mean, error = common.evaluate(nats, x, config.seed)
-    parameters = sum(p.numel() for p in model.parameters())
-    print("| objective | parameters | tokens seen | nats/char | bits/char | likelihood | windows |")
-    print("|---|---|---|---|---|---|---|")
-    print(f"| {checkpoint['objective']} | {parameters / 1e6:.2f}M | {checkpoint['tokens'] / 1e6:.1f}M | "
-          f"{mean:.4f} ± {error:.4f} | {mean / math.log(2):.4f} ± {error / math.log(2):.4f} | "
-          f"{label} | {x.size(0)} of {x.size(1)} |")
+    changes = {} if config.T < 0 else dict(T=config.T)
+    if changes and checkpoint['objective'] != 'masked':
+        fail(f"T={config.T} is for masked diffusion, not for {checkpoint['objective']}")
+    model, tokenizer = common.load_model(checkpoint, device, config.ema, **changes)
+    amp = common.autocast(device, common.pick_dtype(config.dtype, device))
+    if config.mode == 'nll':
+        return nll(config, checkpoint, model, tokenizer, amp)
+    if (config.overlap or 1) >= model.config.block_size:
+        fail(f"overlap={config.overlap} must be smaller than block_size={model.config.block_size}")
+    ours = os.path.isfile(Path(config.judge, 'last.pt'))
+    judge = OurJudge(config.judge, device) if ours else GPT2Judge(config.judge, device)
+    measure = gen_ppl if config.mode == 'gen_ppl' else frontier
+    try:
+        measure(config, checkpoint, model, tokenizer, judge, amp, device)
+    except ValueError as e:  # what this model cannot do
+        fail(e)
 
 
 if __name__ == '__main__':

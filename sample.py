@@ -2,10 +2,12 @@
 Write text with any checkpoint: unmasking, infilling, left to right, and texts longer than the model's block.
 
     python sample.py --steps=64                                   # the newest checkpoint under out*/
-    python sample.py --start="ROMEO:" --suffix="Exit." --rule=confidence
+    python sample.py --start="ROMEO:" --suffix="Exit." --rule=eb --gamma=0.1
     python sample.py --template="To be, ___ that is the ___." --hole=12
     python sample.py --watch                                      # the text as it denoises, in the terminal
     python sample.py --html=sample.html                           # the same as a page with a slider
+
+The rules: RULES.
 
 A canvas is (num_samples, length) tokens with the id V where text is still to be written.
 `model.sample(canvas, ...)` yields it after every network call; what is printed, watched or saved as a page
@@ -13,6 +15,7 @@ is that one sequence of canvases.
 """
 import html
 import json
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -21,11 +24,12 @@ from pathlib import Path
 import torch
 
 import common
+import unmask
 from configurator import build, fail, help_text, read
 
 
 @dataclass
-class Config:
+class Config(unmask.Config):
     out_dir: str = ''          # folder of the checkpoint; '': the newest out*/
     which: str = 'best'        # best | last
     ema: bool = True           # the averaged weights
@@ -35,27 +39,23 @@ class Config:
     num_samples: int = 2       # texts, side by side in one batch
     length: int = 0            # tokens of a text, prompt included; 0: the model's block size
     overlap: int = 0           # beyond the block: tokens of the last part kept as context; 0: half a block
-    steps: int = 64            # of the denoiser for a block; an autoregressive model takes one a token
-    rule: str = ''             # draws to keep: ancestral (default) | random | confidence | margin | entropy
-    temperature: float = 0.7   # 1: the model's own law; below: likelier tokens more often; 0: the likeliest
-    top_k: int = 0             # draw from the k likeliest tokens; 0: all
-    top_p: float = 1.0         # draw from the fewest tokens with this probability together
     start: str = ''            # given text at the start; FILE:path reads it from a file
     suffix: str = ''           # given text at the end
     template: str = ''         # given text with ___ for each hole, instead of start and suffix
     hole: int = 8              # tokens of a hole
+    stop: str = ''             # end a text behind this one; <|endoftext|> is GPT-2's
+    min_entropy: float = 0.0   # end a text whose last 256 tokens have less entropy, nats (BD3-LM: 4 bits)
     watch: bool = False        # show the denoising in the terminal
     html: str = ''             # write the denoising to this file, a page that needs nothing else
 
     def __post_init__(self):
-        for name in ('num_samples', 'steps', 'hole'):
+        super().__post_init__()
+        for name in ('num_samples', 'hole'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ('seed', 'length', 'overlap', 'temperature', 'top_k'):
+        for name in ('seed', 'length', 'overlap', 'min_entropy'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
         if self.template and (self.start or self.suffix or self.length):
             raise ValueError("template says where everything goes: leave out start, suffix and length")
         if self.template and '___' not in self.template:
@@ -95,20 +95,22 @@ def make_canvas(config, tokenizer, block_size):
     return torch.tensor(row)
 
 
-def generate(model, canvas, block_size, overlap, **knobs):
-    """Generator of canvases (B, L), one a network call, for any L.
+def ending(row, start, blank, stop, min_entropy, last=256):
+    """Where a text ends that has met a stopping rule, else 0. row: ids, the first `start` given.
 
-    Block after block: each keeps the last `overlap` tokens of the one before as given context,
-    the last ends at L.
+    Behind the ids `stop`; or where the ids of `last` tokens have an entropy below min_entropy nats (what
+    repeats itself does, BD3-LM arXiv 2503.09573). Only the part before the first blank is looked at.
     """
-    start, length = 0, canvas.size(1)
-    while True:
-        for window in model.sample(canvas[:, start:start + block_size], **knobs):
-            canvas = torch.cat([canvas[:, :start], window, canvas[:, start + block_size:]], dim=1)
-            yield canvas
-        if start + block_size >= length:
-            return
-        start = min(start + block_size - overlap, length - block_size)
+    written = row[:row.index(blank)] if blank in row else row
+    for i in range(start, len(written) - len(stop) + 1) if stop else ():
+        if written[i:i + len(stop)] == stop:
+            return i + len(stop)
+    if min_entropy:
+        for end in range(max(start, last), len(written) + 1):
+            p = torch.bincount(torch.tensor(written[end - last:end])) / last
+            if -torch.special.xlogy(p, p).sum() < min_entropy:
+                return end
+    return 0
 
 
 def show(old, new, tokenizer):
@@ -129,7 +131,7 @@ pre{white-space:pre-wrap;border-top:1px solid #ccc;padding-top:1em}input{width:1
 .n{background:#0072b2;color:#fff}</style>
 <p>TITLE<p><label>network call <output id="o"></output> <input id="s" type="range" min="0" value="0"></label>
 <button id="b">play</button><div id="t"></div><script>
-const frames = FRAMES, chars = CHARS, V = chars.length,
+const frames = FRAMES, text = TEXT, blank = BLANK,
   s = document.getElementById('s'), t = document.getElementById('t')
 s.max = frames.length - 1
 function show() {
@@ -139,8 +141,8 @@ function show() {
     const pre = document.createElement('pre')
     row.forEach((id, i) => {
       const span = document.createElement('span')
-      span.textContent = id == V ? '\\u2591' : chars[id]
-      span.className = id == V ? 'm' : id != old[b][i] ? 'n' : ''
+      span.textContent = text[id]
+      span.className = id == blank ? 'm' : id != old[b][i] ? 'n' : ''
       pre.append(span)
     })
     return pre
@@ -159,31 +161,36 @@ show()
 
 def page(frames, tokenizer, title):
     """The canvases as one HTML page with a slider; nothing is loaded from elsewhere."""
-    chars = json.dumps([tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]).replace('<', '\\u003c')
-    frames = json.dumps([frame.tolist() for frame in frames], separators=(',', ':'))
-    return PAGE.replace('TITLE', html.escape(title)).replace('FRAMES', frames).replace('CHARS', chars)
+    text = {i: tokenizer.piece(i) for i in torch.cat(frames).unique().tolist()}
+    parts = {'TITLE': html.escape(title), 'BLANK': str(tokenizer.vocab_size),
+             'TEXT': json.dumps(text).replace('<', '\\u003c'),
+             'FRAMES': json.dumps([frame.tolist() for frame in frames], separators=(',', ':'))}
+    return re.sub('|'.join(parts), lambda found: parts[found[0]], PAGE)
 
 
 def main(argv):
     files, _, flags = read(argv)
     if 'help' in flags:
-        return print(help_text(__doc__, Config))
+        return print(help_text(__doc__.replace('RULES', ', '.join(unmask.RULES)), Config))
     config, = build({**files, **flags}, Config)
     device = common.pick_device(config.device)
     checkpoint = common.load(path := common.find_checkpoint(config.out_dir, config.which))
     model, tokenizer = common.load_model(checkpoint, device, config.ema)
-    block_size = model.config.block_size
+    block_size, blank = model.config.block_size, tokenizer.vocab_size
     overlap = config.overlap or block_size // 2
     if overlap >= block_size:
         fail(f"overlap={overlap} must be smaller than block_size={block_size}")
     canvas = make_canvas(config, tokenizer, block_size).to(device).repeat(config.num_samples, 1)
-    knobs = {name: getattr(config, name) for name in ('steps', 'rule', 'temperature', 'top_k', 'top_p')}
+    start = len(tokenizer.encode(given(config.start)))
+    end_of_text = config.stop == '<|endoftext|>' and tokenizer.end is not None
+    stop = [tokenizer.end] if end_of_text else tokenizer.encode(config.stop)
+    ends = [0] * config.num_samples
 
     common.seed_everything(config.seed)
     calls, frames, began = 0, [canvas], time.time()
     try:
         with common.autocast(device, common.pick_dtype(config.dtype, device)):
-            for canvas in generate(model, canvas, block_size, overlap, **knobs):
+            for canvas in unmask.generate(model, canvas, block_size, overlap, **config.knobs()):
                 calls += 1
                 if config.watch:
                     show(frames[-1][0].tolist(), canvas[0].tolist(), tokenizer)
@@ -191,11 +198,15 @@ def main(argv):
                     began += PAUSE
                 if config.watch or config.html:
                     frames.append(canvas)
+                if stop or config.min_entropy:
+                    ends = [ending(row, start, blank, stop, config.min_entropy) for row in canvas.tolist()]
+                    if all(ends):
+                        break
     except ValueError as e:  # what this model cannot do
         fail(e)
     except KeyboardInterrupt:
         sys.exit(130)
-    texts = [tokenizer.decode(row) for row in canvas.tolist()]
+    texts = [tokenizer.decode(row[:end or None]) for row, end in zip(canvas.tolist(), ends)]
     seconds = time.time() - began
     print(('\n' + '-' * 60 + '\n').join(texts))
     print(f"[{path}, iteration {checkpoint['iter']}: {calls} network calls, {seconds:.2f} s, "

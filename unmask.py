@@ -26,9 +26,41 @@ Noise is float64 where the device has it: float32 Gumbel noise loses its tail an
 import functools
 import inspect
 import math
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    steps: int = 64            # of the denoiser for a block; an autoregressive model takes one a token
+    rule: str = ''             # which draws to keep, see unmask.py; '': ancestral
+    temperature: float = 0.7   # 1: the model's own law; below: likelier tokens more often; 0: the likeliest
+    top_k: int = 0             # draw from the k likeliest tokens; 0: all
+    top_p: float = 1.0         # draw from the fewest tokens with this probability together
+    cfg: float = 0.0           # guidance towards the given text; 0: none
+    grid: str = 'linear'       # noise levels of the steps: linear | cosine
+    part_length: int = 0       # ordered and sure rules: write stretches of so many tokens in turn; 0: all
+    threshold: float = 0.9     # of rule=threshold: probability from which a token is safe
+    factor: float = 1.0        # of rule=factor
+    gamma: float = 0.1         # of rule=eb, nats
+    eta: float = 0.02          # of rule=remdm_cap, remdm_rescale, remdm_loop: how much to remask
+
+    def __post_init__(self):
+        for name in ('temperature', 'top_k', 'cfg', 'part_length', 'factor', 'gamma', 'eta'):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+
+    def knobs(self):
+        """What `Model.sample` takes: how to draw, and of the rule's knobs those that were changed."""
+        how = ('steps', 'rule', 'temperature', 'top_k', 'top_p')
+        return {f.name: getattr(self, f.name) for f in fields(Config)
+                if f.name in how or getattr(self, f.name) != f.default}
 
 
 # ---- drawing a token --------------------------------------------------------------------------------------
@@ -192,10 +224,10 @@ def events(masked, level=None):
     return event.masked_fill(~masked, -1), falling[step.clamp(min=0)]
 
 
-def parts(masked, block_length):
-    """LLaDA's blocks: the masked positions of one stretch of block_length after the other, (B, T) bool each;
+def parts(masked, part_length):
+    """LLaDA's blocks: the masked positions of one stretch of part_length after the other, (B, T) bool each;
     0: all at once."""
-    number = torch.arange(masked.size(1), device=masked.device) // (block_length or masked.size(1))
+    number = torch.arange(masked.size(1), device=masked.device) // (part_length or masked.size(1))
     for i in range(int(number[-1]) + 1):
         if (part := masked & (number == i)).any():
             yield part
@@ -308,10 +340,10 @@ def remdm_loop(denoise, xt, mask_id, steps, draw, eta=0.02, on=0.55, off=0.05, a
                      lambda t, s, written: most_remasking(t, s).clamp(max=eta))
 
 
-def in_order(denoise, xt, mask_id, steps, draw, score, grid='linear', block_length=0):
+def in_order(denoise, xt, mask_id, steps, draw, score, grid='linear', part_length=0):
     """As many tokens a step as the grid says, the highest scores first; block after block, if told so, with
     its share of the steps."""
-    blocks = list(parts(xt == mask_id, block_length))
+    blocks = list(parts(xt == mask_id, part_length))
     for i, part in enumerate(blocks):
         share = max(1, steps // len(blocks) + (i < steps % len(blocks)))
         for k in counts(part.sum(-1), levels(share, grid, xt.device)).T:
@@ -324,30 +356,30 @@ def in_order(denoise, xt, mask_id, steps, draw, score, grid='linear', block_leng
             yield xt
 
 
-def adaptive(denoise, xt, mask_id, draw, block_length, safe):
+def adaptive(denoise, xt, mask_id, draw, part_length, safe):
     """All tokens that `safe` (log p, candidates) lets through, as often as it takes."""
-    for part in parts(xt == mask_id, block_length):
+    for part in parts(xt == mask_id, part_length):
         while (left := part & (xt == mask_id)).any():
             logp = denoise(xt, (xt == mask_id).float().mean(-1))
             xt = torch.where(safe(logp, left), draw(logp), xt)
             yield xt
 
 
-def threshold(denoise, xt, mask_id, steps, draw, threshold=0.9, block_length=0):
+def threshold(denoise, xt, mask_id, steps, draw, threshold=0.9, part_length=0):
     """See `above`; the steps are as many as it takes."""
-    yield from adaptive(denoise, xt, mask_id, draw, block_length,
+    yield from adaptive(denoise, xt, mask_id, draw, part_length,
                         lambda logp, left: above(logp, left, threshold))
 
 
-def factor(denoise, xt, mask_id, steps, draw, factor=1.0, block_length=0):
+def factor(denoise, xt, mask_id, steps, draw, factor=1.0, part_length=0):
     """See `by_factor`; the steps are as many as it takes."""
-    yield from adaptive(denoise, xt, mask_id, draw, block_length,
+    yield from adaptive(denoise, xt, mask_id, draw, part_length,
                         lambda logp, left: by_factor(logp, left, factor))
 
 
-def eb(denoise, xt, mask_id, steps, draw, gamma=0.1, block_length=0):
+def eb(denoise, xt, mask_id, steps, draw, gamma=0.1, part_length=0):
     """See `entropy_bounded`; the steps are as many as it takes."""
-    yield from adaptive(denoise, xt, mask_id, draw, block_length,
+    yield from adaptive(denoise, xt, mask_id, draw, part_length,
                         lambda logp, left: entropy_bounded(logp, left, gamma))
 
 
@@ -384,3 +416,19 @@ def unmask(denoise, xt, mask_id, steps, rule='ancestral', cfg=0.0, temperature=1
         denoise = guided(denoise, given, mask_id, cfg)
     drawn = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
     return RULES[rule](denoise, xt, mask_id, steps, drawn, **knobs)
+
+
+def generate(model, canvas, block_size, overlap, **knobs):
+    """Generator of canvases (B, L), one a network call, for any L.
+
+    Block after block: each keeps the last `overlap` tokens of the one before as given context,
+    the last ends at L.
+    """
+    start, length = 0, canvas.size(1)
+    while True:
+        for window in model.sample(canvas[:, start:start + block_size], **knobs):
+            canvas = torch.cat([canvas[:, :start], window, canvas[:, start + block_size:]], dim=1)
+            yield canvas
+        if start + block_size >= length:
+            return
+        start = min(start + block_size - overlap, length - block_size)

@@ -76,8 +76,8 @@ def test_the_estimate_has_the_mean_of_the_enumerated_bound():
 
 
 def test_the_first_loss_averages_to_log_V():
-    for knobs in (dict(block_length=1), dict(block_length=4), dict(block_length=8, mask_low=0.1, mask_high=0.6),
-                  dict(block_length=8, loss_weight='elbo')):
+    for knobs in (dict(block_length=1), dict(block_length=4), dict(block_length=8, loss_weight='elbo'),
+                  dict(block_length=8, mask_low=0.1, mask_high=0.6)):
         torch.manual_seed(0)
         net = block.Model(block.Config(vocab_size=7, block_size=32, n_layer=1, n_head=1, n_embd=4, **knobs))
         losses = [net(torch.randint(7, (64, 32)))[0].item() for _ in range(30)]
@@ -134,7 +134,8 @@ def test_the_steps_are_shared_out_and_the_text_may_end_inside_a_block():
 
 def test_what_block_diffusion_cannot_do_is_said(mistake):
     for knobs, word in ((dict(block_length=3), 'block_length=3'),
-                        (dict(mask_low=0.9, mask_high=0.5), 'mask_low'), (dict(loss_weight='x'), 'loss_weight'), (dict(block_length=0), 'block_length=0')):
+                        (dict(mask_low=0.9, mask_high=0.5), 'mask_low'),
+                        (dict(loss_weight='x'), 'loss_weight'), (dict(block_length=0), 'block_length=0')):
         with pytest.raises(ValueError, match=word):
             block.Config(block_size=8, n_embd=8, n_head=1, **knobs)
     net = random_model(4)

@@ -1,4 +1,6 @@
 """The commands of the README at a tiny size, and the mistakes people make."""
+import dataclasses
+import inspect
 import json
 import re
 import subprocess
@@ -13,6 +15,7 @@ import eval as evaluation
 import masked
 import sample
 import train
+import unmask
 from conftest import ROOT, TEXT, TINY
 
 
@@ -82,7 +85,7 @@ def test_beyond_the_block_the_last_part_stays_as_context(trained):
         return masked.Model.sample(model, window, **knobs)
     spied = type('Spied', (), {'sample': staticmethod(spy)})
     V = tokenizer.vocab_size
-    *_, canvas = sample.generate(spied, torch.full((1, 41), V), 16, 6, steps=4)
+    *_, canvas = unmask.generate(spied, torch.full((1, 41), V), 16, 6, steps=4)
     assert canvas.shape == (1, 41) and (canvas < V).all()
     assert [row.count(V) for row in seen] == [16, 10, 10, 5]
     for start, row in zip((0, 10, 20, 25), seen):
@@ -123,8 +126,49 @@ def test_the_page_holds_every_canvas_and_loads_nothing(trained, capsys):
     assert not re.search(r'https?:|src=|@import|<link', page)
 
 
+@pytest.mark.parametrize('out_dir', ['out-m', 'out-a'])
+def test_a_text_ends_behind_its_stop(trained, capsys, out_dir):
+    sample.main([f'--out_dir={out_dir}', '--length=400', '--num_samples=3', '--seed=5', '--steps=4'])
+    whole, _ = text_of(capsys)
+    sample.main([f'--out_dir={out_dir}', '--length=400', '--num_samples=3', '--seed=5', '--steps=4', '--stop=e'])
+    cut, err = text_of(capsys)
+    assert cut == [text[:text.index('e') + 1] for text in whole]
+    assert int(re.search(r'(\d+) network calls', err)[1]) < 400
+
+
+def test_a_text_ends_where_it_starts_to_repeat_itself():
+    varied, dull = list(range(30)) * 20, [1, 2] * 300
+    assert sample.ending(varied, 0, 99, [], 2.0) == 0
+    end = sample.ending(varied + dull, 0, 99, [], 2.0)
+    assert len(varied) < end < len(varied) + 256
+    assert sample.ending(varied + [99] + dull, 0, 99, [], 2.0) == 0  # what is not written yet does not count
+    assert sample.ending([7, 1, 5, 7, 5, 7], 2, 99, [5, 7], 0.0) == 4  # a stop in the given text does not end it
+    assert sample.ending([5, 7, 1], 2, 99, [5, 7], 0.0) == 0
+
+
+@pytest.mark.parametrize('flags', [['--cfg=2'], ['--grid=cosine'], ['--rule=llada', '--part_length=4'],
+                                   ['--rule=threshold', '--threshold=0.4'], ['--rule=factor', '--factor=2'],
+                                   ['--rule=eb', '--gamma=0.3'], ['--rule=remdm_loop', '--eta=0.1'],
+                                   ['--rule=first_hitting'], ['--rule=analytic', '--steps=9']])
+def test_every_rule_can_be_asked_for_with_its_knob(trained, capsys, flags):
+    sample.main(['--out_dir=out-m', '--start=To', *flags])
+    assert all(t.startswith('To') and '░' not in t for t in text_of(capsys)[0])
+
+
+def test_the_knobs_of_the_rules_have_the_same_defaults_in_the_scripts_and_in_the_functions():
+    for rule, function in unmask.RULES.items():
+        for name, p in inspect.signature(function).parameters.items():
+            if name in {f.name for f in dataclasses.fields(unmask.Config)} and p.default is not p.empty:
+                assert getattr(unmask.Config(), name) == p.default, (rule, name)
+
+
 @pytest.mark.parametrize('flags, words', [
     (['--steps=0'], ['steps=0']),
+    (['--rule=confidence', '--gamma=0.5'], ['gamma', 'confidence', 'grid']),
+    (['--cfg=1'], ['cfg', '--start']),
+    (['--grid=sine', '--rule=random'], ['sine', 'cosine']),
+    (['--min_entropy=-1'], ['min_entropy']),
+    (['--stop=Ω'], ["'Ω'"]),
     (['--temperature=-1'], ['temperature']),
     (['--top_p=0'], ['top_p']),
     (['--step=4'], ['--steps']),
@@ -148,6 +192,7 @@ def test_a_mistake_in_sampling_is_one_line(trained, mistake, flags, words):
 def test_an_autoregressive_model_says_what_it_cannot_do(trained, mistake):
     assert 'left to right' in mistake(sample.main, '--out_dir=out-a', '--suffix=be')
     assert 'rule' in mistake(sample.main, '--out_dir=out-a', '--rule=margin')
+    assert 'part_length' in mistake(sample.main, '--out_dir=out-a', '--part_length=3')
 
 
 def test_without_any_checkpoint_the_command_that_makes_one_is_named(workdir, mistake):

@@ -228,7 +228,7 @@ def test_normalised_scores_make_the_analytic_step_the_ancestral_one(joint):
     """Two steps: the law by enumeration, as for ancestral above."""
     torch.manual_seed(0)
     blank = torch.full((30000, joint.T), joint.V)
-    a, b = (last(unmask.unmask(joint.denoise, blank, joint.V, 2, rule)) for rule in ('ancestral', 'analytic'))
+    a, b = (last(unmask.unmask(joint.denoise, blank, 3, 2, rule)) for rule in ('ancestral', 'analytic'))
     a, b = (torch.bincount(x @ torch.tensor([9, 3, 1]), minlength=27).double() for x in (a, b))
     statistic = ((a - b) ** 2 / (a + b)).sum()  # two samples of equal size: chi-square with 26 degrees
     assert torch.special.gammaincc(torch.tensor(13.0), statistic / 2) > 1e-4
@@ -332,7 +332,7 @@ def test_blocks_are_written_one_after_the_other_with_their_share_of_the_steps(ru
     xt = torch.full((3, 12), 5)
     xt[:, 0] = 1
     logits = torch.randn(3, 12, 5)
-    frames = list(unmask.unmask(lambda xt, t: logits.log_softmax(-1), xt, 5, 6, rule, block_length=4))
+    frames = list(unmask.unmask(lambda xt, t: logits.log_softmax(-1), xt, 5, 6, rule, part_length=4))
     for x in frames:
         blocks = (x == 5).view(3, 3, 4).any(-1)
         assert not (blocks[:, 0] & (~(x == 5).view(3, 3, 4).all(-1)[:, 1])).any()
@@ -364,7 +364,7 @@ def test_every_rule_fills_the_canvas_and_keeps_what_is_given(joint, rule):
 
 def test_a_knob_of_another_rule_is_refused_by_name():
     xt = torch.full((1, 3), 3)
-    for rule, knob in (('confidence', 'gamma'), ('eb', 'grid'), ('first_hitting', 'block_length')):
+    for rule, knob in (('confidence', 'gamma'), ('eb', 'grid'), ('first_hitting', 'part_length')):
         with pytest.raises(ValueError, match=knob):
             unmask.unmask(None, xt, 3, 4, rule, **{knob: 1})
 

@@ -1,0 +1,220 @@
+"""The figures of eval.py against the same figures computed another way."""
+import csv
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+import common
+import eval as evaluation
+import train
+from conftest import TEXT, TINY
+
+
+@pytest.fixture
+def trained(workdir, capsys):
+    """A masked model in out-m, its twin in out-a; what they print while they train is dropped."""
+    train.main([*TINY, '--out_dir=out-m'])
+    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
+    capsys.readouterr()
+    return workdir
+
+
+def rows_of(capsys):
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+    names = [cell.strip() for cell in lines[0].strip('|').split('|')]
+    return [dict(zip(names, (cell.strip() for cell in line.strip('|').split('|')))) for line in lines[2:]]
+
+
+def model_of(out_dir):
+    return common.load_model(common.load(f'{out_dir}/best.pt'), torch.device('cpu'))
+
+
+# ---- likelihood -------------------------------------------------------------------------------------------
+
+def test_bits_per_byte_divide_by_the_bytes_of_the_text_whatever_the_tokenizer(trained, capsys):
+    (trained / 'x.txt').write_text(TEXT[:160])
+    evaluation.main(['--out_dir=out-a', '--input=x.txt'])
+    row, = rows_of(capsys)
+    net, tokenizer = model_of('out-a')
+    nats = net.nats(torch.tensor(tokenizer.encode(TEXT[:160])).view(10, 16)).sum().item()
+    assert abs(float(row['bits/byte'].split()[0]) - nats / math.log(2) / 160) < 1e-4
+    assert abs(float(row['nats/token'].split()[0]) - nats / 160) < 1e-4
+    words = sum(len(TEXT[i:i + 16].split()) for i in range(0, 160, 16))
+    assert float(row['perplexity/word'].replace(',', '')) == pytest.approx(math.exp(nats / words), rel=1e-4)
+
+
+def test_a_byte_model_counts_two_bytes_for_an_umlaut(trained, capsys):
+    folder = trained / 'data' / 'bytes'
+    folder.mkdir()
+    data = ('Bäume ' * 400).encode()
+    for split in ('train', 'val'):
+        torch.tensor(list(data), dtype=torch.int16).numpy().tofile(folder / f'{split}.bin')
+    (folder / 'meta.json').write_text(json.dumps(dict(kind='byte', source='', sha256='')))
+    train.main([*TINY, '--out_dir=out-b', '--dataset=bytes', '--objective=ar'])
+    capsys.readouterr()
+    evaluation.main(['--out_dir=out-b'])
+    row, = rows_of(capsys)
+    assert row['bits/byte'] == row['bits/token']
+
+
+def test_another_dataset_and_split_are_scored_in_the_tokens_of_the_model(trained, capsys, mistake):
+    folder = trained / 'data' / 'other'
+    folder.mkdir()
+    text = TEXT[50:210]
+    for split in ('val', 'test'):
+        torch.tensor(list(text.encode()), dtype=torch.int16).numpy().tofile(folder / f'{split}.bin')
+        text = TEXT[300:620]
+    (folder / 'meta.json').write_text(json.dumps(dict(kind='byte', source='', sha256='')))
+    (trained / 'x.txt').write_text(TEXT[50:210])
+    figures = []
+    for flags in (['--dataset=other'], ['--input=x.txt'], ['--dataset=other', '--split=test'],
+                  ['--dataset=tiny']):
+        evaluation.main(['--out_dir=out-m', *flags])
+        figures.append(rows_of(capsys)[0]['nats/token'])
+    assert figures[0] == figures[1] and len(set(figures)) == 3
+    assert 'val, test, train' in mistake(evaluation.main, '--split=dev')
+    assert 'none' in mistake(evaluation.main, '--dataset=none')
+
+
+def test_the_bound_in_any_number_of_steps_can_be_asked_for(trained, capsys, mistake):
+    figures = []
+    for T in (1, 4, 0, -1):
+        evaluation.main(['--out_dir=out-m', f'--T={T}', '--windows=8'])
+        figures.append(float(rows_of(capsys)[0]['nats/token'].split()[0]))
+    net, tokenizer = model_of('out-m')
+    x = common.windows(common.load_tokens('tiny', 'val', tokenizer.vocab_size, 'cpu'), 16, 8)
+    everything = net.masked_nats(x, torch.ones_like(x, dtype=torch.bool)).mean() / 16
+    assert figures[0] == pytest.approx(everything.item(), abs=1e-4)  # one step: all tokens out of nothing
+    assert figures[2] == figures[3] and len(set(figures)) == 3
+    assert 'masked' in mistake(evaluation.main, '--out_dir=out-a', '--T=4')
+
+
+@pytest.mark.parametrize('flags', [['--parameterization=d3pm', '--T=8'],
+                                   ['--parameterization=sedd', '--time_input=True'], ['--masking=count'],
+                                   ['--objective=block', '--block_length=4'], ['--schedule=cosine']])
+def test_every_kind_of_model_trains_is_scored_and_writes(workdir, capsys, flags):
+    import sample
+    train.main([*TINY, '--out_dir=out-x', *flags])
+    capsys.readouterr()
+    for ema in (True, False):
+        evaluation.main(['--out_dir=out-x', '--windows=8', f'--ema={ema}'])
+        assert rows_of(capsys)[0]['likelihood'] == 'upper bound'
+    sample.main(['--out_dir=out-x', '--start=To', '--length=24', '--num_samples=2', '--steps=5'])
+    texts = capsys.readouterr().out.rstrip('\n').split('\n' + '-' * 60 + '\n')
+    assert len(texts) == 2 and all(t.startswith('To') and '░' not in t for t in texts)
+
+
+# ---- texts under a judge ----------------------------------------------------------------------------------
+
+def test_counts_of_hand_made_texts_are_right():
+    assert evaluation.token_entropy([1, 1, 2, 2]) == pytest.approx(math.log(2))
+    assert evaluation.token_entropy([7] * 9) == 0
+    assert evaluation.distinct([[1, 2, 1], [1, 2, 3]], 1) == 3 / 6
+    assert evaluation.distinct([[1, 2, 1], [1, 2, 3]], 2) == 3 / 4
+    assert evaluation.repetition([[1, 2, 3, 4, 1, 2, 3, 4]]) == pytest.approx(1 / 5)
+    assert evaluation.repetition([[1, 2]]) == 0  # too short to repeat anything
+
+
+def test_the_judge_scores_every_text_in_windows_none_dropped(trained):
+    judge = evaluation.OurJudge('out-a', torch.device('cpu'))
+    texts = [TEXT[:16], TEXT[20:43], TEXT[5:9], TEXT[100:165]]  # 1 window; 1 and a half; a short one; 5
+    figures = evaluation.judged(judge, texts, torch.device('cpu'))
+    nats, n = 0.0, 0
+    for text in texts:
+        ids = torch.tensor(judge.tokenizer.encode(text))
+        for part in ids.split(16):
+            nats, n = nats + judge.net.nats(part[None]).item(), n + len(part)
+    assert n == sum(map(len, texts)) and figures['nats_per_token'] == pytest.approx(nats / n, rel=1e-5)
+    assert figures['perplexity'] == pytest.approx(math.exp(nats / n), rel=1e-5)
+
+
+def test_a_text_is_judged_up_to_and_including_its_first_end_of_text():
+    assert evaluation.cut_at_end([5, 9, 3, 9, 4], 9) == [5, 9]
+    assert evaluation.cut_at_end([5, 3], 9) == [5, 3] and evaluation.cut_at_end([5, 3], None) == [5, 3]
+
+
+def test_gen_ppl_gives_the_validation_text_and_the_model_a_row(trained, capsys):
+    for flags in (['--out_dir=out-m'], ['--out_dir=out-m', '--rule=threshold', '--threshold=0.5'],
+                  ['--out_dir=out-m', '--length=40', '--overlap=6'], ['--out_dir=out-a']):
+        evaluation.main(['--mode=gen_ppl', '--judge=out-a', '--num_samples=5', '--batch=2', '--steps=4',
+                         *flags])
+        data, model = rows_of(capsys)
+        assert data['texts'] == 'validation text' and float(model['network calls']) >= 1
+        assert 0 < float(model['entropy']) < math.log(28) and 0 < float(model['distinct-1']) <= 1
+    assert float(model['network calls']) == 16  # the twin: one a token
+
+
+def test_texts_of_a_model_in_other_tokens_are_judged_in_those_of_the_judge(trained):
+    judge = evaluation.OurJudge('out-a', torch.device('cpu'))
+    figures = evaluation.judged(judge, ['be', 'to be or not'], torch.device('cpu'))
+    assert figures['entropy'] == pytest.approx(sum(evaluation.token_entropy(list(t)) for t in
+                                                   ('be', 'to be or not')) / 2)
+
+
+def test_frontier_has_a_point_for_every_rule_and_number_of_steps_in_the_table_and_the_csv(trained, capsys):
+    evaluation.main(['--mode=frontier', '--out_dir=out-m', '--judge=out-a', '--num_samples=3',
+                     '--rules=ancestral,confidence,first_hitting,remdm_cap,eb', '--grid_of_steps=2,4',
+                     '--csv=f.csv'])
+    rows = rows_of(capsys)
+    with open('f.csv') as f:
+        table = list(csv.DictReader(f))
+    points = [('ancestral', '2 steps'), ('ancestral', '4 steps'), ('confidence', '2 steps'),
+              ('confidence', '4 steps'), ('first_hitting', ''), ('remdm_cap', '2 steps'),
+              ('remdm_cap', '4 steps')]
+    points += [('eb', f'gamma {g}') for g in evaluation.SWEEPS['eb'][1]]
+    assert [(r['rule'], r['knob']) for r in table] == points
+    assert [(r['texts'], r['knob']) for r in rows[1:]] == points
+    calls = {(r['rule'], r['knob']): float(r['calls']) for r in table}
+    assert calls['confidence', '4 steps'] == 4 and calls['first_hitting', ''] == 16
+    assert calls['eb', 'gamma 10.0'] <= calls['eb', 'gamma 0.03'] <= 16
+
+
+def test_the_plot_is_drawn_where_matplotlib_is_and_named_where_it_is_not(trained, monkeypatch, mistake):
+    flags = ['--mode=frontier', '--out_dir=out-m', '--judge=out-a', '--num_samples=2', '--rules=random',
+             '--grid_of_steps=2,4', '--plot=f.svg']
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, 'matplotlib', None)
+        assert 'pip install matplotlib' in mistake(evaluation.main, *flags)
+    pytest.importorskip('matplotlib')
+    evaluation.main(flags)
+    assert '<svg' in (trained / 'f.svg').read_text()
+
+
+def test_a_pretrained_gpt2_judges_through_transformers(trained, capsys, monkeypatch, mistake):
+    """With a stand-in for the library: uniform over 50,257 tokens, whatever the text."""
+    pieces = [bytes([i]) for i in range(256)] + [b''] * (50257 - 256)
+    monkeypatch.setattr(common, 'gpt2_tokens', lambda: (pieces, lambda text: list(text.encode()), 50256))
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, 'transformers', None)
+        assert 'pip install transformers' in mistake(evaluation.main, '--mode=gen_ppl', '--judge=gpt2')
+
+    class Uniform(torch.nn.Module):
+        config = types.SimpleNamespace(n_positions=9)
+        from_pretrained = classmethod(lambda cls, name: cls())
+
+        def forward(self, x):
+            assert x.size(1) <= 9 and (x[:, 0] == 50256).all()
+            return types.SimpleNamespace(logits=torch.zeros(*x.shape, 50257))
+    monkeypatch.setitem(sys.modules, 'transformers', types.SimpleNamespace(GPT2LMHeadModel=Uniform))
+    evaluation.main(['--mode=gen_ppl', '--judge=gpt2', '--out_dir=out-m', '--num_samples=2', '--steps=2'])
+    assert rows_of(capsys)[1]['judge, nats/token'] == f'{math.log(50257):.3f}'
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--mode=gen_pl'], ['gen_pl', 'gen_ppl']),
+    (['--mode=gen_ppl'], ['--judge=out-ar']),
+    (['--mode=gen_ppl', '--judge=out-m'], ['out-m', 'not exact']),
+    (['--mode=frontier', '--judge=out-a', '--rules=confidense'], ['confidense']),
+    (['--mode=frontier', '--judge=out-a', '--grid_of_steps=8,x'], ['8,x']),
+    (['--mode=gen_ppl', '--judge=out-a', '--rule=eb', '--eta=0.5'], ['eta', 'gamma']),
+    (['--mode=gen_ppl', '--judge=out-a', '--overlap=16'], ['overlap=16']),
+    (['--T=-3'], ['T=-3']),
+    (['--draws=0'], ['draws=0']),
+])
+def test_a_mistake_in_evaluation_is_one_line(trained, mistake, flags, words):
+    message = mistake(evaluation.main, '--out_dir=out-m', *flags)
+    assert all(word in message for word in words), message
