@@ -31,9 +31,9 @@ from unmask import unmask
 @dataclass
 class Config(model.Config):
     block_length: int = 4        # tokens of a block; must divide block_size, the longest sequence
-    mask_low: float = 0.3        # training only: share of a block that is masked is uniform on
-    mask_high: float = 1.0       # training only: [mask_low, mask_high], a clipped schedule
-    loss_weight: str = 'flat'    # training only: elbo (the bound's weights) | flat (all masked tokens alike)
+    mask_low: float = 0.0        # training only: the share of a block that is masked is uniform on
+    mask_high: float = 1.0       # training only: [mask_low, mask_high], clipped unless [0, 1]
+    loss_weight: str = 'flat'    # training only: elbo (the bound's unless clipped) | flat (all alike)
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,7 +91,7 @@ class Model(nn.Module):
         nats = self.masked_nats(x, masked)
         weight = n / k if self.config.loss_weight == 'elbo' else torch.full_like(k, self.flat)
         loss = (weight * nats).sum() / x.numel()
-        return loss, {'nats_per_masked': nats.detach().sum() / masked.sum()}
+        return loss, {'loss_per_masked': nats.detach().sum() / masked.sum()}
 
     def masked_nats(self, x, masked):
         """Sum over the masked tokens of each block of -log p(x_i | the block's clean tokens, the clean
@@ -137,6 +137,8 @@ class Model(nn.Module):
         xt starts with the given tokens; V is where to write. steps: of the whole text, shared out among the
         blocks to be written, at least one each. The rule works inside a block (see unmask.py).
         """
+        if how.get('cfg'):
+            raise ValueError("cfg is not for block diffusion, whose prompt is in the cache")
         blank, n = xt == self.blank, self.config.block_length
         start = int((~blank[0]).sum())
         if blank[:, :start].any() or not blank[:, start:].all():

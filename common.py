@@ -192,7 +192,7 @@ def evaluate(nats, x, seed=0, rows=64):
     """
     with torch.random.fork_rng():
         seed_everything(seed)
-        values = torch.cat([nats(part) for part in x.split(rows)]).double() / x.size(1)
+        values = torch.cat([nats(part) for part in x.split(rows)]).cpu().double() / x.size(1)
     error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float('nan')
     return values.mean().item(), error
 
@@ -252,6 +252,8 @@ def load_model(checkpoint, device, ema=True, **changes):
     try:
         model = module.Model(module.Config(**{**checkpoint['config'], **changes}))
         model.load_state_dict(checkpoint['ema' if ema else 'model'])
-    except (TypeError, ValueError, RuntimeError) as e:
+    except ValueError as e:
+        fail(e)
+    except (TypeError, RuntimeError) as e:
         fail(f"the checkpoint does not fit this version of {checkpoint['objective']}.py: {str(e)[:200]}")
     return model.to(device).eval().requires_grad_(False), Tokenizer(checkpoint['tokenizer'])

@@ -10,13 +10,15 @@ Measure a checkpoint: its likelihood on a text, or its own texts under a judge.
 
 nll: the text is cut into windows of the model's block size, each scored on its own; every objective sees the
 same windows. The standard error is over windows and holds both the noise of the estimate and the spread of
-the text. Bits per byte divide by the bytes the tokens stand for, words are what spaces separate.
+the text. Bits per byte divide by the bytes the tokens stand for, perplexity per word by the words (what
+spaces separate) of the whole text, in proportion to the tokens scored.
 
-gen_ppl: texts of the model are decoded, written anew in the judge's tokens, and all scored, none dropped:
-windows of the judge's block size, each on its own, up to and including the first <|endoftext|>, nothing
-behind it. Sure but dull texts have a low perplexity; so there stand beside it, in the judge's tokens: the
-entropy of the tokens of a text (nats, mean over texts), the share of different n-grams among all (distinct),
-and the share of a text's 4-grams that it had before (repetition). The first row is the validation text's.
+gen_ppl: texts of the model end at its first <|endoftext|>, if its tokens have one; they are decoded, written
+in the judge's tokens (with its <|endoftext|> behind those that ended) and all scored, none dropped, in
+windows of the judge's block size, each on its own. Sure but dull texts have a low perplexity; so there stand
+beside it, in the judge's tokens: the entropy of the tokens of a text (nats, mean over texts), the share of
+different n-grams among all (distinct), and the share of a text's 4-grams that it had before (repetition).
+The first row is the validation text's.
 
 frontier: the same for every rule and number of steps.
 """
@@ -116,17 +118,13 @@ def load_text(config, checkpoint, tokenizer, device):
     return as_tokens(tokenizer.encode(other.decode((tokens.long() & 0xFFFF).tolist())), device)
 
 
-def text_windows(config, checkpoint, tokenizer, T, device):
-    """Windows (N, T) of the text."""
-    tokens = load_text(config, checkpoint, tokenizer, device)
-    if len(tokens) < T:
-        fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
-    return common.windows(tokens, T, config.windows)
-
-
 def nll(config, checkpoint, model, tokenizer, amp):
     """Print one row of the table."""
-    x = text_windows(config, checkpoint, tokenizer, model.config.block_size, next(model.parameters()).device)
+    T = model.config.block_size
+    tokens = load_text(config, checkpoint, tokenizer, next(model.parameters()).device)
+    if len(tokens) < T:
+        fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
+    x = common.windows(tokens, T, config.windows)
     nats = functools.partial(model.nats, n=config.draws)
     label = {'exact': 'exact', 'upper': 'upper bound'}[model.bound]
     if config.order and model.bound != 'exact':  # an autoregressive model's own order is left
@@ -135,11 +133,10 @@ def nll(config, checkpoint, model, tokenizer, amp):
         nats, label = model.nats_left, 'exact, left to right'
     with amp:
         mean, error = common.evaluate(nats, x, config.seed)
-    ids = x.cpu()
-    per_byte = x.numel() / tokenizer.n_bytes(ids) / math.log(2)
-    words = sum(len(tokenizer.decode(row).split()) for row in ids.tolist())
+    per_byte = x.numel() / tokenizer.n_bytes(x.cpu()) / math.log(2)
+    words = len(tokenizer.decode((tokens.long() & 0xFFFF).tolist()).split())
     parameters = sum(p.numel() for p in model.parameters())
-    word_perplexity = math.exp(min(700, mean * x.numel() / max(1, words)))
+    word_perplexity = math.exp(min(700, mean * len(tokens) / max(1, words)))
     print("| objective | parameters | tokens seen | nats/token | bits/token | bits/byte | perplexity/word | "
           "likelihood | windows |")
     print("|---" * 9 + "|")
@@ -211,22 +208,30 @@ class OurJudge:
         return self.net.nats(x)
 
 
-def cut_at_end(ids, end):
-    """ids up to and including the first <|endoftext|>, if the tokenizer has one."""
-    return ids[:ids.index(end) + 1] if end in ids else ids
+def until_end(ids, tokenizer):
+    """(text before the first <|endoftext|>, whether there is one)."""
+    ended = tokenizer.end in ids
+    return tokenizer.decode(ids[:ids.index(tokenizer.end)] if ended else ids), ended
 
 
 @torch.no_grad()
 def judged(judge, texts, device, rows=64):
-    """What the judge and the counts say of texts (list of str): a dict of floats."""
-    ids = [cut_at_end(judge.tokenizer.encode(text), judge.tokenizer.end) for text in texts]
-    ids = [row for row in ids if row]
+    """What the judge and the counts say of texts (list of (str, ended)): a dict of floats."""
+    ids = []
+    for text, ended in texts:
+        ids.append(judge.tokenizer.encode(text))
+        if ended and judge.tokenizer.end is not None:
+            ids[-1].append(judge.tokenizer.end)
+    ids = [row for row in ids if row]  # an empty text has nothing to score
+    if not ids:
+        fail("all texts are empty")
     T = judge.block_size
+    rows = max(1, min(rows, 2 ** 28 // (T * judge.tokenizer.vocab_size)))  # logits of a gigabyte at most
     windows = sorted((row[i:i + T] for row in ids for i in range(0, len(row), T)), key=len)
     nats = 0.0
     for _, same in itertools.groupby(windows, key=len):
         for part in torch.tensor(list(same)).to(device).split(rows):
-            nats += judge.nats(part).double().sum().item()
+            nats += judge.nats(part).cpu().double().sum().item()
     n = sum(map(len, ids))
     return dict(nats_per_token=nats / n, perplexity=math.exp(nats / n),
                 entropy=sum(map(token_entropy, ids)) / len(ids),
@@ -243,7 +248,7 @@ def written(model, config, tokenizer, device, **knobs):
         canvas = torch.full((rows, L), tokenizer.vocab_size, device=device)
         for canvas in unmask.generate(model, canvas, T, config.overlap or T // 2, **knobs):
             pass
-        texts += [tokenizer.decode(row) for row in canvas.tolist()]
+        texts += [until_end(row, tokenizer) for row in canvas.tolist()]
         batches += 1
     counter.remove()
     return texts, len(calls) / batches, config.num_samples * L / (time.time() - began)
@@ -267,7 +272,13 @@ def validation_row(config, checkpoint, tokenizer, judge, L, device):
     """The same figures for as many stretches of the validation text."""
     tokens = load_text(config, checkpoint, tokenizer, device)
     stretches = common.windows(tokens, min(L, len(tokens)), config.num_samples).tolist()
-    row('validation text', '', 0, 0, judged(judge, [tokenizer.decode(s) for s in stretches], device))
+    row('validation text', '', 0, 0, judged(judge, [until_end(s, tokenizer) for s in stretches], device))
+
+
+# the rules without steps are tried with values of their own knob instead
+SWEEPS = {'threshold': ('threshold', (0.3, 0.5, 0.7, 0.9, 0.97)),
+          'factor': ('factor', (8.0, 4.0, 2.0, 1.0, 0.5)),
+          'eb': ('gamma', (10.0, 3.0, 1.0, 0.3, 0.1, 0.03))}
 
 
 def gen_ppl(config, checkpoint, model, tokenizer, judge, amp, device):
@@ -277,63 +288,73 @@ def gen_ppl(config, checkpoint, model, tokenizer, judge, amp, device):
     common.seed_everything(config.seed)
     with amp:
         texts, calls, speed = written(model, config, tokenizer, device, **config.knobs())
-    row(config.rule or checkpoint['objective'], f"{config.steps} steps", calls, speed,
-        judged(judge, texts, device))
-
-
-# the rules without steps are tried with values of their own knob instead
-SWEEPS = {'threshold': ('threshold', (0.3, 0.5, 0.7, 0.9, 0.97)),
-          'factor': ('factor', (8.0, 4.0, 2.0, 1.0, 0.5)),
-          'eb': ('gamma', (10.0, 3.0, 1.0, 0.3, 0.1, 0.03))}
+    name, label = config.rule or checkpoint['objective'], f"{config.steps} steps"
+    if config.rule in SWEEPS:
+        label = f"{SWEEPS[config.rule][0]} {getattr(config, SWEEPS[config.rule][0])}"
+    elif model.bound == 'exact' or config.rule == 'first_hitting':
+        label = 'one token a call'
+    row(name, label, calls, speed, judged(judge, texts, device))
 
 
 def frontier_settings(config):
     """(rule, its knob for the table, knobs) of every point."""
-    common_knobs = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    shared = ('steps', 'rule', 'temperature', 'top_k', 'top_p', 'cfg')
     for rule in filter(None, (config.rules or ','.join(unmask.RULES)).split(',')):
+        given = {k: v for k, v in config.knobs().items() if k in shared or k in unmask.knobs_of(rule)}
         if rule in SWEEPS:
             name, values = SWEEPS[rule]
             points = [(f"{name} {value}", {name: value}) for value in values]
         elif rule == 'first_hitting':
-            points = [('', {})]
+            points = [('one token a call', {})]
         else:
             points = [(f"{int(n)} steps", dict(steps=int(n))) for n in config.grid_of_steps.split(',')]
         for label, knobs in points:
-            yield rule, label, dict(dict(steps=config.steps), rule=rule, **common_knobs) | knobs
+            yield rule, label, given | dict(rule=rule) | knobs
 
 
 def frontier(config, checkpoint, model, tokenizer, judge, amp, device):
-    """A row for every rule and number of steps; the same in a CSV and a plot."""
+    """A row for every rule and number of steps; the same in a CSV and a plot, after every row."""
+    if config.plot:
+        check_matplotlib()
     head()
     validation_row(config, checkpoint, tokenizer, judge, config.length or model.config.block_size, device)
-    rows = []
+    rows, refused = [], {}
     for rule, label, knobs in frontier_settings(config):
+        if rule in refused:
+            continue
         common.seed_everything(config.seed)
         with amp:
             try:
                 texts, calls, speed = written(model, config, tokenizer, device, **knobs)
             except ValueError as e:  # of a rule that this model cannot take
-                print(f"{rule}: {e}", file=sys.stderr)
+                refused[rule] = e
                 continue
         figures = judged(judge, texts, device)
         rows.append(dict(rule=rule, knob=label, calls=calls, tokens_per_second=speed, **figures))
         row(rule, label, calls, speed, figures)
-    if config.csv and rows:
-        with open(config.csv, 'w', newline='') as f:
-            writer = csv.DictWriter(f, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    if config.plot and rows:
-        draw(rows, config.plot)
+        if config.csv:
+            with open(config.csv, 'w', newline='') as f:
+                writer = csv.DictWriter(f, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        if config.plot:
+            plot(rows, config.plot)
+    if not rows:
+        fail(f"{next(iter(refused.values()))} (--mode=gen_ppl measures what it can do)")
+    for rule, why in refused.items():
+        print(f"{rule} is left out: {why}", file=sys.stderr)
 
 
-def draw(rows, path):
-    """Quality and entropy against network calls, a line a rule."""
+def check_matplotlib():
     try:
         import matplotlib
     except ImportError:
-        fail("plot needs matplotlib: pip install matplotlib; the table above and --csv do not")
+        fail("plot needs matplotlib: pip install matplotlib; the table and --csv do not")
     matplotlib.use('agg')
+
+
+def plot(rows, path):
+    """Quality and entropy against network calls, a line a rule."""
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout='constrained')
     for i, (rule, points) in enumerate(itertools.groupby(rows, key=lambda r: r['rule'])):
@@ -345,6 +366,7 @@ def draw(rows, path):
         axis.set(xscale='log', xlabel='network calls', ylabel=label)
     axes[1].legend(fontsize='small', ncols=2)
     figure.savefig(path)
+    pyplot.close(figure)
 
 
 def main(argv):
@@ -354,7 +376,7 @@ def main(argv):
     config, = build({**files, **flags}, Config)
     device = common.pick_device(config.device)
     checkpoint = common.load(common.find_checkpoint(config.out_dir, config.which))
-    changes = {} if config.T < 0 else dict(T=config.T)
+    changes = {} if config.T < 0 else dict(T=config.T, masking='bernoulli')  # masking is for training only
     if changes and checkpoint['objective'] != 'masked':
         fail(f"T={config.T} is for masked diffusion, not for {checkpoint['objective']}")
     model, tokenizer = common.load_model(checkpoint, device, config.ema, **changes)

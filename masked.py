@@ -21,7 +21,8 @@ Three parameterizations, three losses of a masked token (l the network's output,
     D3PM  KL(q(xs | xt, x0) || p(xs | xt))        T steps, [MASK] is predicted, nothing copied (2107.03006)
 
 If e^l adds up to 1, SEDD is SUBS; for any other sum Z it is worse by Z - 1 - log Z: it pays for learning to
-normalise. D3PM without probability on [MASK] is SUBS in T steps, and pays for learning to copy.
+normalise. D3PM without probability on [MASK] is SUBS in T steps; it pays for that probability and for what
+it does not copy, both in the bound alone: sampling leaves [MASK] out and copies, as with SUBS.
 The number of masks tells the network what t is, so only SEDD must be told (`time_input`).
 """
 import functools
@@ -44,8 +45,8 @@ class Config(model.Config):
     time_input: bool = False     # tell the network the noise level; sedd needs it
     masking: str = 'bernoulli'   # training only: bernoulli (each token by itself) | count (exactly k of T)
     loss_weight: str = 'flat'    # training only: elbo (the bound's weights) | flat (all masked tokens alike)
-    t_law: str = 'bell'          # training only: uniform | bell, t = sigmoid(N(bell_center, bell_width^2))
-    bell_center: float = -0.5    # of the bell; 0 is t = 0.5
+    t_law: str = 'bell'          # training only: uniform | bell, m = sigmoid(N(bell_center, bell_width^2))
+    bell_center: float = -0.5    # of the bell; 0 is m = 0.5
     bell_width: float = 0.4      # of the bell
     copy_weight: float = 0.1     # training only: of the loss at clean tokens, which d3pm must learn to copy
     random_length: float = 0.0   # training only: share of rows cut to a random length (LLaDA: 0.01)
@@ -71,6 +72,9 @@ class Config(model.Config):
             raise ValueError("sedd needs time_input=True: a score depends on the time")
         if self.masking == 'count' and self.T:
             raise ValueError(f"masking=count is an integral over continuous time: T={self.T} must be 0")
+        if self.t_law == 'bell' and (self.schedule != 'linear' or self.loss_weight == 'elbo'):
+            raise ValueError(f"schedule={self.schedule}, loss_weight={self.loss_weight}: the bell says itself "
+                             f"which noise levels training visits; take t_law=uniform")
 
 
 # ---- schedules: f with f(0) = 0 and its derivative; m(t) = f(t) / f(1) reaches 0 and 1 exactly ------------
@@ -137,7 +141,8 @@ def uniform(u):
 
 def bell(u, center, width):
     """t = sigmoid(N(center, width^2)) by its inverse distribution function."""
-    return (center + width * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4))).sigmoid()
+    normal = math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-4, 1 - 1e-4) - 1)
+    return (center + width * normal).sigmoid()
 
 
 def exactly(k, u):
@@ -234,8 +239,9 @@ class Model(nn.Module):
             inside = torch.arange(T, device=x.device) < length
             attend, u = inside[:, None, None], u.where(inside, 2.0)
         if self.config.masking == 'count':
-            k = (m[:, None] * length).ceil()
+            k = (m[:, None] * length).ceil().long()
             masked, weight = exactly(k[:, 0], u), weight * (m[:, None] * length / k)[:, 0]
+            m = u.sort(-1).values.gather(1, k - 1)[:, 0]  # the level at which just these k are masked
         else:
             masked = u < m[:, None]
         if self.config.loss_weight == 'flat':
@@ -243,7 +249,7 @@ class Model(nn.Module):
         loss = self.masked_nats(x, masked, attend, m, m_before, self.config.copy_weight)
         count = B * T if attend is None else length.sum()
         return (weight * loss).sum() / count, {
-            'nats_per_masked': loss.detach().sum() / masked.sum().clamp(min=1)}
+            'loss_per_masked': loss.detach().sum() / masked.sum().clamp(min=1)}
 
     def masked_nats(self, x, masked, attend=None, m=None, m_before=None, copy_weight=0.0):
         """Sum of the loss over the masked positions, (B,). x (B, T), masked (B, T) bool; attend: see

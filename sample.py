@@ -44,7 +44,7 @@ class Config(unmask.Config):
     template: str = ''         # given text with ___ for each hole, instead of start and suffix
     hole: int = 8              # tokens of a hole
     stop: str = ''             # end a text behind this one; <|endoftext|> is GPT-2's
-    min_entropy: float = 0.0   # end a text whose last 256 tokens have less entropy, nats (BD3-LM: 4 bits)
+    min_entropy: float = 0.0   # end a text whose last 256 tokens have less entropy, nats (BD3-LM: 4)
     watch: bool = False        # show the denoising in the terminal
     html: str = ''             # write the denoising to this file, a page that needs nothing else
 
@@ -58,8 +58,6 @@ class Config(unmask.Config):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.template and (self.start or self.suffix or self.length):
             raise ValueError("template says where everything goes: leave out start, suffix and length")
-        if self.template and '___' not in self.template:
-            raise ValueError("template has no ___ (three underscores) to fill")
 
 
 PAUSE = 0.05  # seconds between the pictures of --watch
@@ -80,6 +78,8 @@ def make_canvas(config, tokenizer, block_size):
     blank = tokenizer.vocab_size
     if config.template:
         parts = [tokenizer.encode(part) for part in given(config.template).split('___')]
+        if len(parts) == 1:
+            fail("template has no ___ (three underscores) to fill")
         row = parts[0] + [i for part in parts[1:] for i in [blank] * config.hole + part]
     else:
         start, suffix = tokenizer.encode(given(config.start)), tokenizer.encode(given(config.suffix))
@@ -98,18 +98,16 @@ def make_canvas(config, tokenizer, block_size):
 def ending(row, start, blank, stop, min_entropy, last=256):
     """Where a text ends that has met a stopping rule, else 0. row: ids, the first `start` given.
 
-    Behind the ids `stop`; or where the ids of `last` tokens have an entropy below min_entropy nats (what
-    repeats itself does, BD3-LM arXiv 2503.09573). Only the part before the first blank is looked at.
+    Behind the ids `stop`; or here, if the last 256 ids have an entropy below min_entropy nats (as what
+    repeats itself has, BD3-LM arXiv 2503.09573). Only the part before the first blank is looked at.
     """
     written = row[:row.index(blank)] if blank in row else row
     for i in range(start, len(written) - len(stop) + 1) if stop else ():
         if written[i:i + len(stop)] == stop:
             return i + len(stop)
-    if min_entropy:
-        for end in range(max(start, last), len(written) + 1):
-            p = torch.bincount(torch.tensor(written[end - last:end])) / last
-            if -torch.special.xlogy(p, p).sum() < min_entropy:
-                return end
+    if min_entropy and len(written) >= max(start + 1, last):
+        p = torch.bincount(torch.tensor(written[-last:])) / last
+        return len(written) if -torch.special.xlogy(p, p).sum() < min_entropy else 0
     return 0
 
 
@@ -160,7 +158,8 @@ show()
 
 
 def page(frames, tokenizer, title):
-    """The canvases as one HTML page with a slider; nothing is loaded from elsewhere."""
+    """The canvases as one HTML page with a slider; nothing is loaded from elsewhere. Tokens are shown one by
+    one: a character that GPT-2's byte pairs cut in two is two of U+FFFD."""
     text = {i: tokenizer.piece(i) for i in torch.cat(frames).unique().tolist()}
     parts = {'TITLE': html.escape(title), 'BLANK': str(tokenizer.vocab_size),
              'TEXT': json.dumps(text).replace('<', '\\u003c'),
@@ -199,7 +198,8 @@ def main(argv):
                 if config.watch or config.html:
                     frames.append(canvas)
                 if stop or config.min_entropy:
-                    ends = [ending(row, start, blank, stop, config.min_entropy) for row in canvas.tolist()]
+                    ends = [end or ending(row, start, blank, stop, config.min_entropy)
+                            for end, row in zip(ends, canvas.tolist())]
                     if all(ends):
                         break
     except ValueError as e:  # what this model cannot do

@@ -30,7 +30,7 @@ from model import optimizers
 
 @dataclass
 class Config:
-    objective: str = 'masked'           # the concept file: ar | masked
+    objective: str = 'masked'           # the concept file: ar | masked | block
     dataset: str = 'shakespeare_char'   # a folder of data/
     out_dir: str = 'out'                # where the checkpoints go
     init_from: str = 'scratch'          # scratch | resume | path of a checkpoint to take the weights from
@@ -45,7 +45,7 @@ class Config:
     muon_lr: float = 0.02               # of Muon: the matrices of the blocks; 0: AdamW for all
     weight_decay: float = 0.0           # decoupled, on matrices
     warmup_iters: int = 30              # linear, from 0
-    schedule: str = 'linear'            # after warm-up: linear (flat, then straight to 0) | cosine (to 0)
+    lr_schedule: str = 'linear'         # after warm-up: linear (flat, then straight to 0) | cosine (to 0)
     cooldown: float = 0.5               # linear: the share of max_iters spent going to 0
     grad_clip: float = 1.0              # norm of the gradient; 0: off
     ema_decay: float = 0.999            # of the averaged weights, float32, that are evaluated and sampled
@@ -64,14 +64,14 @@ class Config:
         if not 0 <= self.cooldown <= 1 or not 0 <= self.ema_decay < 1:
             raise ValueError(f"cooldown={self.cooldown} must be in [0, 1] "
                              f"and ema_decay={self.ema_decay} in [0, 1)")
-        if self.schedule not in ('linear', 'cosine'):
-            raise ValueError(f"schedule={self.schedule!r} is not one of: linear, cosine")
+        if self.lr_schedule not in ('linear', 'cosine'):
+            raise ValueError(f"lr_schedule={self.lr_schedule!r} is not one of: linear, cosine")
 
 
 def lr_share(it, run):
     """The learning rate of iteration `it` (from 0) as a share of its peak."""
     warm = min(1.0, (it + 1) / (run.warmup_iters + 1))
-    if run.schedule == 'cosine':
+    if run.lr_schedule == 'cosine':
         return warm * 0.5 * (1 + math.cos(math.pi * it / run.max_iters))
     return warm * min(1.0, (run.max_iters - it) / max(1, run.cooldown * run.max_iters))
 

@@ -32,6 +32,9 @@ import torch
 import torch.nn.functional as F
 
 
+GRIDS = ('linear', 'cosine')
+
+
 @dataclass
 class Config:
     steps: int = 64            # of the denoiser for a block; an autoregressive model takes one a token
@@ -55,6 +58,8 @@ class Config:
             raise ValueError(f"steps={self.steps} must be at least 1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid={self.grid!r} is not one of: {', '.join(GRIDS)}")
 
     def knobs(self):
         """What `Model.sample` takes: how to draw, and of the rule's knobs those that were changed."""
@@ -64,6 +69,9 @@ class Config:
 
 
 # ---- drawing a token --------------------------------------------------------------------------------------
+
+LARGEST = 2 ** 26  # numbers that `draw` works on at once, to bound its memory
+
 
 def truncate(logp, top_k=0, top_p=1.0):
     """log p (..., V) with all but the top_k likeliest, or the fewest that hold mass top_p, at -inf
@@ -85,15 +93,24 @@ def draw(logp, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logp.argmax(-1)
+    if logp.numel() > LARGEST:
+        parts = logp.flatten(0, -2).split(max(1, LARGEST // logp.size(-1)))
+        return torch.cat([draw(part, temperature, top_k, top_p) for part in parts]).view(logp.shape[:-1])
     p = truncate(logp / temperature, top_k, top_p).softmax(-1)
     p = p if p.device.type == 'mps' else p.double()
     race = -torch.log1p(-torch.rand_like(p))
     return (p / race.clamp(min=torch.finfo(p.dtype).tiny)).argmax(-1)  # u = 0 must not make 0 / 0
 
 
+def write(xt, where, logp, draw):
+    """The canvas xt (B, T) with draws from log p (B, T, V) at the positions `where` (B, T) bool."""
+    return xt.masked_scatter(where, draw(logp[where]))
+
+
 def guided(denoise, given, mask_id, scale):
     """Classifier-free guidance on the given tokens (LLaDA arXiv 2502.09992): log p of a text with them,
-    (1 + scale) times, less scale times log p without them; both in one call of twice the batch."""
+    (1 + scale) times, less scale times log p without them; both in one call of twice the batch. In a text of
+    several blocks what an earlier block wrote is given too."""
     def guided_denoise(xt, t):
         both = denoise(torch.cat([xt, xt.masked_fill(given, mask_id)]), torch.cat([t, t]))
         logp, without = both.chunk(2)
@@ -161,20 +178,20 @@ def longest(score, candidates, allowed):
 
 # ---- how many are safe: (log p, candidates, bound) -> a mask (B, T) ---------------------------------------
 
-def above(logp, candidates, threshold=0.9):
+def above(logp, candidates, threshold):
     """All positions whose best token has more than this probability (Fast-dLLM arXiv 2505.22618)."""
     sure = logp.amax(-1)
     return longest(sure, candidates, lambda order: sure.gather(1, order).exp() > threshold)
 
 
-def by_factor(logp, candidates, factor=1.0):
+def by_factor(logp, candidates, factor):
     """The n surest, n the largest with (n + 1) (1 - probability of the n-th) < factor (arXiv 2505.22618)."""
     sure = logp.amax(-1)
     n = torch.arange(1, sure.size(1) + 1, device=sure.device)
     return longest(sure, candidates, lambda order: (n + 1) * (1 - sure.gather(1, order).exp()) < factor)
 
 
-def entropy_bounded(logp, candidates, gamma=0.1):
+def entropy_bounded(logp, candidates, gamma):
     """The positions of lowest entropy whose entropies, but for the largest, add up to at most gamma nats:
     a bound on how much the draws could have told about each other (arXiv 2505.24857)."""
     H = -entropy(logp, None)
@@ -187,11 +204,9 @@ def entropy_bounded(logp, candidates, gamma=0.1):
 
 # ---- noise levels -----------------------------------------------------------------------------------------
 
-def levels(steps, grid='linear', device=None):
+def grid_levels(steps, grid='linear', device=None):
     """The noise levels 1 = t_0 > ... > t_steps = 0 of the steps, float64. linear | cosine (MD4 arXiv
     2406.04329, MaskGIT 2202.04200: few tokens in the first steps, many in the last)."""
-    if grid not in ('linear', 'cosine'):
-        raise ValueError(f"grid={grid!r} is not one of: linear, cosine")
     left = torch.arange(steps, -1, -1, dtype=torch.float64, device='cpu') / steps
     left = left if grid == 'linear' else torch.sin(math.pi / 2 * left)
     return left.to(device, torch.float32 if device and device.type == 'mps' else torch.float64)
@@ -242,13 +257,13 @@ def by_events(denoise, xt, mask_id, draw, level):
     for i in range(int(event.max()) + 1):
         now = event == i
         t = torch.where(now, time, 0).amax(-1)  # each row's own time; 0 for a row that is done
-        xt = torch.where(now, draw(denoise(xt, t)), xt)
+        xt = write(xt, now, denoise(xt, t), draw)
         yield xt
 
 
 def ancestral(denoise, xt, mask_id, steps, draw, grid='linear'):
     """Reveal every position in the step of the grid that crosses its level."""
-    yield from by_events(denoise, xt, mask_id, draw, levels(steps, grid, xt.device))
+    yield from by_events(denoise, xt, mask_id, draw, grid_levels(steps, grid, xt.device))
 
 
 def first_hitting(denoise, xt, mask_id, steps, draw):
@@ -259,14 +274,14 @@ def first_hitting(denoise, xt, mask_id, steps, draw):
 def analytic(logs, xt, mask_id, steps, draw, grid='linear'):
     """SEDD's analytic step: with scores e^l (1 - t) / t and Z the sum of e^l, a token is revealed with
     probability Z (t - s) / t; in the last step all that are left. logs: as denoise, l, not normalised."""
-    level = levels(steps, grid, xt.device)
+    level = grid_levels(steps, grid, xt.device)
     for i, (t, s) in enumerate(zip(level[:-1], level[1:])):
         masked = xt == mask_id
         if not masked.any():
             return
         out = logs(xt, t.float().expand(len(xt)))
         reveal = torch.rand(xt.shape, device=xt.device) < out.logsumexp(-1).exp() * ((t - s) / t)
-        xt = torch.where(masked & (reveal | (i == steps - 1)), draw(out), xt)
+        xt = write(xt, masked & (reveal | (i == steps - 1)), out, draw)
         yield xt
 
 
@@ -279,13 +294,13 @@ def remasking(logp, xt, mask_id, free, draw, t, s, sigma):
     masked = xt == mask_id
     u = torch.rand(xt.shape, device=xt.device)
     reveal = masked & (u < (t - s + sigma * (1 - t)) / t)
-    xs = torch.where(reveal, draw(logp), xt)
+    xs = write(xt, reveal, logp, draw)
     return xs.masked_fill(free & ~masked & (u < sigma), mask_id), reveal
 
 
 def most_remasking(t, s):
     """The largest probability of remasking from level t to s: min(1, s / (1 - t))."""
-    return (s / (1 - t)).clamp(max=1)
+    return (s / (1 - t).clamp(min=1e-12)).clamp(max=1)  # 0 for the step from 1 to 0
 
 
 def remdm(denoise, xt, mask_id, draw, path, sigma):
@@ -306,7 +321,7 @@ def remdm(denoise, xt, mask_id, draw, path, sigma):
 
 def down(steps, grid, device):
     """A path of `steps` steps down the grid, remasking in all."""
-    level = levels(steps, grid, device)
+    level = grid_levels(steps, grid, device)
     return [(t, s, True) for t, s in zip(level[:-1], level[1:])]
 
 
@@ -332,10 +347,11 @@ def remdm_conf(denoise, xt, mask_id, steps, draw, grid='linear'):
 def remdm_loop(denoise, xt, mask_id, steps, draw, eta=0.02, on=0.55, off=0.05, alpha_on=0.9):
     """ReMDM: down to the level 1 - alpha_on without remasking, stay there and remask (times on to off, sigma
     as in cap), then down to 0 without."""
-    times = torch.arange(steps, -1, -1, device=xt.device) / steps
+    times = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
     level = torch.where(times > on, 1 - (1 - times) * alpha_on / (1 - on),
                         (1 - alpha_on) * (times / off).clamp(max=1))
-    path = zip(level[:-1], level[1:], (times[:-1] <= on) & (times[1:] >= off))
+    level, remask = level.float().to(xt.device), (times[:-1] <= on) & (times[1:] >= off)
+    path = zip(level[:-1], level[1:], remask)
     yield from remdm(denoise, xt, mask_id, draw, path,
                      lambda t, s, written: most_remasking(t, s).clamp(max=eta))
 
@@ -346,13 +362,14 @@ def in_order(denoise, xt, mask_id, steps, draw, score, grid='linear', part_lengt
     blocks = list(parts(xt == mask_id, part_length))
     for i, part in enumerate(blocks):
         share = max(1, steps // len(blocks) + (i < steps % len(blocks)))
-        for k in counts(part.sum(-1), levels(share, grid, xt.device)).T:
+        for k in counts(part.sum(-1), grid_levels(share, grid, xt.device)).T:
             if not k.any():
                 break
             masked = xt == mask_id
             logp = denoise(xt, masked.float().mean(-1))
-            token = draw(logp)
-            xt = torch.where(best(score(logp, token), masked & part, k), token, xt)
+            token = write(xt, masked & part, logp, draw)
+            score_of = score(logp, token.clamp(max=mask_id - 1))  # elsewhere there may be masks
+            xt = torch.where(best(score_of, masked & part, k), token, xt)
             yield xt
 
 
@@ -361,7 +378,7 @@ def adaptive(denoise, xt, mask_id, draw, part_length, safe):
     for part in parts(xt == mask_id, part_length):
         while (left := part & (xt == mask_id)).any():
             logp = denoise(xt, (xt == mask_id).float().mean(-1))
-            xt = torch.where(safe(logp, left), draw(logp), xt)
+            xt = write(xt, safe(logp, left), logp, draw)
             yield xt
 
 
@@ -386,7 +403,6 @@ def eb(denoise, xt, mask_id, steps, draw, gamma=0.1, part_length=0):
 RULES = {f.__name__: f for f in (ancestral, first_hitting, analytic, remdm_cap, remdm_rescale, remdm_conf,
                                  remdm_loop, threshold, factor, eb)}
 RULES |= {name: functools.partial(in_order, score=score) for name, score in SCORES.items()}
-TAKES_STEPS = [name for name in RULES if name not in ('first_hitting', 'threshold', 'factor', 'eb')]
 
 
 def knobs_of(rule):
@@ -412,6 +428,8 @@ def unmask(denoise, xt, mask_id, steps, rule='ancestral', cfg=0.0, temperature=1
         return iter(())
     if cfg and not given.any():
         raise ValueError("cfg guides towards a given text: give one with --start")
+    if cfg and rule == 'analytic':
+        raise ValueError("cfg is for probabilities, rule=analytic takes scores: take rule=ancestral")
     if cfg:
         denoise = guided(denoise, given, mask_id, cfg)
     drawn = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)

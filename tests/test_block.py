@@ -141,6 +141,8 @@ def test_what_block_diffusion_cannot_do_is_said(mistake):
     net = random_model(4)
     with pytest.raises(ValueError, match='no suffix'):
         next(net.sample(torch.tensor([[3, 3, 1, 3, 3, 3, 3, 3]]), 2))
+    with pytest.raises(ValueError, match='cfg'):
+        next(net.sample(torch.full((1, 8), 3), 2, cfg=1.0))
     with pytest.raises(ValueError, match='whole blocks'):
         net.nats(torch.zeros(1, 6, dtype=torch.long))
 

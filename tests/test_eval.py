@@ -43,7 +43,7 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_text_whatever_the_tokenizer(tr
     nats = net.nats(torch.tensor(tokenizer.encode(TEXT[:160])).view(10, 16)).sum().item()
     assert abs(float(row['bits/byte'].split()[0]) - nats / math.log(2) / 160) < 1e-4
     assert abs(float(row['nats/token'].split()[0]) - nats / 160) < 1e-4
-    words = sum(len(TEXT[i:i + 16].split()) for i in range(0, 160, 16))
+    words = len(TEXT[:160].split())
     assert float(row['perplexity/word'].replace(',', '')) == pytest.approx(math.exp(nats / words), rel=1e-4)
 
 
@@ -95,7 +95,8 @@ def test_the_bound_in_any_number_of_steps_can_be_asked_for(trained, capsys, mist
 
 @pytest.mark.parametrize('flags', [['--parameterization=d3pm', '--T=8'],
                                    ['--parameterization=sedd', '--time_input=True'], ['--masking=count'],
-                                   ['--objective=block', '--block_length=4'], ['--schedule=cosine']])
+                                   ['--objective=block', '--block_length=4'],
+                                   ['--schedule=cosine', '--t_law=uniform']])
 def test_every_kind_of_model_trains_is_scored_and_writes(workdir, capsys, flags):
     import sample
     train.main([*TINY, '--out_dir=out-x', *flags])
@@ -122,7 +123,7 @@ def test_counts_of_hand_made_texts_are_right():
 def test_the_judge_scores_every_text_in_windows_none_dropped(trained):
     judge = evaluation.OurJudge('out-a', torch.device('cpu'))
     texts = [TEXT[:16], TEXT[20:43], TEXT[5:9], TEXT[100:165]]  # 1 window; 1 and a half; a short one; 5
-    figures = evaluation.judged(judge, texts, torch.device('cpu'))
+    figures = evaluation.judged(judge, [(text, False) for text in texts], torch.device('cpu'))
     nats, n = 0.0, 0
     for text in texts:
         ids = torch.tensor(judge.tokenizer.encode(text))
@@ -132,9 +133,21 @@ def test_the_judge_scores_every_text_in_windows_none_dropped(trained):
     assert figures['perplexity'] == pytest.approx(math.exp(nats / n), rel=1e-5)
 
 
-def test_a_text_is_judged_up_to_and_including_its_first_end_of_text():
-    assert evaluation.cut_at_end([5, 9, 3, 9, 4], 9) == [5, 9]
-    assert evaluation.cut_at_end([5, 3], 9) == [5, 3] and evaluation.cut_at_end([5, 3], None) == [5, 3]
+def test_a_text_is_judged_up_to_and_including_its_first_end_of_text(trained, monkeypatch):
+    """With a vocabulary of bytes and one <|endoftext|>, id 256."""
+    pieces = [bytes([i]) for i in range(256)] + [b'<|endoftext|>']
+    monkeypatch.setattr(common, 'gpt2_tokens', lambda: (pieces, lambda text: list(text.encode()), 256))
+    tokenizer = common.Tokenizer(dict(kind='gpt2'))
+    assert evaluation.until_end([97, 98, 256, 99], tokenizer) == ('ab', True)
+    assert evaluation.until_end([97, 98], tokenizer) == ('ab', False)
+    scored = []
+
+    class Judge:
+        block_size = 8
+        nats = staticmethod(lambda x: scored.extend(x.tolist()) or torch.ones(len(x)))
+    Judge.tokenizer = tokenizer
+    figures = evaluation.judged(Judge, [('ab', True), ('ab', False), ('', False)], torch.device('cpu'))
+    assert sorted(scored) == [[97, 98], [97, 98, 256]] and figures['nats_per_token'] == pytest.approx(2 / 5)
 
 
 def test_gen_ppl_gives_the_validation_text_and_the_model_a_row(trained, capsys):
@@ -150,7 +163,7 @@ def test_gen_ppl_gives_the_validation_text_and_the_model_a_row(trained, capsys):
 
 def test_texts_of_a_model_in_other_tokens_are_judged_in_those_of_the_judge(trained):
     judge = evaluation.OurJudge('out-a', torch.device('cpu'))
-    figures = evaluation.judged(judge, ['be', 'to be or not'], torch.device('cpu'))
+    figures = evaluation.judged(judge, [('be', False), ('to be or not', False)], torch.device('cpu'))
     assert figures['entropy'] == pytest.approx(sum(evaluation.token_entropy(list(t)) for t in
                                                    ('be', 'to be or not')) / 2)
 
@@ -163,13 +176,13 @@ def test_frontier_has_a_point_for_every_rule_and_number_of_steps_in_the_table_an
     with open('f.csv') as f:
         table = list(csv.DictReader(f))
     points = [('ancestral', '2 steps'), ('ancestral', '4 steps'), ('confidence', '2 steps'),
-              ('confidence', '4 steps'), ('first_hitting', ''), ('remdm_cap', '2 steps'),
+              ('confidence', '4 steps'), ('first_hitting', 'one token a call'), ('remdm_cap', '2 steps'),
               ('remdm_cap', '4 steps')]
     points += [('eb', f'gamma {g}') for g in evaluation.SWEEPS['eb'][1]]
     assert [(r['rule'], r['knob']) for r in table] == points
     assert [(r['texts'], r['knob']) for r in rows[1:]] == points
     calls = {(r['rule'], r['knob']): float(r['calls']) for r in table}
-    assert calls['confidence', '4 steps'] == 4 and calls['first_hitting', ''] == 16
+    assert calls['confidence', '4 steps'] == 4 and calls['first_hitting', 'one token a call'] == 16
     assert calls['eb', 'gamma 10.0'] <= calls['eb', 'gamma 0.03'] <= 16
 
 
@@ -178,7 +191,7 @@ def test_the_plot_is_drawn_where_matplotlib_is_and_named_where_it_is_not(trained
              '--grid_of_steps=2,4', '--plot=f.svg']
     with monkeypatch.context() as m:
         m.setitem(sys.modules, 'matplotlib', None)
-        assert 'pip install matplotlib' in mistake(evaluation.main, *flags)
+        assert 'pip install matplotlib' in mistake(evaluation.main, *flags)  # before any work
     pytest.importorskip('matplotlib')
     evaluation.main(flags)
     assert '<svg' in (trained / 'f.svg').read_text()
@@ -212,6 +225,8 @@ def test_a_pretrained_gpt2_judges_through_transformers(trained, capsys, monkeypa
     (['--mode=frontier', '--judge=out-a', '--grid_of_steps=8,x'], ['8,x']),
     (['--mode=gen_ppl', '--judge=out-a', '--rule=eb', '--eta=0.5'], ['eta', 'gamma']),
     (['--mode=gen_ppl', '--judge=out-a', '--overlap=16'], ['overlap=16']),
+    (['--mode=frontier', '--judge=out-a', '--grid=sine'], ['sine', 'cosine']),
+    (['--mode=frontier', '--judge=out-a', '--out_dir=out-a', '--rules=random'], ['gen_ppl']),
     (['--T=-3'], ['T=-3']),
     (['--draws=0'], ['draws=0']),
 ])

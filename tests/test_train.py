@@ -112,7 +112,7 @@ def test_the_learning_rate_warms_up_holds_and_cools_down():
     run = train.Config(max_iters=100, warmup_iters=9, cooldown=0.5)
     assert [train.lr_share(it, run) for it in (0, 4, 9, 49, 75)] == [0.1, 0.5, 1.0, 1.0, 0.5]
     assert train.lr_share(99, run) == 0.02
-    cosine = train.Config(max_iters=100, warmup_iters=0, schedule='cosine')
+    cosine = train.Config(max_iters=100, warmup_iters=0, lr_schedule='cosine')
     assert train.lr_share(0, cosine) == 1 and abs(train.lr_share(50, cosine) - 0.5) < 1e-12
 
 
@@ -208,7 +208,7 @@ def test_ctrl_c_saves_and_ends_well(workdir):
     (['--n_head=3'], ['n_head=3', 'n_embd=16']),
     (['--objective=maskd'], ['maskd', 'masked']),
     (['--t_law=bel'], ['t_law', 'bell']),
-    (['--schedule=step'], ['schedule', 'cosine']),
+    (['--lr_schedule=step'], ['lr_schedule', 'cosine']),
     (['--dtype=float64'], ['dtype', 'bfloat16']),
     (['--device=cuda:77'], ['device=cuda:77', '--device=cpu']),
     (['--dataset=nothing'], ['dataset', 'nothing']),
