@@ -183,10 +183,15 @@ def windows(tokens, T, most=0):
 
 # ---- evaluation -------------------------------------------------------------------------------------------
 
+def rows_at_once(T, V):
+    """How many sequences of T tokens to score in one forward: 64, or fewer for a gigabyte of logits."""
+    return max(1, min(64, 2 ** 28 // (T * V)))
+
+
 @torch.no_grad()
-def evaluate(nats, x, seed=0, rows=64):
-    """Mean of nats(x) per token over windows x (N, T), and its standard error over windows;
-    a function of the seed.
+def evaluate(nats, x, rows, seed=0):
+    """Mean of nats(x) per token over windows x (N, T), and its standard error over windows; a function of
+    the seed and of rows, the number of windows scored at once.
 
     nats: (B, T) -> (B,), a likelihood or a bound in nats, called under the caller's autocast.
     """

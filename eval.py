@@ -132,7 +132,7 @@ def nll(config, checkpoint, model, tokenizer, amp):
             fail(f"order={config.order} is not something {checkpoint['objective']} can do")
         nats, label = model.nats_left, 'exact, left to right'
     with amp:
-        mean, error = common.evaluate(nats, x, config.seed)
+        mean, error = common.evaluate(nats, x, common.rows_at_once(T, tokenizer.vocab_size), config.seed)
     per_byte = x.numel() / tokenizer.n_bytes(x.cpu()) / math.log(2)
     words = len(tokenizer.decode((tokens.long() & 0xFFFF).tolist()).split())
     parameters = sum(p.numel() for p in model.parameters())
@@ -215,7 +215,7 @@ def until_end(ids, tokenizer):
 
 
 @torch.no_grad()
-def judged(judge, texts, device, rows=64):
+def judged(judge, texts, device):
     """What the judge and the counts say of texts (list of (str, ended)): a dict of floats."""
     ids = []
     for text, ended in texts:
@@ -226,7 +226,7 @@ def judged(judge, texts, device, rows=64):
     if not ids:
         fail("all texts are empty")
     T = judge.block_size
-    rows = max(1, min(rows, 2 ** 28 // (T * judge.tokenizer.vocab_size)))  # logits of a gigabyte at most
+    rows = common.rows_at_once(T, judge.tokenizer.vocab_size)
     windows = sorted((row[i:i + T] for row in ids for i in range(0, len(row), T)), key=len)
     nats = 0.0
     for _, same in itertools.groupby(windows, key=len):

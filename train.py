@@ -194,8 +194,9 @@ class State:
 
     def evaluate(self, x, amp):
         """Validation figure of the averaged weights in nats per token, and its standard error."""
+        rows = common.rows_at_once(self.config.block_size, self.config.vocab_size)
         with amp:
-            self.val = common.evaluate(lambda part: self.ema.nats(part, self.run.eval_draws), x)
+            self.val = common.evaluate(lambda part: self.ema.nats(part, self.run.eval_draws), x, rows)
         return self.val
 
     def save(self):
