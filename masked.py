@@ -23,7 +23,8 @@ Three parameterizations, three losses of a masked token (l the network's output,
 If e^l adds up to 1, SEDD is SUBS; for any other sum Z it is worse by Z - 1 - log Z: it pays for learning to
 normalise. D3PM without probability on [MASK] is SUBS in T steps; it pays for that probability and for what
 it does not copy, both in the bound alone: sampling leaves [MASK] out and copies, as with SUBS.
-The number of masks tells the network what t is, so only SEDD must be told (`time_input`).
+The number of masks tells the network what t is, so none has to be told (RADD 2406.03736); SEDD as published is
+(`time_input`).
 """
 import functools
 import math
