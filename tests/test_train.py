@@ -124,10 +124,10 @@ def test_training_learns_a_repeated_text(workdir, capsys):
 def test_weights_of_another_run_can_be_the_start(workdir):
     train.main([*TINY, '--out_dir=first'])
     train.main([*TINY, '--init_from=first/best.pt', '--out_dir=second', '--lr=0', '--muon_lr=0',
-                '--max_iters=1', '--loss_weight=elbo'])
+                '--max_iters=1', '--masking=count'])
     second = common.load('second/last.pt')
     assert (same(second['model'], common.load('first/best.pt')['ema'])
-            and second['config']['loss_weight'] == 'elbo')
+            and second['config']['masking'] == 'count')
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(workdir, capsys):
