@@ -135,7 +135,8 @@ class Model(nn.Module):
         """Generator of canvases (B, T), one a network call but for the reading of clean blocks.
 
         xt starts with the given tokens; V is where to write. steps: of the whole text, shared out among the
-        blocks to be written, at least one each. The rule works inside a block (see unmask.py).
+        blocks to be written, at least one each. The rule works inside a block (see unmask.py); by default
+        random, with its even counts: ancestral steps often reveal several of a block's few tokens at once.
         """
         if how.get('cfg'):
             raise ValueError("cfg is not for block diffusion, whose prompt is in the cache")
@@ -144,7 +145,7 @@ class Model(nn.Module):
         if blank[:, :start].any() or not blank[:, start:].all():
             raise ValueError("block diffusion writes block after block: it takes a prompt, "
                              "no suffix and no template")
-        xt, first, rule = xt.clone(), start // n * n, rule or 'ancestral'
+        xt, first, rule = xt.clone(), start // n * n, rule or 'random'
         blocks = range(first, xt.size(1), n)
         cache = model.Cache(self.config.n_layer)
         if first:

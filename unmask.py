@@ -38,7 +38,7 @@ GRIDS = ('linear', 'cosine')
 @dataclass
 class Config:
     steps: int = 64            # of the denoiser for a block; an autoregressive model takes one a token
-    rule: str = ''             # which draws to keep, see unmask.py; '': ancestral
+    rule: str = ''             # which draws to keep, see unmask.py; '': ancestral, in blocks random
     temperature: float = 0.7   # 1: the model's own law; below: likelier tokens more often; 0: the likeliest
     top_k: int = 0             # draw from the k likeliest tokens; 0: all
     top_p: float = 1.0         # draw from the fewest tokens with this probability together
