@@ -82,7 +82,8 @@ class Model(nn.Module):
         if t is None:
             blocks = B * (x.size(1) // n)
             t = low_discrepancy(torch.rand((), device=x.device), blocks)
-            t = t[torch.randperm(blocks, device=x.device)].view(B, -1)
+            shuffle = torch.rand(blocks, device=x.device).argsort()  # torch 2.13 does not compile randperm here
+            t = t[shuffle].view(B, -1)
             t = self.config.mask_low + (self.config.mask_high - self.config.mask_low) * t
         if u is None:
             u = torch.rand(x.shape, device=x.device)

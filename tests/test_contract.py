@@ -1,10 +1,13 @@
 """What every concept file promises the scripts (DESIGN: one parametrised test, no base class)."""
+import contextlib
 import dataclasses
+import shutil
 
 import pytest
 import torch
 
 import common
+import train
 
 SIZES = dict(vocab_size=7, block_size=8, n_layer=2, n_head=2, n_embd=16)
 
@@ -44,6 +47,15 @@ def test_forward_traces_as_one_graph_and_draws_new_noise_every_call(concept):
     loss_fn = torch.compile(model, backend='eager', fullgraph=True)
     losses = {loss_fn(x)[0].item() for _ in range(4)}
     assert len(losses) == (1 if model.bound == 'exact' else 4)
+
+
+def test_the_loss_compiles_to_machine_code_without_falling_back(concept, capsys):
+    if not shutil.which('g++'):
+        pytest.skip("no C++ compiler; tracing is tested above")
+    x = torch.randint(7, (6, 8))
+    model = concept.Model(concept.Config(**{**SIZES, 'n_layer': 1}))
+    assert train.compiled(model, x, contextlib.nullcontext()) is not model, capsys.readouterr().err
+    torch._dynamo.reset()
 
 
 def test_nats_has_a_value_for_each_row_that_is_a_function_of_the_seed(concept):
