@@ -54,10 +54,10 @@ class Model(nn.Module):
         start = int((~blank[0]).sum())
         if rule or knobs:
             raise ValueError(f"{', '.join(knobs) or 'rule'} is for denoisers: "
-                             f"an autoregressive model writes left to right")
+                             f"an autoregressive model writes left to right; take the checkpoint of another")
         if blank[:, :start].any() or not blank[:, start:].all():
             raise ValueError("an autoregressive model writes left to right: "
-                             "it takes a prompt, no suffix and no template")
+                             "no suffix, no template; take the checkpoint of a denoiser")
         cache = model.Cache(self.config.n_layer)
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):

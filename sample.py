@@ -203,7 +203,7 @@ def main(argv):
                     if all(ends):
                         break
     except ValueError as e:  # what this model cannot do
-        fail(e)
+        fail(f"{path}: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
     texts = [tokenizer.decode(row[:end or None]) for row, end in zip(canvas.tolist(), ends)]
