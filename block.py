@@ -82,7 +82,8 @@ class Model(nn.Module):
         if t is None:
             blocks = B * (x.size(1) // n)
             t = low_discrepancy(torch.rand((), device=x.device), blocks)
-            shuffle = torch.rand(blocks, device=x.device).argsort()  # torch 2.13 does not compile randperm here
+            # torch 2.13 does not compile randperm here
+            shuffle = torch.rand(blocks, device=x.device).argsort()
             t = t[shuffle].view(B, -1)
             t = self.config.mask_low + (self.config.mask_high - self.config.mask_low) * t
         if u is None:

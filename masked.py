@@ -23,8 +23,8 @@ Three parameterizations, three losses of a masked token (l the network's output,
 If e^l adds up to 1, SEDD is SUBS; for any other sum Z it is worse by Z - 1 - log Z: it pays for learning to
 normalise. D3PM without probability on [MASK] is SUBS in T steps; it pays for that probability and for what
 it does not copy, both in the bound alone: sampling leaves [MASK] out and copies, as with SUBS.
-The number of masks tells the network what t is, so none has to be told (RADD 2406.03736); SEDD as published is
-(`time_input`).
+The number of masks tells the network what t is, so none has to be told (RADD 2406.03736); SEDD as published
+is (`time_input`).
 """
 import functools
 import math
@@ -74,8 +74,8 @@ class Config(model.Config):
         if self.masking == 'count' and self.T:
             raise ValueError(f"masking=count is an integral over continuous time: T={self.T} must be 0")
         if self.t_law == 'bell' and (self.schedule != 'linear' or self.loss_weight == 'elbo'):
-            raise ValueError(f"schedule={self.schedule}, loss_weight={self.loss_weight}: the bell says itself "
-                             f"which noise levels training visits; take t_law=uniform")
+            raise ValueError(f"schedule={self.schedule}, loss_weight={self.loss_weight}: the bell says "
+                             f"itself which noise levels training visits; take t_law=uniform")
 
 
 # ---- schedules: f with f(0) = 0 and its derivative; m(t) = f(t) / f(1) reaches 0 and 1 exactly ------------
