@@ -23,6 +23,17 @@ def token_nats(logits, x):
     return F.cross_entropy(logits.transpose(1, 2), x, reduction='none')
 
 
+def prompt_length(xt, mask_id):
+    """How many tokens are given at the start of the canvas xt (B, T); everything after must be blank
+    (= mask_id), in all rows alike. Raises ValueError."""
+    blank = xt == mask_id
+    start = int((~blank[0]).sum())
+    if blank[:, :start].any() or not blank[:, start:].all():
+        raise ValueError("this model writes from left to right: it takes a prompt, no suffix and no template; "
+                         "those are for masked diffusion")
+    return start
+
+
 class Model(nn.Module):
     bound = 'exact'
 
@@ -50,15 +61,10 @@ class Model(nn.Module):
         The same canvas as for a denoiser, so the same scripts serve both.
         steps is not used: it takes one for each blank.
         """
-        blank = xt == self.blank
-        start = int((~blank[0]).sum())
         if rule or knobs:
             raise ValueError(f"{', '.join(knobs) or 'rule'} is for denoisers: "
-                             f"an autoregressive model writes left to right; take the checkpoint of another")
-        if blank[:, :start].any() or not blank[:, start:].all():
-            raise ValueError("an autoregressive model writes left to right: "
-                             "no suffix, no template; take the checkpoint of a denoiser")
-        cache = model.Cache(self.config.n_layer)
+                             f"an autoregressive model writes from left to right, a token a call")
+        start, cache = prompt_length(xt, self.blank), model.Cache(self.config.n_layer)
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):
             logits = self.gpt(new, cache=cache)[:, -1].float()

@@ -23,9 +23,9 @@ import torch
 import torch.nn as nn
 
 import model
-from ar import token_nats
+from ar import prompt_length, token_nats
 from masked import exactly, low_discrepancy
-from unmask import unmask
+from unmask import shares, unmask
 
 
 @dataclass
@@ -142,20 +142,14 @@ class Model(nn.Module):
         """
         if how.get('cfg'):
             raise ValueError("cfg is not for block diffusion, whose prompt is in the cache")
-        blank, n = xt == self.blank, self.config.block_length
-        start = int((~blank[0]).sum())
-        if blank[:, :start].any() or not blank[:, start:].all():
-            raise ValueError("block diffusion writes block after block: it takes a prompt, "
-                             "no suffix and no template")
-        xt, first, rule = xt.clone(), start // n * n, rule or 'random'
-        blocks = range(first, xt.size(1), n)
-        cache = model.Cache(self.config.n_layer)
+        n, cache = self.config.block_length, model.Cache(self.config.n_layer)
+        first = prompt_length(xt, self.blank) // n * n
         if first:
             self.read(xt[:, :first], cache)
-        for i, begin in enumerate(blocks):
-            share = max(1, steps // len(blocks) + (i < steps % len(blocks)))
+        blocks = range(first, xt.size(1), n)
+        for begin, share in zip(blocks, shares(steps, len(blocks))):
             denoise = lambda block, t: self.denoise_block(block, cache)
-            for block in unmask(denoise, xt[:, begin:begin + n], self.blank, share, rule, **how):
+            for block in unmask(denoise, xt[:, begin:begin + n], self.blank, share, rule or 'random', **how):
                 xt = torch.cat([xt[:, :begin], block, xt[:, begin + n:]], dim=1)
                 yield xt
             if begin + n < xt.size(1):

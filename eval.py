@@ -85,6 +85,8 @@ class Config(unmask.Config):
                                  f"{', '.join(filter(None, known))}")
         if self.mode != 'nll' and not self.judge:
             raise ValueError(f"mode={self.mode} needs a judge, for example --judge=out-ar")
+        if self.mode != 'frontier' and (self.rules or self.csv or self.plot):
+            raise ValueError(f"rules, csv and plot are for mode=frontier, not for mode={self.mode}")
         if not all(part.strip().isdigit() and int(part) for part in self.grid_of_steps.split(',')):
             raise ValueError(f"grid_of_steps={self.grid_of_steps!r} is not a list of numbers: 8,16,32")
         for rule in filter(None, self.rules.split(',')):
@@ -282,9 +284,7 @@ SWEEPS = {'threshold': ('threshold', (0.3, 0.5, 0.7, 0.9, 0.97)),
 
 
 def gen_ppl(config, checkpoint, model, tokenizer, judge, amp, device):
-    """Two rows: the validation text, and texts of the model."""
-    head()
-    validation_row(config, checkpoint, tokenizer, judge, config.length or model.config.block_size, device)
+    """A row for texts of the model."""
     common.seed_everything(config.seed)
     with amp:
         texts, calls, speed = written(model, config, tokenizer, device, **config.knobs())
@@ -314,10 +314,6 @@ def frontier_settings(config):
 
 def frontier(config, checkpoint, model, tokenizer, judge, amp, device):
     """A row for every rule and number of steps; the same in a CSV and a plot, after every row."""
-    if config.plot:
-        check_matplotlib()
-    head()
-    validation_row(config, checkpoint, tokenizer, judge, config.length or model.config.block_size, device)
     rows, refused = [], {}
     for rule, label, knobs in frontier_settings(config):
         if rule in refused:
@@ -388,6 +384,10 @@ def main(argv):
     ours = os.path.isfile(Path(config.judge, 'last.pt'))
     judge = OurJudge(config.judge, device) if ours else GPT2Judge(config.judge, device)
     measure = gen_ppl if config.mode == 'gen_ppl' else frontier
+    if config.plot:
+        check_matplotlib()
+    head()
+    validation_row(config, checkpoint, tokenizer, judge, config.length or model.config.block_size, device)
     try:
         measure(config, checkpoint, model, tokenizer, judge, amp, device)
     except ValueError as e:  # what this model cannot do

@@ -239,6 +239,11 @@ def events(masked, level=None):
     return event.masked_fill(~masked, -1), falling[step.clamp(min=0)]
 
 
+def shares(steps, n):
+    """The steps shared out among n blocks, one after the other, at least one each."""
+    return [max(1, steps // n + (i < steps % n)) for i in range(n)]
+
+
 def parts(masked, part_length):
     """LLaDA's blocks: the masked positions of one stretch of part_length after the other, (B, T) bool each;
     0: all at once."""
@@ -360,8 +365,7 @@ def in_order(denoise, xt, mask_id, steps, draw, score, grid='linear', part_lengt
     """As many tokens a step as the grid says, the highest scores first; block after block, if told so, with
     its share of the steps."""
     blocks = list(parts(xt == mask_id, part_length))
-    for i, part in enumerate(blocks):
-        share = max(1, steps // len(blocks) + (i < steps % len(blocks)))
+    for part, share in zip(blocks, shares(steps, len(blocks))):
         for k in counts(part.sum(-1), grid_levels(share, grid, xt.device)).T:
             if not k.any():
                 break

@@ -146,6 +146,12 @@ def fetch(url, path, sha256='', otherwise=''):
              f"run the same command again, it goes on where it stopped{otherwise and '; or ' + otherwise}")
 
 
+def hub(repository, name):
+    """The address of a file in a dataset of the Hugging Face hub, or of its mirror HF_ENDPOINT."""
+    host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
+    return f'{host}/datasets/{repository}/resolve/main/{name}'
+
+
 # ---- text into tokens -------------------------------------------------------------------------------------
 
 def decode(data, source):
@@ -169,6 +175,11 @@ def write_meta(out, meta):
     """meta.json, the name of the tokenizer and the origin of the text, is written last: it says that the
     dataset is there."""
     write(Path(out, 'meta.json'), json.dumps(meta, ensure_ascii=False, indent=1).encode())
+
+
+def prepare_bytes(data, kind, out, source):
+    """A text of one piece as UTF-8 bytes -> train.bin, val.bin (90/10 of its characters) and meta.json."""
+    prepare_text(cut(decode(data, source)), kind, out, source, hashlib.sha256(data).hexdigest())
 
 
 def prepare_text(texts, kind, out, source, sha256):

@@ -220,6 +220,7 @@ def test_a_pretrained_gpt2_judges_through_transformers(trained, capsys, monkeypa
 @pytest.mark.parametrize('flags, words', [
     (['--mode=gen_pl'], ['gen_pl', 'gen_ppl']),
     (['--mode=gen_ppl'], ['--judge=out-ar']),
+    (['--mode=gen_ppl', '--judge=out-a', '--csv=f.csv'], ['csv', 'frontier']),
     (['--mode=gen_ppl', '--judge=out-m'], ['out-m', 'not exact']),
     (['--mode=frontier', '--judge=out-a', '--rules=confidense'], ['confidense']),
     (['--mode=frontier', '--judge=out-a', '--grid_of_steps=8,x'], ['8,x']),

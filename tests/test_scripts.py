@@ -219,7 +219,7 @@ def test_a_mistake_in_sampling_is_one_line(trained, mistake, flags, words):
 
 def test_an_autoregressive_model_says_what_it_cannot_do(trained, mistake):
     told = mistake(sample.main, '--out_dir=out-a', '--suffix=be')
-    assert 'left to right' in told and 'out-a/best.pt' in told and 'checkpoint of a denoiser' in told
+    assert 'left to right' in told and 'out-a/best.pt' in told and 'masked diffusion' in told
     assert 'rule' in mistake(sample.main, '--out_dir=out-a', '--rule=margin')
     assert 'part_length' in mistake(sample.main, '--out_dir=out-a', '--part_length=3')
 
@@ -267,11 +267,15 @@ def test_every_config_file_builds_on_both_kinds_of_device(path):
         configurator.build(knobs, train.Config, concept.Config)
 
 
-def test_the_twins_differ_in_their_objective_alone():
-    a, b = (configurator.read([str(ROOT / 'config' / f'train_{name}.py')]) for name in ('ar', 'mdlm'))
-    sizes = ('n_layer', 'n_head', 'n_embd', 'block_size')
-    assert all(x[0][k] == y[0][k] and x[1][k] == y[1][k] for x, y in [(a, b)] for k in sizes)
-    assert a[0]['objective'] == 'ar' and b[0]['objective'] == 'masked'
+@pytest.mark.parametrize('name, other, own', [
+    ('ar', 'mdlm', {'objective'}), ('gpt2_ar', 'gpt2_mdlm', {'objective'}),
+    ('block', 'mdlm', {'objective', 'block_length'}), ('d3pm', 'mdlm', {'parameterization', 'T'}),
+    ('sedd', 'mdlm', {'parameterization', 'time_input'}),
+    ('llada', 'mdlm', {'schedule', 't_law', 'loss_weight', 'random_length'})])
+def test_runs_that_are_compared_differ_in_what_they_say_alone(name, other, own):
+    a, b = (configurator.read([str(ROOT / 'config' / f'train_{n}.py')]) for n in (name, other))
+    assert {k for k in a[0].keys() | b[0].keys() if a[0].get(k) != b[0].get(k)} == own | {'out_dir'}
+    assert a[1] == b[1]  # their sizes on a CPU
 
 
 @pytest.mark.parametrize('script', [sample, evaluation])

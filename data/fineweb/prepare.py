@@ -11,7 +11,6 @@ shards: what is there stays.
 Source: huggingface.co/datasets/kjj0/fineweb10B-gpt2, the files of modded-nanogpt in the format of llm.c
 (HF_ENDPOINT is honoured).
 """
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +49,11 @@ def shard_tokens(path):
 
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
-    host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
     out = Path(config.out)
     for name in ['val_000000.bin'] + [f'train_{i:06d}.bin' for i in range(1, config.shards + 1)]:
         if not (out / name).exists():
             raw = out / f'fineweb_{name}'
-            tools.fetch(f'{host}/datasets/{REPOSITORY}/resolve/main/{raw.name}', raw)
+            tools.fetch(tools.hub(REPOSITORY, raw.name), raw)
             tokens = shard_tokens(raw)
             tools.write(out / name, tokens.tobytes())
             raw.unlink()

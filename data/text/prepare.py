@@ -11,7 +11,6 @@ writes train.bin, val.bin (uint16, 90/10 of the characters) and meta.json beside
 Text and tokens pass through memory, about 40 bytes for one of the text; larger ones are a task for
 data/openwebtext/prepare.py.
 """
-import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,8 @@ def main(argv):
     config = tools.settings(argv, __doc__, Config)
     if not config.input:
         fail("which text? --input=FILE")
-    data, source = tools.read_bytes(config.input, 'input'), Path(config.input).name
-    texts = tools.cut(tools.decode(data, source))
-    tools.prepare_text(texts, config.tokenizer, config.out, source, hashlib.sha256(data).hexdigest())
+    data = tools.read_bytes(config.input, 'input')
+    tools.prepare_bytes(data, config.tokenizer, config.out, Path(config.input).name)
 
 
 if __name__ == '__main__':

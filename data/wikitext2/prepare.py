@@ -12,7 +12,6 @@ they score a model that never saw them (zero-shot); figures of the two kinds do 
 Source: the copy that llama.cpp measures with, huggingface.co/datasets/ggml-org/ci (HF_ENDPOINT is honoured).
 """
 import hashlib
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +40,8 @@ def find_texts(config):
     if any(given.values()):
         texts = {split: tools.read_bytes(path, split) for split, path in given.items() if path}
         return texts, ', '.join(Path(path).name for path in given.values() if path)
-    host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
-    url, path = f'{host}/datasets/ggml-org/ci/resolve/main/{NAME}', Path(config.out, NAME)
-    tools.fetch(url, path, config.sha256, "give files with --train= --valid= --test=")
+    path = Path(config.out, NAME)
+    tools.fetch(tools.hub('ggml-org/ci', NAME), path, config.sha256, "give files with --train= --valid= --test=")
     return {split: tools.unzip(path, f'wikitext-2-raw/wiki.{split}.raw') for split in given}, NAME
 
 
