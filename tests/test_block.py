@@ -93,6 +93,14 @@ def test_the_clipped_schedule_masks_the_shares_it_says():
     assert k.min() == 3 and k.max() == 7 and abs(k.double().mean() - 4.9) < 0.1
 
 
+def test_the_share_of_masks_of_a_block_has_nothing_to_do_with_its_place():
+    """Even shares, one to a stratum, but in no order: unshuffled, each is the last one's successor."""
+    net, seen = random_model(16, T=256), []
+    net.masked_nats = lambda x, m: seen.append(m.view(-1, 16).sum(-1)) or torch.zeros(len(x), 16)
+    net(torch.randint(3, (1, 256)))
+    assert seen[0].sort().values.diff().max() <= 2 and (seen[0].diff().abs() > 1).sum() > 4
+
+
 @pytest.mark.parametrize('rule', ['ancestral', 'confidence', 'first_hitting'])
 @pytest.mark.parametrize('start', [0, 3, 4])
 def test_cached_sampling_equals_uncached(rule, start):

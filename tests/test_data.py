@@ -66,8 +66,9 @@ def real_gpt2(monkeypatch):
 @pytest.fixture
 def site(monkeypatch):
     """A web server. files: {path: bytes}; cuts: the bytes after which it hangs up, one for each of the next
-    requests; ranges: whether it knows Range; asked: the Range headers that came."""
-    site = types.SimpleNamespace(files={}, cuts=[], ranges=True, asked=[])
+    requests; ranges: whether it knows Range; most: the longest range it gives; asked: the Range headers that
+    came."""
+    site = types.SimpleNamespace(files={}, cuts=[], ranges=True, most=10 ** 9, asked=[])
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -78,11 +79,12 @@ def site(monkeypatch):
                 self.send_response(416 if data else 404)
                 self.send_header('Content-Range', f'bytes */{len(data or b"")}')
                 return self.end_headers()
+            part = data[start:][:site.most if start else None]
             self.send_response(206 if start else 200)
-            self.send_header('Content-Range', f'bytes {start}-{len(data) - 1}/{len(data)}')
-            self.send_header('Content-Length', str(len(data) - start))
+            self.send_header('Content-Range', f'bytes {start}-{start + len(part) - 1}/{len(data)}')
+            self.send_header('Content-Length', str(len(part)))
             self.end_headers()
-            self.wfile.write(data[start:][:site.cuts.pop(0) if site.cuts else None])
+            self.wfile.write(part[:site.cuts.pop(0) if site.cuts else None])
 
         def log_message(self, *args):
             pass
@@ -190,6 +192,7 @@ def test_shards_are_read_as_one_stream_in_the_order_of_their_names(workdir):
     tokens = common.load_tokens('shards', 'train', 50257, 'cpu')
     assert tokens.dtype == torch.int16
     assert common.windows(tokens, 1000)[0].tolist() == stream.tolist()
+    assert common.batch(tokens, 2, 1000).tolist() == [stream.tolist()] * 2
     assert len(common.load_tokens('shards', 'val', 50257, 'cpu')) == 30
 
 
@@ -224,6 +227,12 @@ def test_a_download_goes_on_where_the_connection_was_cut(site, tmp_path):
     assert len(starts) == 2 and 100_000 < starts[0] <= 200_000 and 200_000 < starts[1] <= 350_000
     tools.download(f'{site.url}/f', tmp_path / 'f', GOOD)
     assert len(site.asked) == 3, "a whole file is not asked for again"
+
+
+def test_a_server_may_give_less_than_was_asked_for(site, tmp_path):
+    site.files['/f'], site.cuts, site.most = DATA, [300_000], 150_000
+    tools.download(f'{site.url}/f', tmp_path / 'f')
+    assert (tmp_path / 'f').read_bytes() == DATA
 
 
 def test_a_download_goes_on_where_an_earlier_run_stopped(site, tmp_path, mistake):

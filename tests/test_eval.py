@@ -36,15 +36,15 @@ def model_of(out_dir):
 # ---- likelihood -------------------------------------------------------------------------------------------
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_text_whatever_the_tokenizer(trained, capsys):
-    (trained / 'x.txt').write_text(TEXT[:160])
+    (trained / 'x.txt').write_text(TEXT[:165])  # 10 windows, and 5 characters that are not scored
     evaluation.main(['--out_dir=out-a', '--input=x.txt'])
     row, = rows_of(capsys)
     net, tokenizer = model_of('out-a')
     nats = net.nats(torch.tensor(tokenizer.encode(TEXT[:160])).view(10, 16)).sum().item()
     assert abs(float(row['bits/byte'].split()[0]) - nats / math.log(2) / 160) < 1e-4
     assert abs(float(row['nats/token'].split()[0]) - nats / 160) < 1e-4
-    words = len(TEXT[:160].split())
-    assert float(row['perplexity/word'].replace(',', '')) == pytest.approx(math.exp(nats / words), rel=1e-4)
+    word = nats / 160 * 165 / len(TEXT[:165].split())
+    assert float(row['perplexity/word'].replace(',', '')) == pytest.approx(math.exp(word), rel=1e-4)
 
 
 def test_a_byte_model_counts_two_bytes_for_an_umlaut(trained, capsys):
@@ -91,6 +91,8 @@ def test_the_bound_in_any_number_of_steps_can_be_asked_for(trained, capsys, mist
     assert figures[0] == pytest.approx(everything.item(), abs=1e-4)  # one step: all tokens out of nothing
     assert figures[2] == figures[3] and len(set(figures)) == 3
     assert 'masked' in mistake(evaluation.main, '--out_dir=out-a', '--T=4')
+    train.main([*TINY, '--out_dir=out-m', '--masking=count'])  # how it was trained does not matter
+    evaluation.main(['--out_dir=out-m', '--T=4', '--windows=8'])
 
 
 @pytest.mark.parametrize('flags', [['--parameterization=d3pm', '--T=8'],
@@ -159,6 +161,10 @@ def test_gen_ppl_gives_the_validation_text_and_the_model_a_row(trained, capsys):
         assert data['texts'] == 'validation text' and float(model['network calls']) >= 1
         assert 0 < float(model['entropy']) < math.log(28) and 0 < float(model['distinct-1']) <= 1
     assert float(model['network calls']) == 16  # the twin: one a token
+    for overlap, parts in ((0, 4), (2, 3)):  # 16 tokens, then 8 or 14 new ones a part
+        evaluation.main(['--mode=gen_ppl', '--judge=out-a', '--out_dir=out-m', '--num_samples=2', '--steps=4',
+                         '--rule=random', '--length=40', f'--overlap={overlap}'])
+        assert float(rows_of(capsys)[1]['network calls']) == 4 * parts
 
 
 def test_texts_of_a_model_in_other_tokens_are_judged_in_those_of_the_judge(trained):

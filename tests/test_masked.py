@@ -155,8 +155,13 @@ def test_a_row_cut_to_a_random_length_scores_as_the_short_row_would():
     for block in model.gpt.blocks:
         torch.nn.init.normal_(block.attn.proj.weight)
     x, m, inside = torch.randint(5, (3, 8)), torch.rand(3, 8) < 0.5, torch.arange(8) < 5
-    cut = model.masked_nats(x, m & inside, inside[None, None, None].expand(3, 1, 1, 8))
-    assert torch.allclose(cut, model.masked_nats(x[:, :5], m[:, :5]), atol=1e-5)
+    attend = inside[None, None, None].expand(3, 1, 1, 8)
+    assert torch.allclose(model.masked_nats(x, m & inside, attend), model.masked_nats(x[:, :5], m[:, :5]),
+                          atol=1e-5)
+    model.copies = False  # the loss at clean tokens, as for D3PM
+    cut, short = (model.masked_nats(a, b, c, copy_weight=0.5)
+                  for a, b, c in ((x, m & inside, attend), (x[:, :5], m[:, :5], None)))
+    assert torch.allclose(cut, short, atol=1e-5)
 
 
 def test_random_lengths_do_not_recompile():
@@ -342,15 +347,27 @@ def test_sedd_fed_the_true_score_is_subs_and_any_other_sum_costs_Z_minus_1_minus
     assert (masked.sedd(out, x) >= 0).all()
 
 
+def test_the_analytic_rule_takes_the_sum_of_the_scores_of_sedd_and_the_others_do_not():
+    """A network whose scores add up to 2: in 4 steps the first reveals a half, by ancestral a quarter.
+    4 standard errors at most."""
+    torch.manual_seed(0)
+    model = sedd_model()
+    model.gpt.forward = lambda x, mask=None, time=None: torch.full((*x.shape, 5), math.log(2.0))
+    for rule, share in (('analytic', 0.5), ('ancestral', 0.25)):
+        xs = next(model.sample(torch.full((1, 10000), 5), 4, rule))
+        assert abs((xs < 5).double().mean() - share) < 0.02
+
+
 def test_the_network_of_sedd_sees_the_time_once_it_has_learned_to():
     torch.manual_seed(0)
     model, x = sedd_model(), torch.tensor([[5, 1, 5, 2, 5, 0]])
     torch.nn.init.normal_(model.gpt.head.weight)
+    for block in model.gpt.blocks:
+        torch.nn.init.normal_(block.mlp.proj.weight)
     at = lambda t: model.denoise(x, torch.tensor([t]))
     assert torch.equal(at(0.2), at(0.9))  # FiLM starts as the identity
     for block in model.gpt.blocks:
         torch.nn.init.normal_(block.film.weight)
-        torch.nn.init.normal_(block.mlp.proj.weight)
     assert not torch.allclose(at(0.2), at(0.9)) and torch.allclose(at(0.9).exp().sum(-1), torch.ones(1, 6))
 
 
@@ -369,6 +386,13 @@ def test_counts_give_a_timed_network_the_time_of_its_masks(joint):
                 x[None], s[None], None, level, level).item()
     draws = model.nats(x.expand(20000, T), 2)
     assert abs(draws.mean() - bound) < 4 * draws.std() / 20000 ** 0.5
+    # the training loss with exactly k masks is another estimate of it
+    train = exact_model(joint, parameterization='sedd', time_input=True, masking='count', loss_weight='elbo',
+                        t_law='uniform')
+    train.gpt.forward = model.gpt.forward
+    losses = T * torch.stack([train(x.expand(100, T), t=masked.uniform(torch.rand(100)))[0]
+                              for _ in range(400)])
+    assert abs(losses.mean() - bound) < 4 * losses.std() / 400 ** 0.5 + 1e-3 * bound
 
 
 def test_wrong_knobs_are_refused_by_name():
