@@ -162,8 +162,8 @@ def test_gen_ppl_gives_the_validation_text_and_the_model_a_row(trained, capsys):
         assert 0 < float(model['entropy']) < math.log(28) and 0 < float(model['distinct-1']) <= 1
     assert float(model['network calls']) == 16  # the twin: one a token
     for overlap, parts in ((0, 4), (2, 3)):  # 16 tokens, then 8 or 14 new ones a part
-        evaluation.main(['--mode=gen_ppl', '--judge=out-a', '--out_dir=out-m', '--num_samples=2', '--steps=4',
-                         '--rule=random', '--length=40', f'--overlap={overlap}'])
+        evaluation.main(['--mode=gen_ppl', '--judge=out-a', '--out_dir=out-m', '--num_samples=2',
+                         '--steps=4', '--rule=random', '--length=40', f'--overlap={overlap}'])
         assert float(rows_of(capsys)[1]['network calls']) == 4 * parts
 
 

@@ -119,7 +119,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     timed = model.GPT(gpt.config, causal=False, timed=True)
     adam, muon = model.optimizers(timed, 1e-3, 1e-2)
     assert sum(len(g['params']) for g in muon.param_groups) == 2 * 4
-    assert sum(len(g['params']) for g in adam.param_groups) == 2 + 2 * 2  # and of each block what tells the time
+    assert sum(len(g['params']) for g in adam.param_groups) == 2 + 2 * 2  # and the films
 
 
 def test_more_tokens_than_the_block_are_refused():

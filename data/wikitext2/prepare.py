@@ -41,7 +41,8 @@ def find_texts(config):
         texts = {split: tools.read_bytes(path, split) for split, path in given.items() if path}
         return texts, ', '.join(Path(path).name for path in given.values() if path)
     path = Path(config.out, NAME)
-    tools.fetch(tools.hub('ggml-org/ci', NAME), path, config.sha256, "give files with --train= --valid= --test=")
+    url = tools.hub('ggml-org/ci', NAME)
+    tools.fetch(url, path, config.sha256, "give files with --train= --valid= --test=")
     return {split: tools.unzip(path, f'wikitext-2-raw/wiki.{split}.raw') for split in given}, NAME
 
 
