@@ -29,8 +29,8 @@ def prompt_length(xt, mask_id):
     blank = xt == mask_id
     start = int((~blank[0]).sum())
     if blank[:, :start].any() or not blank[:, start:].all():
-        raise ValueError("this model writes from left to right: it takes a prompt; no suffix and no template, "
-                         "which are for masked diffusion")
+        raise ValueError("this model writes from left to right: it takes a prompt; suffix and template "
+                         "are for masked diffusion")
     return start
 
 

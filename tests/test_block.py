@@ -147,7 +147,7 @@ def test_what_block_diffusion_cannot_do_is_said(mistake):
         with pytest.raises(ValueError, match=word):
             block.Config(block_size=8, n_embd=8, n_head=1, **knobs)
     net = random_model(4)
-    with pytest.raises(ValueError, match='no suffix'):
+    with pytest.raises(ValueError, match='suffix and template'):
         next(net.sample(torch.tensor([[3, 3, 1, 3, 3, 3, 3, 3]]), 2))
     with pytest.raises(ValueError, match='cfg'):
         next(net.sample(torch.full((1, 8), 3), 2, cfg=1.0))

@@ -210,7 +210,7 @@ def test_threshold_takes_every_sure_position_and_at_least_one():
 
 def test_the_factor_rule_takes_the_largest_n_that_its_inequality_allows():
     """(n + 1) (1 - c_n): 2 * 0.03, 3 * 0.1, 4 * 0.4, 5 * 0.6."""
-    for factor, n in ((0.05, 1), (0.07, 1), (0.31, 2), (1.61, 3), (3.1, 4)):
+    for factor, n in ((0.05, 1), (0.29, 1), (0.31, 2), (1.59, 2), (1.61, 3), (2.9, 3), (3.1, 4)):
         picked = unmask.by_factor(LOGP, ALL, factor)[0]
         assert picked.tolist() == [n > rank for rank in (0, 2, 1, 3)], factor
 
