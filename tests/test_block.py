@@ -134,9 +134,14 @@ def test_blocks_of_one_sample_the_distribution_that_nats_reports():
 
 
 def test_the_steps_are_shared_out_and_the_text_may_end_inside_a_block():
-    net = random_model(4, T=12)
+    net, reads = random_model(4, T=12), []
     frames = list(net.sample(torch.full((2, 10), 3), 7, 'random'))
     assert len(frames) == 7 and frames[-1].shape == (2, 10) and (frames[-1] < 3).all()
+    read = net.read
+    net.read = lambda x, cache: reads.append(x) or read(x, cache)
+    frames = list(net.sample(torch.full((50, 12), 3), 12))  # by default a token a step
+    assert [(x == 3).sum(-1).tolist() for x in frames] == [[11 - i] * 50 for i in range(12)]
+    assert len(reads) == 2  # nothing comes after the last block
     assert len(list(net.sample(torch.full((2, 12), 3), 1, 'random'))) == 3  # at least one a block
 
 

@@ -167,6 +167,21 @@ def test_gen_ppl_gives_the_validation_text_and_the_model_a_row(trained, capsys):
         assert float(rows_of(capsys)[1]['network calls']) == 4 * parts
 
 
+@pytest.mark.parametrize('flags', [['--mode=gen_ppl'], ['--mode=frontier', '--rules=random']])
+def test_equal_seeds_give_equal_texts_to_the_judge(trained, capsys, flags):
+    figures = []
+    for seed in (1, 1, 2):
+        evaluation.main([*flags, '--out_dir=out-m', '--judge=out-a', '--num_samples=4', '--steps=4',
+                         '--grid_of_steps=4', f'--seed={seed}'])
+        figures.append({k: v for k, v in rows_of(capsys)[1].items() if k != 'tokens/s'})
+    assert figures[0] == figures[1] != figures[2]
+
+
+def test_rows_at_once_bound_the_logits():
+    assert common.rows_at_once(128, 65) == 64 and common.rows_at_once(10 ** 6, 10 ** 6) == 1
+    assert 1 < common.rows_at_once(1024, 50257) <= 2 ** 28 / (1024 * 50257)
+
+
 def test_texts_of_a_model_in_other_tokens_are_judged_in_those_of_the_judge(trained):
     judge = evaluation.OurJudge('out-a', torch.device('cpu'))
     figures = evaluation.judged(judge, [('be', False), ('to be or not', False)], torch.device('cpu'))

@@ -82,6 +82,17 @@ def test_the_first_loss_averages_to_log_V(weight, law):
     assert abs(np.mean(losses) / math.log(7) - 1) < 0.02
 
 
+@pytest.mark.parametrize('masking', ['bernoulli', 'count'])
+def test_the_first_loss_of_texts_cut_to_random_lengths_averages_to_log_V(masking):
+    """The mean over all tokens that are seen: 4 standard errors, the seed is fixed."""
+    torch.manual_seed(0)
+    model = masked.Model(masked.Config(vocab_size=7, block_size=16, n_layer=1, n_head=1, n_embd=4,
+                                       loss_weight='elbo', t_law='uniform', random_length=1.0, masking=masking))
+    losses = torch.stack([model(torch.randint(7, (256, 16)))[0].detach() for _ in range(200)]) / math.log(7)
+    error = losses.std() / 200 ** 0.5
+    assert error < 0.005 and abs(losses.mean() - 1) < 4 * error + 1e-3
+
+
 def test_the_likelihood_left_to_right_is_a_distribution_and_exact_with_exact_conditionals(joint):
     assert torch.allclose(exact_model(joint).nats_left(joint.x), -joint.p.log(), atol=1e-12)
     torch.manual_seed(0)
@@ -102,6 +113,7 @@ def test_a_schedule_agrees_with_finite_differences_and_reaches_both_ends_exactly
         ends, slope = masked.noise(schedule, torch.tensor([0, 1], dtype=dtype))
         assert ends.tolist() == [0, 1] and slope.isfinite().all()
     model = masked.Model(masked.Config(schedule=name, t_law='uniform', n_layer=1, n_head=1, n_embd=2))
+    assert model.levels(model.time(torch.zeros(1)))[2].isfinite()  # torch.rand may be 0
     assert torch.allclose(model.levels(t)[2], masked.noise(schedule, t)[1] / m)  # -alpha' / (1 - alpha)
 
 
@@ -318,6 +330,12 @@ def test_d3pm_is_trained_to_copy_and_pays_for_what_it_does_not_copy():
     assert torch.allclose(model.copy_nats(x), torch.full((4,), 6 * math.log(6)))  # 6 outputs, uniform
     loss, _ = model(x, u=torch.ones(4, 6))  # nothing masked
     assert loss > 0 and loss.isfinite()
+    times = []
+    model = masked.Model(masked.Config(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4,
+                                       parameterization='d3pm', T=10, time_input=True))
+    model.gpt.forward = lambda x, mask=None, time=None: times.append(time) or torch.zeros(*x.shape, 6)
+    model.copy_nats(x)
+    assert times[0].tolist() == [0] * 4  # the time of clean text
 
 
 # ---- SEDD -------------------------------------------------------------------------------------------------
@@ -368,6 +386,7 @@ def test_the_network_of_sedd_sees_the_time_once_it_has_learned_to():
     assert torch.equal(at(0.2), at(0.9))  # FiLM starts as the identity
     for block in model.gpt.blocks:
         torch.nn.init.normal_(block.film.weight)
+    assert torch.equal(model.denoise(x), at(0.5))  # the share of masks, if nothing else is said
     assert not torch.allclose(at(0.2), at(0.9)) and torch.allclose(at(0.9).exp().sum(-1), torch.ones(1, 6))
 
 

@@ -122,6 +122,21 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert sum(len(g['params']) for g in adam.param_groups) == 2 + 2 * 2  # and the films
 
 
+def test_a_time_for_every_token_may_differ_and_every_scale_and_shift_is_used():
+    torch.manual_seed(0)
+    gpt = model.GPT(random_gpt(False).config, causal=False, timed=True)
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x, t = torch.randint(7, (3, 5)), torch.rand(3)
+    assert torch.allclose(gpt(x, time=t), gpt(x, time=t[:, None].expand(3, 5)), atol=1e-5)
+    other = t[:, None].repeat(1, 5)
+    other[:, 4] += 0.3
+    assert not torch.allclose(gpt(x, time=t), gpt(x, time=other), atol=1e-3)
+    gpt(x, time=t).sum().backward()
+    for block in gpt.blocks:
+        assert all(part.abs().max() > 0 for part in block.film.weight.grad.chunk(4))
+
+
 def test_more_tokens_than_the_block_are_refused():
     with pytest.raises(ValueError, match='block_size=12'):
         random_gpt(True)(torch.zeros(1, 13, dtype=torch.long))

@@ -167,6 +167,13 @@ def test_draw_is_categorical_down_to_the_rare_tokens():
     assert chi_square_p(x[:, None], p, 3) > 1e-4
 
 
+def test_drawing_in_parts_draws_each_from_its_own_row(monkeypatch):
+    monkeypatch.setattr(unmask, 'LARGEST', 12)
+    token = torch.randint(5, (7, 3))
+    logp = torch.full((7, 3, 5), -torch.inf).scatter(-1, token[..., None], 0.0)
+    assert torch.equal(unmask.draw(logp), token)
+
+
 def test_a_big_vocabulary_of_unlikely_tokens_stays_unlikely():
     """50,000 tokens with 5e-7 together: one of them is drawn in 1,000 draws once in 2,000 runs. Noise in
     float32 has zeros, which make any token win: 3 draws. The seed is fixed."""
@@ -394,6 +401,11 @@ def test_guidance_of_scale_0_changes_nothing_and_more_moves_towards_the_given(jo
     without = joint.denoise(torch.full_like(xt, 3), t)
     twice = unmask.guided(joint.denoise, given, 3, 1.0)(xt, t)[0, 1]
     assert torch.allclose(twice, (2 * plain - without)[0, 1].log_softmax(-1))
+    xt[1, 1] = 1  # written meanwhile
+    times = []
+    both = unmask.guided(lambda xt, t: times.append(t) or joint.denoise(xt, t), given, 3, 1.0)(xt, t)
+    assert not both.isnan().any() and times[0].tolist() == pytest.approx([0.6] * 4)
+    xt[1, 1] = 3
     calls = joint.calls
     frames = list(unmask.unmask(joint.denoise, xt, 3, 5, 'confidence', cfg=1.5))
     assert joint.calls - calls == len(frames)
@@ -440,6 +452,10 @@ def test_every_step_count_is_honoured():
     for steps in range(1, 129):
         assert len(list(unmask.unmask(denoise, torch.full((1, 128), 2), 2, steps, 'random'))) == steps
         assert len(unmask.grid_levels(steps)) == steps + 1
+        n = torch.arange(130)
+        after = torch.stack([n * (steps - i) // steps for i in range(steps + 1)], dim=-1)  # in integers
+        k = unmask.counts(n, unmask.grid_levels(steps))
+        assert torch.equal(k.sort(-1).values, -after.diff(dim=-1).sort(-1, descending=True).values)
 
 
 def test_a_full_canvas_needs_no_call():
@@ -472,7 +488,7 @@ def test_an_unknown_rule_is_named():
 
 def test_an_autoregressive_model_refuses_what_it_cannot_do():
     model = ar.Model(ar.Config(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4))
-    for canvas in ([[3, 3, 1, 3]], [[1, 3, 3, 2]]):
+    for canvas in ([[3, 3, 1, 3]], [[1, 3, 3, 2]], [[1, 1, 3, 3], [1, 3, 3, 3]], [[1, 3, 3, 3], [1, 1, 3, 3]]):
         with pytest.raises(ValueError, match='left to right'):
             next(model.sample(torch.tensor(canvas)))
     with pytest.raises(ValueError, match='rule'):
