@@ -87,10 +87,15 @@ def test_the_first_loss_of_texts_cut_to_random_lengths_averages_to_log_V(masking
     """The mean over all tokens that are seen: 4 standard errors, the seed is fixed."""
     torch.manual_seed(0)
     model = masked.Model(masked.Config(vocab_size=7, block_size=16, n_layer=1, n_head=1, n_embd=4,
-                                       loss_weight='elbo', t_law='uniform', random_length=1.0, masking=masking))
+                                       random_length=1.0, masking=masking, loss_weight='elbo',
+                                       t_law='uniform'))
     losses = torch.stack([model(torch.randint(7, (256, 16)))[0].detach() for _ in range(200)]) / math.log(7)
     error = losses.std() / 200 ** 0.5
     assert error < 0.005 and abs(losses.mean() - 1) < 4 * error + 1e-3
+    seen = []
+    model.masked_nats = lambda x, m, attend, *rest: seen.append(m & ~attend[:, 0, 0]) or torch.zeros(len(x))
+    model(torch.randint(7, (256, 16)))
+    assert not seen[0].any()  # what is cut off is not masked
 
 
 def test_the_likelihood_left_to_right_is_a_distribution_and_exact_with_exact_conditionals(joint):
