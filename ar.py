@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model
+from packing import positions, same_text, starts
 from unmask import draw
 
 
@@ -24,14 +25,13 @@ def token_nats(logits, x):
 
 
 def prompt_length(xt, mask_id):
-    """How many tokens are given at the start of the canvas xt (B, T); everything after must be blank
-    (= mask_id), in all rows alike. Raises ValueError."""
+    """How many tokens are given at the start of every row of the canvas xt (B, T): of the shortest prompt.
+    Everything behind a row's prompt must be blank (= mask_id). Raises ValueError."""
     blank = xt == mask_id
-    start = int((~blank[0]).sum())
-    if blank[:, :start].any() or not blank[:, start:].all():
+    if (blank[:, :-1] & ~blank[:, 1:]).any():
         raise ValueError("this model writes from left to right: it takes a prompt; suffix and template "
-                         "are for masked diffusion")
-    return start
+                         "are for denoisers")
+    return int((~blank).sum(-1).min())
 
 
 class Model(nn.Module):
@@ -46,13 +46,22 @@ class Model(nn.Module):
         """[BOS] x_1 ... x_{T-1}: what predicts x_1 ... x_T."""
         return F.pad(x[:, :-1], (1, 0), value=self.blank)
 
-    def forward(self, x):
-        """x (B, T) -> (nats per token, metrics)."""
-        return token_nats(self.gpt(self.shifted(x)), x).mean(), {}
+    def logits(self, x, segment=None):
+        """What x_<i predicts for x_i, (B, T, V). segment (B, T): of packed texts, see packing.py."""
+        if segment is None:
+            return self.gpt(self.shifted(x))
+        before = self.shifted(x).where(~starts(segment), self.blank)
+        return self.gpt(before, same_text(segment), where=positions(segment))
 
-    def nats(self, x, n=1):
+    def forward(self, x, segment=None):
+        """x (B, T) -> (nats per token, metrics). segment (B, T): of packed texts."""
+        count = x.numel() if segment is None else (segment >= 0).sum().clamp(min=1)
+        return self.nats(x, 1, segment).sum() / count, {}
+
+    def nats(self, x, n=1, segment=None):
         """-log p(x) in nats, (B,). n is there for the contract: nothing is random here."""
-        return token_nats(self.gpt(self.shifted(x)), x).sum(-1)
+        nats = token_nats(self.logits(x, segment), x)
+        return (nats if segment is None else nats * (segment >= 0)).sum(-1)
 
     @torch.no_grad()
     def sample(self, xt, steps=0, rule='', temperature=1.0, top_k=0, top_p=1.0, **knobs):
@@ -68,6 +77,7 @@ class Model(nn.Module):
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):
             logits = self.gpt(new, cache=cache)[:, -1].float()
-            new = draw(logits.log_softmax(-1), temperature, top_k, top_p)[:, None]
-            xt[:, i:i + 1] = new
+            drawn = draw(logits.log_softmax(-1), temperature, top_k, top_p)
+            xt[:, i] = torch.where(xt[:, i] == self.blank, drawn, xt[:, i])  # some prompts are longer
+            new = xt[:, i:i + 1]
             yield xt.clone()

@@ -7,6 +7,7 @@ function of (seed, i) alone (`seed_everything`).
 """
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ import torch
 
 from configurator import fail
 
-OBJECTIVES = ('ar', 'masked', 'block')  # the concept files
+OBJECTIVES = ('ar', 'masked', 'block', 'score')  # the concept files
 
 
 # ---- device -----------------------------------------------------------------------------------------------
@@ -61,13 +62,19 @@ def seed_everything(*numbers):
 
 # ---- text -------------------------------------------------------------------------------------------------
 
+MARKS = BOS, EOS, PAD, UNK = range(4)  # of kind 'bpe': a text begins, ends, is filled up; unknown character
+WORDS = r"[ ']?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # no pair of kind 'bpe' crosses their borders
+
+
 class Tokenizer:
     """Text <-> token ids, as the `meta.json` of a dataset says:
     {'kind': 'char', 'chars': [...]}, one id a character; {'kind': 'byte'}, the 256 bytes of UTF-8;
-    {'kind': 'gpt2'}, the 50,257 byte pairs of GPT-2.
+    {'kind': 'gpt2'}, the 50,257 byte pairs of GPT-2;
+    {'kind': 'bpe', 'pieces': [...]}, MARKS and behind them byte pairs of the dataset itself.
 
     encode(text) -> list of ids. vocab_size: how many ids there are. end: the id of <|endoftext|>, which
-    preparers write between documents and encode never returns, or None.
+    preparers write between documents, or of <eos>, or None. bos: the id of <bos>, if every line of a dataset
+    is a text of its own, [bos] ... [end], or None. encode returns neither, `stream` both.
     """
 
     def __init__(self, meta):
@@ -78,12 +85,25 @@ class Tokenizer:
             self.pieces, self.encode, self.end = byte_tokens()
         elif kind == 'gpt2':
             self.pieces, self.encode, self.end = gpt2_tokens()
+        elif kind == 'bpe':
+            self.pieces, self.encode, self.end = bpe_tokens(meta)
         else:
-            fail(f"tokenizer kind {kind!r} is not one of: char, byte, gpt2")
+            fail(f"tokenizer kind {kind!r} is not one of: char, byte, gpt2, bpe")
+        self.bos = BOS if kind == 'bpe' else None
         self.vocab_size = len(self.pieces)
         self.lengths = np.array([len(piece) for piece in self.pieces])
-        if self.end is not None:
+        if kind == 'gpt2':
             self.lengths[self.end] = 0
+        if kind == 'bpe':
+            self.lengths[UNK] = 1
+
+    def stream(self, text):
+        """The ids of a text as a dataset holds them: its lines that are not empty, each between bos and end,
+        if lines are texts of their own."""
+        if self.bos is None:
+            return self.encode(text)
+        lines = [line for line in text.split('\n') if line.strip()]
+        return [i for line in lines for i in (self.bos, *self.encode(line), self.end)]
 
     def decode(self, ids, blank='░'):
         """Ids -> text; an id beyond the vocabulary, a masked or unwritten position, becomes `blank`.
@@ -99,7 +119,8 @@ class Tokenizer:
     def n_bytes(self, ids):
         """How many bytes of UTF-8 the ids (list or array of any shape, all below vocab_size) stand for.
         Summed over tokens: a window that cuts a character counts the bytes it holds of it.
-        <|endoftext|> counts 0, it is a mark between texts and no text."""
+        <|endoftext|> counts 0, it is a mark between texts and no text; <eos> counts 1, it is the end of a
+        line; an unknown character counts 1, the fewest bytes that a character has."""
         return int(self.lengths[np.asarray(ids, np.int64)].sum())
 
 
@@ -121,19 +142,45 @@ def byte_tokens():
     return [bytes([i]) for i in range(256)], lambda text: list(text.encode(errors='replace')), None
 
 
+def load_tiktoken(kind):
+    """The library, or the script ends."""
+    try:
+        import tiktoken
+    except ImportError as e:
+        fail(f"kind {kind!r} needs tiktoken ({e}): pip install tiktoken")
+    return tiktoken
+
+
 def gpt2_tokens():
     """GPT-2's byte pairs -> (bytes of every id, text -> ids, id of <|endoftext|>).
     tiktoken downloads the vocabulary once, or reads it from TIKTOKEN_CACHE_DIR."""
+    tiktoken = load_tiktoken('gpt2')
     try:
-        import tiktoken
         encoding = tiktoken.get_encoding('gpt2')
-    except ImportError as e:
-        fail(f"kind 'gpt2' needs tiktoken ({e}): pip install tiktoken")
     except (OSError, ValueError) as e:  # no connection, or a file of another checksum
         fail(f"tiktoken cannot get the vocabulary of GPT-2 ({type(e).__name__}): go online once, "
              f"or set TIKTOKEN_CACHE_DIR to a folder where it has been before")
     pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
     return pieces, encoding.encode_ordinary, encoding.eot_token
+
+
+def bpe_tokens(meta):
+    """MARKS, then meta['pieces'] in the order of their merging (bytes, as latin-1 strings in JSON) ->
+    (bytes of every id, text -> ids, EOS). A character with a byte that is no piece becomes one UNK."""
+    tiktoken = load_tiktoken('bpe')
+    marks = [b'', b'\n', b'', '\ufffd'.encode()]
+    pieces = [piece.encode('latin-1') for piece in meta['pieces']]
+    encoding = tiktoken.Encoding('bpe', pat_str=WORDS, special_tokens={},
+                                 mergeable_ranks={piece: i for i, piece in enumerate(pieces, len(MARKS))})
+    known = set(b''.join(pieces))
+
+    def encode(text):
+        text, ids = text.encode(errors='replace').decode(), []
+        for able, run in itertools.groupby(text, lambda c: known.issuperset(c.encode())):
+            run = ''.join(run)
+            ids += encoding.encode_ordinary(run) if able else [UNK] * len(run)
+        return ids
+    return marks + pieces, encode, EOS
 
 
 def load_meta(dataset):
@@ -189,17 +236,21 @@ def rows_at_once(T, V):
 
 
 @torch.no_grad()
-def evaluate(nats, x, rows, seed=0):
-    """Mean of nats(x) per token over windows x (N, T), and its standard error over windows; a function of
-    the seed and of rows, the number of windows scored at once.
+def evaluate(nats, inputs, rows, seed=0):
+    """Mean of nats(*inputs) per token, and its standard error over windows; a function of the seed and of
+    rows, the number of windows scored at once.
 
-    nats: (B, T) -> (B,), a likelihood or a bound in nats, called under the caller's autocast.
+    inputs: windows x (N, T), and for packed lines their segments (N, T), whose padding is no token.
+    nats: the same of B windows -> (B,), a likelihood or a bound in nats, called under the caller's autocast.
     """
+    x, segment = inputs[0], inputs[-1]
     with torch.random.fork_rng():
         seed_everything(seed)
-        values = torch.cat([nats(part) for part in x.split(rows)]).cpu().double() / x.size(1)
-    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float('nan')
-    return values.mean().item(), error
+        values = torch.cat([nats(*part) for part in zip(*(t.split(rows) for t in inputs))]).cpu().double()
+    count = (segment >= 0).sum(-1).cpu()  # of windows: all T
+    mean = values.sum() / count.sum()
+    spread = (values - mean * count).std() / count.double().mean()  # of a ratio
+    return mean.item(), (spread / len(x) ** 0.5).item() if len(x) > 1 else float('nan')
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------

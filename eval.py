@@ -23,7 +23,6 @@ The first row is the validation text's.
 frontier: the same for every rule and number of steps.
 """
 import csv
-import functools
 import itertools
 import math
 import os
@@ -37,6 +36,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import packing
 import unmask
 from ar import token_nats
 from configurator import build, fail, help_text, read
@@ -89,9 +89,6 @@ class Config(unmask.Config):
             raise ValueError(f"rules, csv and plot are for mode=frontier, not for mode={self.mode}")
         if not all(part.strip().isdigit() and int(part) for part in self.grid_of_steps.split(',')):
             raise ValueError(f"grid_of_steps={self.grid_of_steps!r} is not a list of numbers: 8,16,32")
-        for rule in filter(None, self.rules.split(',')):
-            if rule not in unmask.RULES:
-                raise ValueError(f"rules: {rule!r} is not one of: {', '.join(unmask.RULES)}")
 
 
 # ---- likelihood -------------------------------------------------------------------------------------------
@@ -108,7 +105,7 @@ def load_text(config, checkpoint, tokenizer, device):
             text = Path(config.input).read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as e:
             fail(f"cannot read --input={config.input}: {e}")
-        return as_tokens(tokenizer.encode(text), device)
+        return as_tokens(tokenizer.stream(text), device)
     dataset = config.dataset or checkpoint['run']['dataset']
     meta, own = common.load_meta(dataset), checkpoint['tokenizer']
     if not config.dataset and meta != own:
@@ -117,7 +114,15 @@ def load_text(config, checkpoint, tokenizer, device):
     tokens = common.load_tokens(dataset, config.split, other.vocab_size, device)
     if other.pieces == tokenizer.pieces:
         return tokens
-    return as_tokens(tokenizer.encode(other.decode((tokens.long() & 0xFFFF).tolist())), device)
+    return as_tokens(tokenizer.stream(other.decode((tokens.long() & 0xFFFF).tolist())), device)
+
+
+def rows_of(tokens, tokenizer, T, most, run):
+    """The tokens as windows, (x (N, T),), or as packed lines, (x, segment), altered as in training."""
+    if tokenizer.bos is None:
+        return common.windows(tokens, T, most),
+    lines = packing.Lines(tokens, tokenizer.bos, common.PAD, run['packed'], run['inserted'], run['expanded'])
+    return [t.to(tokens.device) for t in lines.rows(T, most)]
 
 
 def nll(config, checkpoint, model, tokenizer, amp):
@@ -126,16 +131,20 @@ def nll(config, checkpoint, model, tokenizer, amp):
     tokens = load_text(config, checkpoint, tokenizer, next(model.parameters()).device)
     if len(tokens) < T:
         fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
-    x = common.windows(tokens, T, config.windows)
-    nats = functools.partial(model.nats, n=config.draws)
+    x, *segment = rows_of(tokens, tokenizer, T, config.windows, checkpoint['run'])
+    text = x[segment[0] >= 0] if segment else x
+    nats = lambda x, *segment: model.nats(x, config.draws, *segment)
     label = {'exact': 'exact', 'upper': 'upper bound'}[model.bound]
     if config.order and model.bound != 'exact':  # an autoregressive model's own order is left
         if not hasattr(model, 'nats_left'):
             fail(f"order={config.order} is not something {checkpoint['objective']} can do")
+        if segment:
+            fail(f"order={config.order} reads windows, not packed lines: leave it out")
         nats, label = model.nats_left, 'exact, left to right'
     with amp:
-        mean, error = common.evaluate(nats, x, common.rows_at_once(T, tokenizer.vocab_size), config.seed)
-    per_byte = x.numel() / tokenizer.n_bytes(x.cpu()) / math.log(2)
+        mean, error = common.evaluate(nats, (x, *segment), common.rows_at_once(T, tokenizer.vocab_size),
+                                       config.seed)
+    per_byte = text.numel() / tokenizer.n_bytes(text.cpu()) / math.log(2)
     words = len(tokenizer.decode((tokens.long() & 0xFFFF).tolist()).split())
     parameters = sum(p.numel() for p in model.parameters())
     word_perplexity = math.exp(min(700, mean * len(tokens) / max(1, words)))
@@ -244,7 +253,7 @@ def written(model, config, tokenizer, device, **knobs):
     """num_samples texts of the model: (texts, network calls of a batch, tokens/s)."""
     T, calls, texts, batches, began = model.config.block_size, [], [], 0, time.time()
     L = config.length or T
-    counter = model.gpt.register_forward_pre_hook(lambda *_: calls.append(1))
+    counter = model.gpt.norm.register_forward_pre_hook(lambda *_: calls.append(1))  # once a call
     for start in range(0, config.num_samples, config.batch):
         rows = min(config.batch, config.num_samples - start)
         canvas = torch.full((rows, L), tokenizer.vocab_size, device=device)
@@ -296,11 +305,22 @@ def gen_ppl(config, checkpoint, model, tokenizer, judge, amp, device):
     row(name, label, calls, speed, judged(judge, texts, device))
 
 
-def frontier_settings(config):
+def rules_of(config, objective):
+    """Those of --rules, or all that the objective has. Raises ValueError for one that it does not have."""
+    known = getattr(common.concept(objective), 'RULES', unmask.RULES)
+    rules = list(filter(None, config.rules.split(','))) or list(known)
+    for rule in rules:
+        if rule not in known:
+            raise ValueError(f"rules: {rule!r} is not one of: {', '.join(known)}")
+    return rules
+
+
+def frontier_settings(config, rules):
     """(rule, its knob for the table, knobs) of every point."""
-    shared = ('steps', 'rule', 'temperature', 'top_k', 'top_p', 'cfg')
-    for rule in filter(None, (config.rules or ','.join(unmask.RULES)).split(',')):
-        given = {k: v for k, v in config.knobs().items() if k in shared or k in unmask.knobs_of(rule)}
+    shared = ('steps', 'rule', 'temperature', 'top_k', 'top_p', 'cfg', 'first', 'stagger')
+    for rule in rules:
+        own = unmask.knobs_of(rule) if rule in unmask.RULES else ()
+        given = {k: v for k, v in config.knobs().items() if k in shared or k in own}
         if rule in SWEEPS:
             name, values = SWEEPS[rule]
             points = [(f"{name} {value}", {name: value}) for value in values]
@@ -315,7 +335,7 @@ def frontier_settings(config):
 def frontier(config, checkpoint, model, tokenizer, judge, amp, device):
     """A row for every rule and number of steps; the same in a CSV and a plot, after every row."""
     rows, refused = [], {}
-    for rule, label, knobs in frontier_settings(config):
+    for rule, label, knobs in frontier_settings(config, rules_of(config, checkpoint['objective'])):
         if rule in refused:
             continue
         common.seed_everything(config.seed)

@@ -35,6 +35,7 @@ import torch.nn as nn
 
 import model
 from ar import token_nats
+from packing import positions, same_text
 from unmask import unmask
 
 
@@ -151,6 +152,13 @@ def exactly(k, u):
     return u.argsort(-1).argsort(-1) < k[:, None]
 
 
+def count_text(x, u, segment):
+    """(tokens of text in every row, (B, 1); u (B, T) with padding at 2, where nothing is masked)."""
+    if segment is None:
+        return torch.full_like(x[:, :1], x.size(1)), u
+    return (segment >= 0).sum(-1, keepdim=True), u.where(segment >= 0, 2.0)
+
+
 # ---- the loss of a masked token in nats, (B, T) -----------------------------------------------------------
 # out (B, T, V), x (B, T); m and m_before (B, 1): noise levels of this step and of the next on the way to
 # clean text. Times the weight of the step (`Model.levels`) they are terms of the negative ELBO.
@@ -225,77 +233,82 @@ class Model(nn.Module):
         m, m_before = self.noise(i / self.config.T)[0], self.noise((i - 1) / self.config.T)[0]
         return m, m_before, self.config.T * (m - m_before) / m
 
-    def forward(self, x, t=None, u=None):
-        """x (B, T) -> (loss in nats per token, metrics). Noise may be given: times t (B,), u (B, T)."""
+    def forward(self, x, segment=None, t=None, u=None):
+        """x (B, T) -> (loss in nats per token, metrics). segment (B, T): of packed texts, see packing.py.
+        Noise may be given: times t (B,), u (B, T)."""
         B, T = x.shape
         if t is None:
             t = self.time(low_discrepancy(torch.rand((), device=x.device), B))
         if u is None:
             u = torch.rand(B, T, device=x.device)
         m, m_before, weight = self.levels(t)
-        length, attend = T, None
-        if self.config.random_length:  # the same shapes whatever the length: cut positions are not seen
+        if self.config.random_length:  # the same shapes whatever the length: what is cut is padding
             cut = torch.rand(B, 1, device=x.device) < self.config.random_length
             length = torch.where(cut, torch.randint(1, T + 1, (B, 1), device=x.device), T)
-            inside = torch.arange(T, device=x.device) < length
-            attend, u = inside[:, None, None], u.where(inside, 2.0)
+            segment = torch.zeros_like(x) if segment is None else segment
+            segment = segment.where(torch.arange(T, device=x.device) < length, -1)
+        length, u = count_text(x, u, segment)
         if self.config.masking == 'count':
-            k = (m[:, None] * length).ceil().long()
+            k = (m[:, None] * length).ceil().long().clamp(min=1)
             masked, weight = exactly(k[:, 0], u), weight * (m[:, None] * length / k)[:, 0]
             m = u.sort(-1).values.gather(1, k - 1)[:, 0]  # the level at which just these k are masked
         else:
             masked = u < m[:, None]
         if self.config.loss_weight == 'flat':
             weight = torch.full_like(t, self.flat)
-        loss = self.masked_nats(x, masked, attend, m, m_before, self.config.copy_weight)
-        count = B * T if attend is None else length.sum()
-        return (weight * loss).sum() / count, {
+        loss = self.masked_nats(x, masked, segment, m, m_before, self.config.copy_weight)
+        return (weight * loss).sum() / length.sum().clamp(min=1), {
             'loss_per_masked': loss.detach().sum() / masked.sum().clamp(min=1)}
 
-    def masked_nats(self, x, masked, attend=None, m=None, m_before=None, copy_weight=0.0):
-        """Sum of the loss over the masked positions, (B,). x (B, T), masked (B, T) bool; attend: see
-        GPT.trunk; noise levels m, m_before (B,). copy_weight: of the clean positions, where they are not
+    def masked_nats(self, x, masked, segment=None, m=None, m_before=None, copy_weight=0.0):
+        """Sum of the loss over the masked positions, (B,). x (B, T), masked (B, T) bool, segment (B, T): of
+        packed texts; noise levels m, m_before (B,). copy_weight: of the clean positions, where they are not
         copied."""
-        out = self.gpt(x.where(~masked, self.blank), attend, time=m if self.config.time_input else None)
+        out = self.network(x.where(~masked, self.blank), m, segment)
         columns = (m[:, None], m_before[:, None]) if m is not None else ()
         loss = (self.token_loss(out, x, *columns) * masked).sum(-1)
         if self.copies or not copy_weight:
             return loss
-        seen = ~masked if attend is None else ~masked & attend[:, 0, 0]
-        return loss + copy_weight * (token_nats(out, x) * seen).sum(-1)
+        clean = ~masked if segment is None else ~masked & (segment >= 0)
+        return loss + copy_weight * (token_nats(out, x) * clean).sum(-1)
 
-    def nats(self, x, n=1):
-        """An estimate, with n draws, of the upper bound on -log p(x) in nats: (B,). x (B, T).
+    def network(self, xt, m=None, segment=None):
+        """The network's output at xt (B, T), (B, T, outputs); m (B,) if it is told the noise level."""
+        apart = {} if segment is None else dict(mask=same_text(segment), where=positions(segment))
+        return self.gpt(xt, time=m if self.config.time_input else None, **apart)
+
+    def nats(self, x, n=1, segment=None):
+        """An estimate, with n draws, of the upper bound on -log p(x) in nats: (B,). x (B, T), segment (B, T).
 
         Draw i has a noise level from the i-th n-th of all (the draws together are stratified).
         """
         draw = self.step_nats if self.config.T else self.count_nats
-        total = self.copy_nats(x)
+        total = self.copy_nats(x, segment)
         for i in range(n):
-            total = total + draw(x, (i + torch.rand(x.size(0), device=x.device)) / n) / n
+            total = total + draw(x, (i + torch.rand(x.size(0), device=x.device)) / n, segment) / n
         return total
 
-    def count_nats(self, x, v):
+    def count_nats(self, x, v, segment=None):
         """The bound's term at the fraction v (B,) in [0, 1) of all counts: mask exactly k tokens, k uniform
         on 1..T. The noise level is the k-th smallest of T uniform numbers."""
-        T = x.size(1)
-        k = (v * T).long().clamp(max=T - 1) + 1
-        u = torch.rand(x.shape, device=x.device)
-        m = u.sort(-1).values.gather(1, k[:, None] - 1)[:, 0]
-        return T / k * self.masked_nats(x, exactly(k, u), None, m, m)
+        length, u = count_text(x, torch.rand(x.shape, device=x.device), segment)
+        k = torch.minimum((v[:, None] * length).long() + 1, length.clamp(min=1))
+        m = u.sort(-1).values.gather(1, k - 1)[:, 0]
+        return (length / k)[:, 0] * self.masked_nats(x, exactly(k[:, 0], u), segment, m, m)
 
-    def step_nats(self, x, v):
+    def step_nats(self, x, v, segment=None):
         """The bound's term at the fraction v (B,) in [0, 1) of the T steps."""
         m, m_before, weight = self.levels(v)
-        masked = torch.rand(x.shape, device=x.device) < m[:, None]
-        return weight * self.masked_nats(x, masked, None, m, m_before)
+        _, u = count_text(x, torch.rand(x.shape, device=x.device), segment)
+        return weight * self.masked_nats(x, u < m[:, None], segment, m, m_before)
 
-    def copy_nats(self, x):
+    def copy_nats(self, x, segment=None):
         """The bound's reconstruction term -log p(x0 | x0), (B,): zero where clean tokens are copied."""
         none = torch.zeros(x.size(0), device=x.device)
         if self.copies:
             return none
-        return token_nats(self.gpt(x, time=none if self.config.time_input else None), x).sum(-1)
+        nats = token_nats(self.network(x, none, segment), x)
+        return (nats if segment is None else nats * (segment >= 0)).sum(-1)
 
     def nats_left(self, x):
         """-log p(x) in nats of the same network writing left to right, exact, (B,); T forwards.
@@ -315,7 +328,7 @@ class Model(nn.Module):
         level, by default the share of masks."""
         if t is None:
             t = (xt == self.blank).float().mean(-1)
-        out = self.gpt(xt, time=t if self.config.time_input else None)[..., :self.config.vocab_size]
+        out = self.network(xt, t)[..., :self.config.vocab_size]
         return sedd_logs(out)
 
     def logp(self, xt, t=None):

@@ -58,7 +58,7 @@ def rotary_table(length, width, base=10000.0):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[j], x[j + D/2]) by its position's angle. x (..., T, D); cos, sin (T, D/2)."""
+    """Turn each pair (x[j], x[j + D/2]) by its position's angle. x (..., T, D); cos, sin (..., T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
@@ -195,17 +195,19 @@ def optimizers(model, lr, muon_lr, weight_decay=0.0):
 
 
 class GPT(nn.Module):
-    def __init__(self, config, causal, timed=False, outputs=0):
-        """timed: the blocks take a time; outputs: of the head, vocab_size (0) or one more, [MASK]."""
+    def __init__(self, config, causal, timed=False, outputs=0, tokens=True):
+        """timed: the blocks take a time; outputs: of the head, vocab_size (0) or one more, [MASK].
+        tokens: False leaves out embedding and head, for a model with its own; then only `trunk` is there."""
         super().__init__()
         self.config, self.causal, self.outputs = config, causal, outputs or config.vocab_size
         ours = config.arch == 'ours'
-        self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # row V: [MASK] or [BOS]
+        # row V: [MASK] or [BOS]
+        self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd) if tokens else None
         self.pos = None if ours else nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, causal, timed) for _ in range(config.n_layer))
         self.norm = Norm(config)
-        self.head = nn.Linear(config.n_embd, self.outputs, bias=False) if ours else None  # None: tied
+        self.head = nn.Linear(config.n_embd, self.outputs, bias=False) if ours and tokens else None  # None: tied
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
@@ -236,7 +238,7 @@ class GPT(nn.Module):
 
         mask: bool, broadcast to (B, H, T, T), True where a query may see a key. With a cache, h continues
         what was read before. time: (B,), or (B, T) a token, in [0, 1], if the model is timed. where: the
-        positions (T,) of the tokens, if not one after the other. Raises ValueError beyond block_size.
+        positions (T,) or (B, T) of the tokens, if not one after the other. Raises ValueError beyond block_size.
         """
         past = 0 if cache is None else len(cache)
         end = past + h.size(1)
@@ -245,6 +247,8 @@ class GPT(nn.Module):
         where = slice(past, end) if where is None else where
         h = F.rms_norm(h, h.shape[-1:]) if self.pos is None else h + self.pos.weight[where]
         h, rotary = self.drop(h), (self.cos[where], self.sin[where])
+        if rotary[0].dim() == 3:  # positions of every row, for all heads
+            rotary = rotary[0][:, None], rotary[1][:, None]
         waves = None if time is None else cosines(time if time.dim() == 2 else time[:, None])
         for i, block in enumerate(self.blocks):
             h = block(h, rotary, mask, cache, i, waves)

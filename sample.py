@@ -39,8 +39,8 @@ class Config(unmask.Config):
     num_samples: int = 2       # texts, side by side in one batch
     length: int = 0            # tokens of a text, prompt included; 0: the model's block size
     overlap: int = 0           # beyond the block: tokens of the last part kept as context; 0: half a block
-    start: str = ''            # given text at the start; FILE:path reads it from a file
-    suffix: str = ''           # given text at the end
+    start: str = ''            # given text at the start; FILE:path: one a line, num_samples texts for each
+    suffix: str = ''           # given text at the end; FILE:path reads it from a file, as for template
     template: str = ''         # given text with ___ for each hole, instead of start and suffix
     hole: int = 8              # tokens of a hole
     stop: str = ''             # end a text behind this one; <|endoftext|> is GPT-2's
@@ -73,16 +73,23 @@ def given(text):
         fail(f"cannot read {text[5:]}: {e}")
 
 
-def make_canvas(config, tokenizer, block_size):
-    """One row of tokens, V where the model is to write: (length,) int64."""
+def starts(text):
+    """The given starts: of FILE:path the lines that are not empty, else the text itself."""
+    found = [line for line in given(text).splitlines() if line] if text.startswith('FILE:') else [text]
+    return found or fail(f"{text[5:]} holds no start")
+
+
+def make_canvas(config, start, tokenizer, block_size):
+    """One row of tokens that begins with `start`, V where the model is to write: (length,) int64."""
     blank = tokenizer.vocab_size
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
     if config.template:
         parts = [tokenizer.encode(part) for part in given(config.template).split('___')]
         if len(parts) == 1:
             fail("template has no ___ (three underscores) to fill")
-        row = parts[0] + [i for part in parts[1:] for i in [blank] * config.hole + part]
+        row = bos + parts[0] + [i for part in parts[1:] for i in [blank] * config.hole + part]
     else:
-        start, suffix = tokenizer.encode(given(config.start)), tokenizer.encode(given(config.suffix))
+        start, suffix = bos + tokenizer.encode(start), tokenizer.encode(given(config.suffix))
         length = config.length or block_size
         if len(start) >= min(length, block_size):
             fail(f"start has {len(start)} tokens: it must be shorter than the text ({length}) "
@@ -179,11 +186,13 @@ def main(argv):
     overlap = config.overlap or block_size // 2
     if overlap >= block_size:
         fail(f"overlap={overlap} must be smaller than block_size={block_size}")
-    canvas = make_canvas(config, tokenizer, block_size).to(device).repeat(config.num_samples, 1)
-    start = len(tokenizer.encode(given(config.start)))
-    end_of_text = config.stop == '<|endoftext|>' and tokenizer.end is not None
-    stop = [tokenizer.end] if end_of_text else tokenizer.encode(config.stop)
-    ends = [0] * config.num_samples
+    prompts = [prompt for prompt in starts(config.start) for _ in range(config.num_samples)]
+    canvas = torch.stack([make_canvas(config, prompt, tokenizer, block_size) for prompt in prompts]).to(device)
+    begin = [len(tokenizer.encode(prompt)) for prompt in prompts]
+    end_of_text = config.stop == '<|endoftext|>' or tokenizer.bos is not None and not config.stop
+    stop = [tokenizer.end] if end_of_text and tokenizer.end is not None else tokenizer.encode(config.stop)
+    ends = [0] * len(prompts)
+    settled = not getattr(model, 'revises', False)  # else canvases before the last are guesses
 
     common.seed_everything(config.seed)
     calls, frames, began = 0, [canvas], time.time()
@@ -197,15 +206,17 @@ def main(argv):
                     began += PAUSE
                 if config.watch or config.html:
                     frames.append(canvas)
-                if stop or config.min_entropy:
+                if (stop or config.min_entropy) and settled:
                     ends = [end or ending(row, start, blank, stop, config.min_entropy)
-                            for end, row in zip(ends, canvas.tolist())]
+                            for end, start, row in zip(ends, begin, canvas.tolist())]
                     if all(ends):
                         break
     except ValueError as e:  # what this model cannot do
         fail(f"{path}: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
+    ends = [end or ending(row, start, blank, stop, config.min_entropy)
+            for end, start, row in zip(ends, begin, canvas.tolist())]
     texts = [tokenizer.decode(row[:end or None]) for row, end in zip(canvas.tolist(), ends)]
     seconds = time.time() - began
     print(('\n' + '-' * 60 + '\n').join(texts))

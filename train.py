@@ -11,6 +11,7 @@ the lowest validation figure).
 Ctrl-C or SIGTERM: saves, then ends.
 """
 import copy
+import inspect
 import math
 import os
 import signal
@@ -24,13 +25,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
+import packing
 from configurator import build, fail, help_text, read
 from model import optimizers
 
 
 @dataclass
 class Config:
-    objective: str = 'masked'           # the concept file: ar | masked | block
+    objective: str = 'masked'           # the concept file: ar | masked | block | score
     dataset: str = 'shakespeare_char'   # a folder of data/
     out_dir: str = 'out'                # where the checkpoints go
     init_from: str = 'scratch'          # scratch | resume | path of a checkpoint to take the weights from
@@ -53,12 +55,16 @@ class Config:
     eval_windows: int = 200             # validation windows, the same every time; 0: all
     eval_draws: int = 4                 # noise draws a window for bounds
     log_interval: int = 50              # iterations between log lines
+    packed: bool = True                 # a dataset of lines: several to a row; False: one, padded
+    inserted: float = 0.0               # lines: pads put in at random places, as a share of the tokens
+    expanded: bool = False              # lines: a random number of pads behind each, as part of the text
 
     def __post_init__(self):
         for name in ('batch_size', 'grad_accum', 'max_iters', 'eval_interval', 'eval_draws', 'log_interval'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ('seed', 'lr', 'muon_lr', 'weight_decay', 'warmup_iters', 'grad_clip', 'eval_windows'):
+        for name in ('seed', 'lr', 'muon_lr', 'weight_decay', 'warmup_iters', 'grad_clip', 'eval_windows',
+                     'inserted'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.cooldown <= 1 or not 0 <= self.ema_decay < 1:
@@ -111,13 +117,13 @@ def settings(argv):
     return run, config, meta, checkpoint
 
 
-def compiled(model, x, amp):
-    """torch.compile(model), tried on x under autocast;
+def compiled(model, inputs, amp):
+    """torch.compile(model), tried on the tensors `inputs` under autocast;
     the model itself, with a line of warning, where there is no compiler."""
     try:
         loss_fn = torch.compile(model)
         with amp:
-            loss, _ = loss_fn(x)
+            loss, _ = loss_fn(*inputs)
         loss.backward()
         model.zero_grad()
         return loss_fn
@@ -169,14 +175,17 @@ class State:
         self.peak = [run.lr, run.muon_lr]
 
     def step(self, loss_fn, batch, rank, world, amp):
-        """One optimizer step over world * grad_accum micro-batches; returns the loss, on the device."""
-        run, total = self.run, 0.0
+        """One optimizer step over world * grad_accum micro-batches; returns the loss and the metrics (of the
+        last micro-batch), on the device."""
+        run, total, count = self.run, 0.0, 0
         # micro-batch rank * grad_accum + i: the same noise, however they are spread
         for i in range(run.grad_accum):
             common.seed_everything(run.seed, self.iter, rank * run.grad_accum + i)
+            inputs, n = batch()
             with amp:
-                loss, _ = loss_fn(batch())
+                loss, metrics = loss_fn(*inputs)
             (loss / run.grad_accum).backward()
+            count += n
             total = total + loss.detach() / run.grad_accum
         if world > 1:
             average_gradients(self.params, world)
@@ -189,14 +198,16 @@ class State:
             optimizer.zero_grad(set_to_none=True)
         update_ema(self.shadow, self.params, run.ema_decay, self.iter)
         self.iter += 1
-        self.tokens += run.batch_size * run.grad_accum * world * self.config.block_size
-        return total
+        self.tokens += count * world
+        return dict(loss=total, **metrics)
 
-    def evaluate(self, x, amp):
-        """Validation figure of the averaged weights in nats per token, and its standard error."""
+    def evaluate(self, inputs, amp):
+        """Validation figure of the averaged weights in nats per token, and its standard error.
+        inputs: x (N, T), and for lines their segments (N, T)."""
         rows = common.rows_at_once(self.config.block_size, self.config.vocab_size)
+        nats = lambda x, *segment: self.ema.nats(x, self.run.eval_draws, *segment)
         with amp:
-            self.val = common.evaluate(lambda part: self.ema.nats(part, self.run.eval_draws), x, rows)
+            self.val = common.evaluate(nats, inputs, rows)
         return self.val
 
     def save(self):
@@ -213,20 +224,46 @@ class State:
         common.save(state, Path(self.run.out_dir, 'last.pt'))
 
 
-def train(state, train_tokens, val_windows, rank, world, amp, stop):
+def examples(run, config, meta, device):
+    """(a function that draws a batch: (the tensors a model takes, how many tokens they hold); the same
+    tensors of the validation split). Datasets of lines come packed, with segments; all others as windows."""
+    B, T = run.batch_size, config.block_size
+    tokens = [common.load_tokens(run.dataset, split, config.vocab_size, device) for split in ('train', 'val')]
+    bos = common.Tokenizer(meta).bos
+    if bos is None:
+        if run.inserted or run.expanded:
+            fail(f"inserted and expanded are for datasets of lines (data/lines), not for {run.dataset}")
+        for split, t in zip(('train', 'val'), tokens):
+            if len(t) < T:
+                fail(f"data/{run.dataset}/{split}.bin has {len(t)} tokens, fewer than block_size={T}")
+        val = common.windows(tokens[1], T, run.eval_windows)
+        return lambda: ((common.batch(tokens[0], B, T),), B * T), (val,)
+    if 'segment' not in inspect.signature(common.concept(run.objective).Model.forward).parameters:
+        fail(f"objective={run.objective} takes no lines: prepare the text with data/text/prepare.py")
+    lines, val = (packing.Lines(t, bos, common.PAD, run.packed, run.inserted, run.expanded) for t in tokens)
+    full = {packed: sum(packing.efficiency(packing.Lines(tokens[0], bos, common.PAD, packed).batch(B, T)[1])
+                        for _ in range(10)) / 10 for packed in (True, False)}
+    print(f"{len(lines):,} lines; of {B} x {T} slots hold text: {full[True]:.1%} packed, {full[False]:.1%} with "
+          f"one line a row")
+
+    def batch():
+        x, segment = lines.batch(B, T)
+        return (x.to(device), segment.to(device)), int((segment >= 0).sum())
+    return batch, tuple(t.to(device) for t in val.rows(T, run.eval_windows))
+
+
+def train(state, batch, val, rank, world, amp, stop):
     """The loop, from state.iter to max_iters or until stop() says so."""
     run, device = state.run, state.device
-    batch = lambda: common.batch(train_tokens, run.batch_size, state.config.block_size)
-    loss_fn = compiled(state.model, batch(), amp) if run.compile else state.model
+    loss_fn = compiled(state.model, batch()[0], amp) if run.compile else state.model
     never = torch.tensor(2 ** 62, device=device)
-    first_bad, losses, tick, tick_iter = never, [], time.time(), state.iter
+    first_bad, figures, tick, tick_iter = never, [], time.time(), state.iter
     bar = tqdm(total=run.max_iters, initial=state.iter, unit='it',
                disable=rank > 0 or not sys.stderr.isatty())
 
     while state.iter < run.max_iters:
-        loss = state.step(loss_fn, batch, rank, world, amp)
-        first_bad = torch.minimum(first_bad, torch.where(loss.isfinite(), never, state.iter))
-        losses.append(loss)
+        figures.append(state.step(loss_fn, batch, rank, world, amp))
+        first_bad = torch.minimum(first_bad, torch.where(figures[-1]['loss'].isfinite(), never, state.iter))
         bar.update()
         evaluating = state.iter % run.eval_interval == 0 or state.iter == run.max_iters
         stopping = stop(state.iter)
@@ -240,19 +277,20 @@ def train(state, train_tokens, val_windows, rank, world, amp, stop):
                      f"{run.out_dir}/last.pt, if there is one, is from before; a smaller --lr may help")
         seconds = (time.time() - tick) / (state.iter - tick_iter)
         rate = run.batch_size * run.grad_accum * world * state.config.block_size / seconds
-        line = f"loss {torch.stack(losses).mean():.4f}, {rate:,.0f} tokens/s"
+        means = {name: torch.stack([f[name] for f in figures]).mean() for name in figures[0]}
+        line = ', '.join(f"{name} {mean:.4f}" for name, mean in means.items()) + f", {rate:,.0f} tokens/s"
         bar.set_postfix_str(line)
         if rank == 0 and bar.disable:
             print(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left",
                   flush=True)
         if rank == 0 and evaluating:
-            val, error = state.evaluate(val_windows, amp)
+            value, error = state.evaluate(val, amp)
             kind = {'exact': 'exact', 'upper': 'upper bound'}[state.model.bound]
-            bar.write(f"iter {state.iter}: validation {val:.4f} ± {error:.4f} nats/token, {kind}",
+            bar.write(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}",
                       file=sys.stdout)
         if rank == 0 and (evaluating or stopping):
             state.save()
-        losses, tick, tick_iter = [], time.time(), state.iter
+        figures, tick, tick_iter = [], time.time(), state.iter
         if stopping:
             break
     bar.close()
@@ -270,12 +308,7 @@ def main(argv):
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
     dtype = common.pick_dtype(run.dtype, device)
-    tokens = [common.load_tokens(run.dataset, split, config.vocab_size, device)
-              for split in ('train', 'val')]
-    for split, t in zip(('train', 'val'), tokens):
-        if len(t) < config.block_size:
-            fail(f"data/{run.dataset}/{split}.bin has {len(t)} tokens, "
-                 f"fewer than block_size={config.block_size}")
+    batch, val = examples(run, config, meta, device)
     state = State(run, config, meta, checkpoint, device)
     if rank == 0:
         n = sum(p.numel() for p in state.params)
@@ -298,8 +331,7 @@ def main(argv):
         dist.all_reduce(flag)
         return flag.item() > 0
 
-    train(state, *tokens[:1], common.windows(tokens[1], config.block_size, run.eval_windows), rank, world,
-          common.autocast(device, dtype), stop)
+    train(state, batch, val, rank, world, common.autocast(device, dtype), stop)
     if caught and rank == 0:
         print(f"stopped by a signal at iteration {state.iter}: saved; "
               f"go on with --init_from=resume --out_dir={run.out_dir}")

@@ -38,7 +38,7 @@ GRIDS = ('linear', 'cosine')
 @dataclass
 class Config:
     steps: int = 64            # of the denoiser for a block; an autoregressive model takes one a token
-    rule: str = ''             # which draws to keep, see unmask.py; '': ancestral, in blocks random
+    rule: str = ''             # see unmask.py and score.py; '': ancestral, in blocks random, score renoise
     temperature: float = 0.7   # 1: the model's own law; below: likelier tokens more often; 0: the likeliest
     top_k: int = 0             # draw from the k likeliest tokens; 0: all
     top_p: float = 1.0         # draw from the fewest tokens with this probability together
@@ -49,9 +49,12 @@ class Config:
     factor: float = 1.0        # of rule=factor
     gamma: float = 0.1         # of rule=eb, nats
     eta: float = 0.02          # of rule=remdm_cap, remdm_rescale, remdm_loop: how much to remask
+    first: str = ''            # score: which tokens lose their noise first: sure | random | left | together
+    stagger: float = 8.0       # score: how far apart they lose it; each takes 1 / (1 + stagger) of the steps
 
     def __post_init__(self):
-        for name in ('temperature', 'top_k', 'cfg', 'part_length', 'factor', 'gamma', 'eta'):
+        for name in ('temperature', 'top_k', 'cfg', 'part_length', 'factor', 'gamma', 'eta',
+                     'stagger'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.steps < 1:

@@ -177,6 +177,17 @@ def write_meta(out, meta):
     write(Path(out, 'meta.json'), json.dumps(meta, ensure_ascii=False, indent=1).encode())
 
 
+def write_splits(out, tokens, meta):
+    """tokens {'train': ids, 'val': ids, ...} -> out/<split>.bin (uint16) for each, out/meta.json."""
+    for split in ('train', 'val', 'test'):
+        if split in tokens:
+            write(Path(out, f'{split}.bin'), np.array(tokens[split], np.uint16).tobytes())
+        else:
+            with disk(out):  # of an earlier run, maybe in other tokens
+                Path(out, f'{split}.bin').unlink(missing_ok=True)
+    write_meta(out, meta)
+
+
 def prepare_bytes(data, kind, out, source):
     """A text of one piece as UTF-8 bytes -> train.bin, val.bin (90/10 of its characters) and meta.json."""
     prepare_text(cut(decode(data, source)), kind, out, source, hashlib.sha256(data).hexdigest())
@@ -187,15 +198,9 @@ def prepare_text(texts, kind, out, source, sha256):
     kind: char (the vocabulary is that of all splits) | byte | gpt2."""
     chars = {'chars': sorted(set().union(*texts.values()))} if kind == 'char' else {}
     meta = dict(kind=kind, **chars, source=source, sha256=sha256)
-    tokenizer, out = Tokenizer(meta), Path(out)
+    tokenizer = Tokenizer(meta)
     tokens = {split: np.array(tokenizer.encode(text), np.uint16) for split, text in texts.items()}
-    for split in ('train', 'val', 'test'):
-        if split in tokens:
-            write(out / f'{split}.bin', tokens[split].tobytes())
-        else:
-            with disk(out):  # of an earlier run, maybe in other tokens
-                (out / f'{split}.bin').unlink(missing_ok=True)
-    write_meta(out, meta)
+    write_splits(out, tokens, meta)
     print(f"{source}: {sum(map(len, texts.values())):,} characters, "
           f"a vocabulary of {tokenizer.vocab_size:,}; "
           + ', '.join(f"{split} {len(ids):,} tokens" for split, ids in tokens.items()))

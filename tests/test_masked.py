@@ -93,7 +93,7 @@ def test_the_first_loss_of_texts_cut_to_random_lengths_averages_to_log_V(masking
     error = losses.std() / 200 ** 0.5
     assert error < 0.005 and abs(losses.mean() - 1) < 4 * error + 1e-3
     seen = []
-    model.masked_nats = lambda x, m, attend, *rest: seen.append(m & ~attend[:, 0, 0]) or torch.zeros(len(x))
+    model.masked_nats = lambda x, m, segment, *rest: seen.append(m & (segment < 0)) or torch.zeros(len(x))
     model(torch.randint(7, (256, 16)))
     assert not seen[0].any()  # what is cut off is not masked
 
@@ -172,12 +172,12 @@ def test_a_row_cut_to_a_random_length_scores_as_the_short_row_would():
     for block in model.gpt.blocks:
         torch.nn.init.normal_(block.attn.proj.weight)
     x, m, inside = torch.randint(5, (3, 8)), torch.rand(3, 8) < 0.5, torch.arange(8) < 5
-    attend = inside[None, None, None].expand(3, 1, 1, 8)
-    assert torch.allclose(model.masked_nats(x, m & inside, attend), model.masked_nats(x[:, :5], m[:, :5]),
+    segment = torch.where(inside, 0, -1).expand(3, 8)
+    assert torch.allclose(model.masked_nats(x, m & inside, segment), model.masked_nats(x[:, :5], m[:, :5]),
                           atol=1e-5)
     model.copies = False  # the loss at clean tokens, as for D3PM
     cut, short = (model.masked_nats(a, b, c, copy_weight=0.5)
-                  for a, b, c in ((x, m & inside, attend), (x[:, :5], m[:, :5], None)))
+                  for a, b, c in ((x, m & inside, segment), (x[:, :5], m[:, :5], None)))
     assert torch.allclose(cut, short, atol=1e-5)
 
 

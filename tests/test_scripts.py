@@ -219,7 +219,7 @@ def test_a_mistake_in_sampling_is_one_line(trained, mistake, flags, words):
 
 def test_an_autoregressive_model_says_what_it_cannot_do(trained, mistake):
     told = mistake(sample.main, '--out_dir=out-a', '--suffix=be')
-    assert 'left to right' in told and 'out-a/best.pt' in told and 'masked diffusion' in told
+    assert 'left to right' in told and 'out-a/best.pt' in told and 'denoisers' in told
     assert 'rule' in mistake(sample.main, '--out_dir=out-a', '--rule=margin')
     assert 'part_length' in mistake(sample.main, '--out_dir=out-a', '--part_length=3')
 

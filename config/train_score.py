@@ -1,0 +1,10 @@
+# Score-based diffusion over token embeddings, a noise level for every token (CDCD arXiv 2211.15089 and since).
+# Sizes, steps and data of config/train_mdlm.py; --per_token=0: one noise level for all tokens of a text.
+out_dir = 'out-score'
+objective = 'score'
+dataset = 'shakespeare_char'
+
+n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
+batch_size, max_iters = 64, 20000
+
+cpu = dict(n_layer=4, n_head=3, n_embd=192, block_size=128, batch_size=24, max_iters=2000)

@@ -1,0 +1,129 @@
+"""
+A text whose every line is an example, in byte pairs learned from the text itself:
+writes train.bin, val.bin (uint16, the last tenth of the lines) and meta.json beside this file.
+
+    python data/lines/prepare.py --input=stories.txt --vocab_size=512
+
+    python train.py config/train_mdlm.py --dataset=lines
+
+A line is the ids <bos> tokens <eos>, and a split is its lines one behind the other. Empty lines, or lines of
+nothing but space, are none. The vocabulary (four marks, the bytes that occur, byte pairs) is learned from the
+training lines alone: what only validation knows can become <unk>. A digit is always a token of its own.
+"""
+import collections
+import hashlib
+import heapq
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import regex  # tiktoken depends on it
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from common import MARKS, WORDS, Tokenizer  # noqa: E402
+from configurator import fail  # noqa: E402
+from data import tools  # noqa: E402
+
+
+@dataclass
+class Config:
+    input: str = ''  # the text
+    vocab_size: int = 512  # marks, bytes and byte pairs together, at most
+    val_share: float = 0.1  # of the lines, the last ones, for validation
+    out: str = str(HERE)  # where the files go
+
+    def __post_init__(self):
+        if self.vocab_size > 2 ** 16:
+            raise ValueError(f"vocab_size={self.vocab_size} is more than uint16 can tell apart, {2 ** 16}")
+        if not 0 < self.val_share < 1:
+            raise ValueError(f"val_share={self.val_share} must lie between 0 and 1")
+
+
+def join(word, pair, new):
+    """word, a list of ids, with `new` for every pair (left, right) in it, from the left."""
+    out = []
+    for i in word:
+        if out and (out[-1], i) == pair:
+            out[-1] = new
+        else:
+            out.append(i)
+    return out
+
+
+def train_bpe(lines, vocab_size):
+    """Texts -> at most vocab_size - len(MARKS) pieces (bytes): the single bytes that occur, then, again and
+    again, the two neighbours that occur together most often (of equals, the older ones) as one piece.
+    Fewer, where no pair is left that occurs twice. Raises ValueError if not even the bytes find room.
+
+    Neighbours are counted within WORDS, and a merge recounts only the words that hold its pair.
+    """
+    counts = collections.Counter(word for line in lines for word in regex.findall(WORDS, line))
+    pieces = [bytes([b]) for b in sorted({b for word in counts for b in word.encode()})]
+    room = vocab_size - len(MARKS)
+    if room < len(pieces):
+        raise ValueError(f"vocab_size={vocab_size} is too small: this text takes at least "
+                         f"{len(MARKS) + len(pieces)}, {len(MARKS)} marks and {len(pieces)} bytes")
+    index = {piece[0]: i for i, piece in enumerate(pieces)}
+    words = [([index[b] for b in word.encode()], n) for word, n in counts.items()]
+    pairs, where = collections.Counter(), collections.defaultdict(set)
+
+    def count(w, sign):
+        word, n = words[w]
+        for pair in pairwise(word):
+            pairs[pair] += sign * n
+            where[pair].add(w)
+            changed.add(pair)
+
+    changed, heap = set(), []
+    for w in range(len(words)):
+        count(w, 1)
+    while len(pieces) < room:
+        for pair in changed:
+            heapq.heappush(heap, (-pairs[pair], pair))
+        changed.clear()
+        while heap and -heap[0][0] != pairs[heap[0][1]]:  # counted anew since
+            heapq.heappop(heap)
+        if not heap or heap[0][0] > -2:
+            break
+        _, (left, right) = heapq.heappop(heap)
+        for w in where.pop((left, right)):
+            count(w, -1)
+            words[w] = join(words[w][0], (left, right), len(pieces)), words[w][1]
+            count(w, 1)
+        pieces.append(pieces[left] + pieces[right])
+    return pieces
+
+
+def main(argv):
+    config = tools.settings(argv, __doc__, Config)
+    if not config.input:
+        fail("which text? --input=FILE")
+    data, source = tools.read_bytes(config.input, 'input'), Path(config.input).name
+    lines = [line for line in tools.decode(data, source).split('\n') if line.strip()]
+    if len(lines) < 10:
+        fail(f"{source} has {len(lines)} lines that are not empty: too few, 10 are the least")
+    n = len(lines) - max(1, int(config.val_share * len(lines)))
+    try:
+        pieces = train_bpe(lines[:n], config.vocab_size)
+    except ValueError as e:
+        fail(e)
+    meta = dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces], source=source,
+                sha256=hashlib.sha256(data).hexdigest())
+    tokenizer = Tokenizer(meta)
+    examples = [tokenizer.stream(line) for line in lines]
+    tokens = {split: [i for example in part for i in example]
+              for split, part in (('train', examples[:n]), ('val', examples[n:]))}
+    tools.write_splits(config.out, tokens, meta)
+    longest, mean = max(map(len, examples)), sum(map(len, examples)) / len(lines)
+    short = f" instead of {config.vocab_size:,}, no pair is left that occurs twice"
+    print(f"{source}: {len(lines):,} lines, "
+          f"{sum(map(len, lines)) / len(lines) / (mean - 2):.2f} characters per token, "
+          f"a vocabulary of {tokenizer.vocab_size:,}{short * (tokenizer.vocab_size < config.vocab_size)}; "
+          + ', '.join(f"{split} {len(ids):,} tokens" for split, ids in tokens.items())
+          + f"; the longest line has {longest:,}, the mean {mean:.1f}, <bos> and <eos> included")
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

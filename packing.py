@@ -1,0 +1,144 @@
+"""
+Lines as examples: several texts in one row, none of which sees another.
+
+A dataset of lines is a stream [bos] ... [eos] [bos] ... [eos] (data/lines/prepare.py); every line is a text of
+its own. One line a row, padded, wastes the slots behind short lines. Packing puts several into a row: first-fit
+decreasing takes the longest line first and puts each into the first row with room, which needs at most 11/9 of
+the least possible number of rows (Johnson 1973).
+
+What keeps the texts of a row apart is the segment id: 0, 1, 2 ... for the texts of a row, -1 for padding.
+    attention   a token sees the tokens of its own segment, nothing else. (Comparing the lengths of the texts
+                instead, as has been done, lets two texts of equal length see each other.)
+    positions   start from 0 in every segment
+    loss        padding is outside
+so a packed text gets the same logits as alone. Pads that `expand` and `insert` add are different: they belong to
+the text, the model reads and writes them; so it can write texts shorter than the canvas.
+"""
+import numpy as np
+import torch
+
+
+# ---- who is where: functions of the segment ids (B, T) int64 ----------------------------------------------
+
+def same_text(segment):
+    """Who may see whom: (B, 1, T, T) bool. (Padding sees padding: a softmax over nothing is NaN.)"""
+    return (segment[:, None, :, None] == segment[:, None, None, :])
+
+
+def starts(segment):
+    """True at the first token of every segment, (B, T) bool."""
+    before = torch.nn.functional.pad(segment[:, :-1], (1, 0), value=-2)
+    return segment != before
+
+
+def positions(segment):
+    """The place of every token in its segment, from 0, (B, T) int64."""
+    place = torch.arange(segment.size(1), device=segment.device).expand_as(segment)
+    return place - torch.where(starts(segment), place, 0).cummax(-1).values
+
+
+# ---- packing ----------------------------------------------------------------------------------------------
+
+def first_fit_decreasing(lengths, capacity):
+    """Bins of at most `capacity`, each a list of indices into `lengths`; nothing is left over.
+    Raises ValueError if a length is larger than the capacity."""
+    order = np.argsort(-np.asarray(lengths), kind='stable')
+    bins, room = [], np.full(len(lengths), capacity)
+    for i in order.tolist():
+        if lengths[i] > capacity:
+            raise ValueError(f"a text of {lengths[i]} tokens does not fit into {capacity}")
+        first = int(np.argmax(room >= lengths[i]))  # an empty bin has room
+        if first == len(bins):
+            bins.append([])
+        bins[first].append(i)
+        room[first] -= lengths[i]
+    return bins
+
+
+def fill(texts, bins, T, pad):
+    """Texts (lists of ids) in their bins -> x, segment, both (len(bins), T) int64."""
+    x, segment = np.full((len(bins), T), pad), np.full((len(bins), T), -1)
+    for row, members in enumerate(bins):
+        end = 0
+        for number, i in enumerate(members):
+            begin, end = end, end + len(texts[i])
+            x[row, begin:end], segment[row, begin:end] = texts[i], number
+    return torch.from_numpy(x), torch.from_numpy(segment)
+
+
+# ---- what may be done to a text before, all functions (ids (L,), numbers) -> ids --------------------------
+
+def crop(text, T, rng):
+    """T tokens in a row from anywhere of a text that is longer; bos or eos may be lost."""
+    begin = rng.integers(max(1, len(text) - T + 1))
+    return text[begin:begin + T]
+
+
+def insert(text, share, pad, rng):
+    """share * L pads at random places."""
+    n = round(share * len(text))
+    return np.insert(text, rng.integers(len(text) + 1, size=n), pad) if n else text
+
+
+def expand(text, T, pad, rng):
+    """A random number of pads, at most up to T tokens, behind the text."""
+    return np.append(text, np.full(rng.integers(max(0, T - len(text)) + 1), pad))
+
+
+class Lines:
+    """The lines of a stream of tokens: random batches for training, all of them for evaluation.
+
+    tokens: int16 as of common.load_tokens; bos: the id every line starts with; pad: that of padding.
+    packed: several lines to a row. inserted, expanded: see `insert` and `expand`.
+    """
+
+    def __init__(self, tokens, bos, pad, packed=True, inserted=0.0, expanded=False):
+        self.tokens = tokens.cpu().numpy().view(np.uint16).astype(np.int64)
+        first = np.flatnonzero(self.tokens == bos)
+        self.bounds = np.stack([first, np.append(first[1:], len(self.tokens))], axis=1)
+        self.pad, self.packed, self.inserted, self.expanded = pad, packed, inserted, expanded
+
+    def __len__(self):
+        return len(self.bounds)
+
+    def texts(self, which, T, rng):
+        """The lines `which`, altered and cut to at most T tokens."""
+        out = []
+        for begin, end in self.bounds[which]:
+            text = crop(insert(self.tokens[begin:end], self.inserted, self.pad, rng), T, rng)
+            out.append(expand(text, T, self.pad, rng) if self.expanded else text)
+        return out
+
+    def bins(self, texts, T):
+        return first_fit_decreasing([len(t) for t in texts], T) if self.packed else [[i] for i in range(len(texts))]
+
+    def batch(self, B, T):
+        """Random lines, as many as B rows hold: x, segment, both (B, T) int64. A function of torch's seed."""
+        rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
+        most = B * T // 2 if self.packed else B  # a line has two tokens at least
+        texts, few = [], 0
+        while len(texts) < most:  # twice as many as before, until they are too many
+            n = min(most, 2 * len(texts) or B)
+            texts += self.texts(rng.integers(len(self), size=n - len(texts)), T, rng)
+            if len(self.bins(texts, T)) > B:
+                break
+            few = len(texts)
+        many = len(texts) + 1
+        while many - few > 1:  # `few` texts fit, `many` do not
+            middle = (few + many) // 2
+            few, many = (middle, many) if len(self.bins(texts[:middle], T)) <= B else (few, middle)
+        bins = self.bins(texts[:few], T)
+        return fill(texts, bins + [[]] * (B - len(bins)), T, self.pad)
+
+    def rows(self, T, most=0):
+        """All lines, or `most` evenly spread, in the order of the stream but packed: x, segment (N, T)."""
+        which = np.arange(len(self))
+        if 0 < most < len(self):
+            which = np.linspace(0, len(self) - 1, most).astype(int)
+        texts = self.texts(which, T, np.random.default_rng(0))
+        return fill(texts, self.bins(texts, T), T, self.pad)
+
+
+def efficiency(segment):
+    """The share of slots that hold text."""
+    return (segment >= 0).double().mean().item()

@@ -1,0 +1,437 @@
+"""Score-based diffusion against what can be computed otherwise: enumerated posteriors, Gaussians, differences."""
+import math
+
+import pytest
+import torch
+
+import common
+import score
+from conftest import Joint, chi_square_p
+
+SIZES = dict(vocab_size=3, block_size=3, n_layer=1, n_head=1, n_embd=8)
+
+
+class Exact(score.Model):
+    """The model whose prediction is the true posterior of an enumerated joint distribution."""
+
+    def __init__(self, joint, **knobs):
+        torch.manual_seed(0)
+        super().__init__(score.Config(**{**SIZES, 'd_embed': 6, **knobs}))
+        self.joint = joint
+
+    def logits(self, x, sigma, E, guess=None, segment=None):
+        """sum over all sequences with token v at i of p(sequence) N(x; its points, sigma^2), as log."""
+        points, s = E[self.joint.x].double(), sigma.clamp(min=1e-3).double()         # (N, T, d)
+        far = ((x.double()[:, None] - points) ** 2).sum(-1) / (2 * s[:, None] ** 2)  # (B, N, T)
+        log_joint = self.joint.p.log() - far.sum(-1)                                 # (B, N)
+        log_joint = log_joint - log_joint.amax(-1, keepdim=True)
+        onehot = torch.nn.functional.one_hot(self.joint.x, self.joint.V).double()
+        return torch.einsum('bn,ntv->btv', log_joint.exp(), onehot).clamp(min=1e-300).log().float(), None
+
+
+def entropy(joint):
+    return -(joint.p * joint.p.log()).sum().item()
+
+
+def drawn(joint, n):
+    return joint.x[torch.multinomial(joint.p, n, replacement=True)]
+
+
+# ---- the bound --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('stagger', [0.0, 8.0])
+def test_with_the_true_posterior_the_bound_falls_to_the_entropy_as_the_range_widens(joint, stagger):
+    """On whatever path the noise falls: 2.74 nats; 3.89 and 2.93 on the shorter ranges. 4 standard errors; the
+    seed is fixed."""
+    for low, high, gap in ((1.0, 2.0, 1.15), (0.5, 5.0, 0.19), (0.1, 100.0, 0.0)):
+        model = Exact(joint, sigma_min=low, sigma_max=high, stagger=stagger)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            nats = model.nats(drawn(joint, 6000), 20)
+        error = nats.std().item() / 6000 ** 0.5
+        assert abs(nats.mean().item() - entropy(joint) - gap) < 4 * error < 0.35
+
+
+def test_a_wrong_posterior_has_a_bound_above_the_cross_entropy():
+    true, wrong = Joint(seed=0), Joint(seed=1)
+    torch.manual_seed(1)
+    nats = Exact(wrong).nats(drawn(true, 20000), 8)
+    cross = -(true.p * wrong.p.log()).sum().item()
+    assert abs(nats.mean().item() - cross) < 5 * nats.std().item() / 20000 ** 0.5 and cross > entropy(true) + 0.1
+
+
+def test_a_fresh_model_scores_log_V_since_it_knows_the_noise_but_no_text():
+    """The evidence alone is the posterior of uniform tokens: exact. 5 standard errors; the seed is fixed."""
+    torch.manual_seed(0)
+    model = score.Model(score.Config(**{**SIZES, 'vocab_size': 11, 'block_size': 8}, stagger=0.0))
+    with torch.no_grad():
+        nats = model.nats(torch.randint(11, (4000, 8)), 20)
+    assert abs(nats.mean() - 8 * math.log(11)) < 5 * nats.std() / 4000 ** 0.5 < 0.6
+
+
+def test_predictions_that_are_uniform_whatever_is_seen_score_worse_than_log_V():
+    torch.manual_seed(0)
+    model = score.Model(score.Config(**{**SIZES, 'vocab_size': 11, 'block_size': 8}))
+    model.logits = lambda x, sigma, E, guess, segment: (torch.zeros(*x.shape[:2], 11), None)
+    assert model.nats(torch.randint(11, (200, 8)), 8).mean() > 8 * math.log(11)
+
+
+def test_the_prior_term_is_the_divergence_of_the_noised_text_from_the_prior():
+    """KL(N(e, s^2 I) || N(0, (s^2 + 1) I)) of a point of norm sqrt(d), by torch.distributions."""
+    from torch.distributions import Independent, Normal, kl_divergence
+    e, s = score.on_sphere(torch.randn(1, 6))[0], 2.0
+    kl = kl_divergence(Independent(Normal(e, s), 1), Independent(Normal(torch.zeros(6), math.hypot(s, 1)), 1))
+    assert torch.allclose(kl, torch.tensor(6 / 2 * math.log1p(s ** -2)), atol=1e-5)
+
+
+# ---- samplers ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('first', ['together', 'random', 'left'])
+@pytest.mark.parametrize('rule', ['euler', 'heun', 'dpmpp_2m'])
+def test_the_probability_flow_draws_the_true_law_in_any_fixed_order(joint, rule, first):
+    """Chi-square over 27 sequences, 4,000 draws; a false alarm has probability 1e-4, the seed is fixed."""
+    model = Exact(joint)
+    torch.manual_seed(2)
+    *_, samples = model.sample(torch.full((4000, 3), 3), 100, rule=rule, first=first, stagger=2.0)
+    assert chi_square_p(samples, joint.p, 3) > 1e-4
+
+
+@pytest.mark.parametrize('first', score.ORDERS)
+@pytest.mark.parametrize('rule', score.RULES)
+def test_every_sampler_writes_what_the_given_tokens_leave_possible(rule, first):
+    """A law of three sequences which share no token: one given token decides."""
+    joint = Joint()
+    joint.p = torch.full_like(joint.p, 1e-12)
+    for row in ([0, 1, 2], [1, 2, 0], [2, 0, 1]):
+        joint.p[(joint.x == torch.tensor(row)).all(-1)] = 1 / 3
+    canvas = torch.full((30, 3), 3)
+    canvas[:, 1] = torch.arange(30) % 3
+    torch.manual_seed(0)
+    *_, samples = Exact(joint).sample(canvas, 12, rule=rule, first=first)
+    assert (samples == torch.stack([(canvas[:, 1] + 2) % 3, canvas[:, 1], (canvas[:, 1] + 1) % 3], 1)).all()
+    *_, samples = Exact(joint).sample(torch.full((60, 3), 3), 40, rule=rule, first=first)
+    assert (joint.p[(samples[:, None] == joint.x).all(-1).byte().argmax(-1)] > 0.1).all()
+
+
+@pytest.mark.parametrize('rule, order', [('euler', 1), ('heun', 2), ('dpmpp_2m', 2)])
+def test_the_error_of_a_sampler_falls_as_its_order_says(rule, order):
+    """On Gaussian data D = x / (sigma^2 + 1), and x falls as sqrt(sigma^2 + 1)."""
+    def end(steps):
+        levels = torch.logspace(1, -1, steps, dtype=torch.float64).tolist() + [0.0]
+        x, sigma = torch.full((1, 1, 1), 20.0, dtype=torch.float64), torch.full((1, 1), 10.0, dtype=torch.float64)
+        seen = []
+
+        def denoise(x, sigma):
+            if sigma[0, 0] < 0.1001:
+                seen.append(x.item())
+            return None, x / (sigma[..., None] ** 2 + 1)
+        for _ in score.RULES[rule](denoise, x, sigma, lambda k, logp, sigma: torch.full_like(sigma, levels[k]), steps):
+            pass
+        return seen[-1]
+    true = 20 * math.sqrt((0.1 ** 2 + 1) / (10 ** 2 + 1))
+    errors = [abs(end(steps) - true) for steps in (33, 65, 129)]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert abs(math.log2(coarse / fine) - order) < 0.35, errors
+
+
+@pytest.mark.parametrize('rule', score.RULES)
+def test_given_tokens_are_clean_points_all_along_and_no_level_ever_rises(joint, rule):
+    model, seen = Exact(joint), []
+    exact = model.logits
+    model.logits = lambda x, sigma, E, guess=None: seen.append((x, sigma, E)) or exact(x, sigma, E)
+    canvas = torch.tensor([[3, 1, 3], [3, 3, 0]])
+    frames = list(model.sample(canvas, 9, rule=rule, first='sure'))
+    assert len(frames) == len(seen) == (17 if rule == 'heun' else 9)
+    given = canvas < 3
+    for x, sigma, E in seen:
+        assert (sigma[given] == 0).all() and torch.equal(x[given], E[canvas[given]])
+    assert all((f[given] == canvas[given]).all() for f in frames)
+    if rule != 'heun':
+        assert all((b[1] <= a[1]).all() for a, b in zip(seen, seen[1:]))
+    assert torch.allclose(seen[0][1][~given], torch.tensor(100.0)) and torch.allclose(seen[-1][1][~given],
+                                                                                      torch.tensor(0.1))
+
+
+def test_the_order_says_which_tokens_lose_their_noise_first(joint):
+    def levels(first, rows=200):
+        model, seen = Exact(joint), []
+        exact = model.logits
+        model.logits = lambda x, sigma, E, guess=None: seen.append(sigma) or exact(x, sigma, E)
+        torch.manual_seed(0)
+        list(model.sample(torch.full((rows, 3), 3), 9, first=first, rule='euler', stagger=3.0))
+        return torch.stack(seen[1:-1])
+    together, left, random, sure = map(levels, ('together', 'left', 'random', 'sure'))
+    assert (together == together[..., :1]).all()
+    assert (left.diff(dim=-1) >= 0).all() and (left.diff(dim=-1) > 0).any()
+    places = random[3].argmin(-1)
+    assert set(places.tolist()) == {0, 1, 2} and ((random[:-1].diff(dim=0) <= 0).all())
+    assert torch.equal(random[3].argmax(-1), random[4].argmax(-1))  # the same order at every step
+    assert not torch.equal(sure[3].sort(-1).values, together[3])
+
+
+def test_the_denoised_point_is_in_the_convex_hull_of_the_embeddings(joint):
+    """In every direction it reaches no further than the furthest embedding."""
+    model, points = Exact(joint), []
+
+    def spy(denoise, x, sigma, path, steps):
+        points.append(denoise(x, sigma)[1])
+        yield denoise(x, sigma)[0]
+    score.RULES['spy'] = spy
+    try:
+        for how in (dict(), dict(temperature=0.3), dict(temperature=0.0), dict(top_k=1), dict(top_p=0.5)):
+            list(model.sample(torch.full((20, 3), 3), 1, rule='spy', **how))
+    finally:
+        del score.RULES['spy']
+    E, direction = score.on_sphere(model.embed.weight), torch.randn(6, 500)
+    for D in points:
+        assert ((D @ direction) <= (E @ direction).amax(0) + 1e-4).all()
+    corner = lambda D: (D[..., None, :] - E).square().sum(-1).amin(-1)
+    assert corner(points[2]).max() < 1e-6 < corner(points[0]).min()  # temperature 0: an embedding itself
+
+
+# ---- embeddings, noise, time warp -------------------------------------------------------------------------
+
+def test_embeddings_have_norm_sqrt_d_and_anisotropy_tells_orthogonal_from_collapsed():
+    E = score.on_sphere(torch.randn(5, 9))
+    assert torch.allclose(E.norm(dim=-1), torch.full((5,), 3.0))
+    assert abs(score.anisotropy(torch.eye(4))) < 1e-6 and abs(score.anisotropy(torch.ones(4, 6)) - 1) < 1e-6
+    pair = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    assert abs(score.anisotropy(5 * pair) - 0.6) < 1e-6
+
+
+def test_preconditioning_is_what_least_squares_gives():
+    torch.manual_seed(0)
+    for sigma in (0.3, 1.0, 4.0):
+        c_in, c_skip, c_out = score.precondition(torch.tensor(sigma))
+        e = torch.randn(200000)
+        x = e + sigma * torch.randn(200000)
+        assert abs((c_in * x).std() - 1) < 0.01
+        assert abs((x * e).mean() / (x * x).mean() - c_skip) < 0.01   # the best multiple of x
+        assert abs((e - c_skip * x).std() - c_out) < 0.01             # and what is left for the network
+        assert abs(c_skip / c_out ** 2 - 1 / sigma ** 2) < 1e-4       # the evidence
+        assert abs(1 / c_out ** 2 - (sigma ** 2 + 1) / sigma ** 2) < 1e-4
+
+
+def test_the_evidence_is_the_posterior_of_a_token_by_its_own_point():
+    torch.manual_seed(0)
+    model = score.Model(score.Config(**SIZES))
+    E = score.on_sphere(model.embed.weight)
+    sigma = torch.tensor([[0.5, 2.0, 9.0]])
+    x = E[torch.tensor([[0, 2, 1]])] + sigma[..., None] * torch.randn(1, 3, 64)
+    far = (x[:, :, None] - E).square().sum(-1) / (2 * sigma[..., None] ** 2)
+    assert torch.allclose(model.logits(x, sigma, E)[0].softmax(-1), (-far).softmax(-1), atol=1e-4)
+
+
+def test_noise_levels_go_from_low_to_high_and_their_slope_is_the_difference_quotient():
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    for low, high, rho in ((1.0, 10.0, 1.0), (0.1, 100.0, 7.0)):
+        sigma, slope = score.noise_level(t, low, high, rho)
+        assert abs(sigma[0] - low) < 1e-9 and abs(sigma[-1] - high) < 1e-9 and (sigma.diff() > 0).all()
+        difference = (score.noise_level(t + 1e-6, low, high, rho)[0] - score.noise_level(t - 1e-6, low, high, rho)[0])
+        assert torch.allclose(slope, difference / 2e-6, rtol=1e-5)
+    assert torch.allclose(score.noise_level(t, 1.0, 10.0, 1.0)[0], 1 + 9 * t)
+
+
+def test_the_warp_is_a_law_of_t_and_quantile_inverts_it():
+    torch.manual_seed(0)
+    for slopes in (torch.zeros(100), 3 * torch.randn(100)):
+        cdf = score.warp_cdf(slopes)
+        assert cdf[0] == 0 and abs(cdf[-1] - 1) < 1e-6 and (cdf.diff() > 0).all()
+        u = torch.linspace(0, 1, 1001)
+        t, density = score.quantile(cdf, u)
+        assert (t.diff() >= 0).all() and t[0] == 0 and abs(t[-1] - 1) < 1e-4
+        back = torch.nn.functional.interpolate  # the CDF at t, by hand
+        i = (t * 100).long().clamp(max=99)
+        assert torch.allclose(cdf[i] + (t * 100 - i) * cdf.diff()[i], u, atol=1e-4) and back
+        assert torch.allclose(density, 100 * cdf.diff()[i], atol=1e-3) or (t * 100 - i).min() < 1e-3
+    assert torch.allclose(score.quantile(score.warp_cdf(torch.zeros(100)), u)[0], u, atol=1e-4)
+
+
+def test_the_rate_of_the_bound_is_the_slope_of_the_precision():
+    torch.manual_seed(0)
+    model = score.Model(score.Config(**SIZES)).double()
+    torch.nn.init.normal_(model.slopes)
+    u = torch.rand(50, dtype=torch.float64)
+    precision = lambda u: model.level(u)[0] ** -2
+    assert torch.allclose(model.level(u)[1], (precision(u - 1e-7) - precision(u + 1e-7)) / 2e-7, rtol=1e-3)
+
+
+def test_the_warp_learns_to_visit_noise_levels_in_proportion_to_the_rise_of_the_loss():
+    """The loss is a step at t = 0.4: half of its rise lies in [0.39, 0.41]; the law follows."""
+    torch.manual_seed(0)
+    slopes = torch.nn.Parameter(torch.full((100,), math.log(0.02)))
+    adam = torch.optim.Adam([slopes], lr=0.03)
+    for _ in range(1500):
+        t = torch.rand(2048)
+        loss = 2 * t + 2 * ((t - 0.39) / 0.02).clamp(0, 1)
+        (score.warped_loss(slopes, t) - loss).square().mean().backward()
+        adam.step()
+        adam.zero_grad()
+    cdf = score.warp_cdf(slopes.detach())
+    inside = cdf[41] - cdf[39]
+    assert abs(inside - ((1 - score.FLOOR) * (2 + 0.04) / 4 + score.FLOOR * 0.02)) < 0.03
+    t = torch.rand(1000)
+    assert (score.warped_loss(slopes, t) - (2 * t + 2 * ((t - 0.39) / 0.02).clamp(0, 1))).abs().max() < 0.2
+
+
+def test_staggered_quantiles_fall_from_1_to_0_each_in_its_share_of_the_way():
+    order, tau = torch.linspace(0, 1, 5), torch.linspace(0, 1, 1001)[:, None]
+    for stagger in (0.0, 1.0, 8.0):
+        u = score.staggered(tau, order, stagger)
+        assert (u[-1] == 1).all() and (u[0] == 0).all() and (u.diff(dim=0) >= 0).all()
+        assert (u.diff(dim=1) >= 0).all()  # the first have less noise
+        moving = ((u > 0) & (u < 1)).double().mean(0)
+        assert torch.allclose(moving, torch.full((5,), 1 / (1 + stagger)).double(), atol=3e-3)
+
+
+# ---- training ---------------------------------------------------------------------------------------------
+
+def noised(model, x, **how):
+    """What the network is shown in a training step: x, sigma, guess."""
+    seen, own = [], model.logits
+
+    def spy(noisy, sigma, E, guess=None, segment=None):
+        seen.append((noisy, sigma, guess, E))
+        return own(noisy, sigma, E, guess, segment)
+    model.logits = spy
+    loss, metrics = model(x, **how)
+    model.logits = own
+    return seen, loss, metrics
+
+
+def test_every_token_has_a_noise_level_of_its_own_or_all_of_a_row_the_same():
+    torch.manual_seed(0)
+    x = torch.randint(3, (400, 3))
+    for share in (1.0, 0.0, 0.5):
+        seen, _, _ = noised(score.Model(score.Config(**SIZES, per_token=share)), x)
+        sigma = seen[0][1]
+        differ = (sigma != sigma[:, :1]).any(-1).double().mean()
+        assert abs(differ - share) < 0.1 and (share == 0.5 or differ == share)
+        assert len(sigma[:, 0].unique()) > 390 and (sigma >= 0.1).all() and (sigma <= 100.01).all()
+
+
+def test_a_tilt_makes_clean_tokens_more_common():
+    medians = []
+    for tilt in (0.5, 1.0, 2.0):
+        torch.manual_seed(0)
+        model = score.Model(score.Config(**SIZES, tilt=tilt))
+        medians.append(model.draw_quantiles(500, 3, 'cpu').median().item())
+    assert abs(medians[1] - 0.5) < 0.05 and abs(medians[0] - 0.5 ** 0.5) < 0.05 and abs(medians[2] - 0.25) < 0.05
+
+
+def test_given_tokens_enter_clean_and_are_outside_the_loss():
+    torch.manual_seed(0)
+    model = score.Model(score.Config(**{**SIZES, 'block_size': 12}, given=1.0))
+    x = torch.randint(3, (300, 12))
+    seen, loss, metrics = noised(model, x)
+    noisy, sigma, _, E = seen[0]
+    held = sigma == 0
+    assert 0.3 < held.double().mean() < 0.6 and torch.equal(noisy[held], E[x[held]])
+    assert ((noisy - E[x]).square().sum(-1) > 0)[~held].all()
+    own, wrong = model.logits, torch.full((300, 12, 3), 50.0).scatter(-1, x[..., None], -50.0)
+    for where, expected in ((held, metrics['cross_entropy'].item()), (~held, 100 + math.log(2))):
+        def spoiled(noisy, sigma, E, guess=None, segment=None):
+            logits, F = own(noisy, sigma, E)
+            return torch.where(where[..., None], wrong, logits), F
+        torch.manual_seed(0)
+        score.Model(model.config)  # the same draws again
+        torch.randint(3, (300, 12))
+        model.logits = spoiled
+        assert abs(model(x)[1]['cross_entropy'].item() - expected) < 1e-3
+
+
+def test_given_spans_are_of_any_length_half_of_them_scattered():
+    torch.manual_seed(0)
+    held = score.spans(4000, 8)
+    lengths = held.sum(-1)
+    assert set(lengths.tolist()) == set(range(8))
+    runs = (held.int().diff(dim=-1) == 1).sum(-1) + held[:, 0].int()
+    middle = (lengths > 2) & (lengths < 6)
+    assert 0.5 < (runs[middle] == 1).double().mean() < 0.75  # 0.5, and the scattered that happen to be spans
+    assert (held.double().mean(0) - held.double().mean()).abs().max() < 0.12
+
+
+def test_self_conditioning_shows_the_first_half_of_the_rows_their_first_guess():
+    torch.manual_seed(0)
+    model = score.Model(score.Config(**SIZES, self_condition=True))
+    seen, _, _ = noised(model, torch.randint(3, (5, 3)))
+    (noisy, sigma, none, E), (_, _, guess, _) = seen
+    assert none is None and len(noisy) == 2 and guess.shape == (5, 3, 64)
+    assert torch.allclose(guess[:2], model.logits(noisy, sigma, E)[0].softmax(-1) @ E) and (guess[2:] == 0).all()
+    torch.nn.init.normal_(model.head.weight)
+    x = torch.randn(1, 3, 64)
+    with_guess, without = (model.logits(x, torch.ones(1, 3), E, g)[0] for g in (guess[:1], None))
+    assert not torch.allclose(with_guess, without, atol=1e-3)
+
+
+def test_weights_and_squared_error_of_the_loss_by_hand():
+    for knobs in (dict(), dict(loss_weight='edm'), dict(mse=0.5), dict(mse=0.5, loss_weight='edm')):
+        torch.manual_seed(0)
+        model = score.Model(score.Config(**SIZES, **knobs))
+        torch.nn.init.normal_(model.head.weight, std=0.2)
+        x, u, noise = torch.randint(3, (4, 3)), torch.rand(4, 3), torch.randn(4, 3, 64)
+        loss, _ = model(x, u=u, noise=noise)
+        E = score.on_sphere(model.embed.weight)
+        s = model.level(u)[0][..., None]
+        noisy = E[x] + s * noise
+        logits, F = model.logits(noisy, s[..., 0], E)
+        ce = -logits.log_softmax(-1).gather(-1, x[..., None])
+        weight = (s ** 2 + 1) / s ** 2
+        expected = (ce * weight if 'loss_weight' in knobs else ce).mean()
+        D = noisy / (s ** 2 + 1) + s / (s ** 2 + 1).sqrt() * F
+        expected = expected + knobs.get('mse', 0) * (weight * (D - E[x]) ** 2).mean()
+        assert torch.allclose(loss, expected, rtol=1e-4), knobs
+
+
+@pytest.mark.parametrize('knobs', [dict(self_condition=True), dict(given=0.5, mse=0.1, loss_weight='edm'),
+                                   dict(reads='scaled', per_token=0.5, time_warp=False)], ids=str)
+@pytest.mark.parametrize('segment', [None, torch.tensor([[0, 0, 1]] * 4)], ids=['windows', 'packed'])
+def test_every_option_traces_as_one_graph(knobs, segment):
+    model = score.Model(score.Config(**SIZES, **knobs))
+    loss, _ = torch.compile(model, backend='eager', fullgraph=True)(torch.randint(3, (4, 3)), segment)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad and p.grad is not None)
+
+
+def test_half_precision_keeps_the_evidence_exact():
+    torch.manual_seed(0)
+    model = score.Model(score.Config(**SIZES))
+    E = score.on_sphere(model.embed.weight)
+    x, sigma = E[torch.tensor([[0, 1, 2]])] + 0.1 * torch.randn(1, 3, 64), torch.full((1, 3), 0.1)
+    with torch.autocast('cpu', torch.bfloat16):
+        low = model.logits(x, sigma, E)[0]
+    assert torch.allclose(low, model.logits(x, sigma, E)[0], rtol=1e-6) and low.abs().max() > 5000
+
+
+@pytest.mark.parametrize('knobs, word', [
+    (dict(sigma_min=2.0, sigma_max=1.0), 'sigma_min'), (dict(sigma_min=0.0), 'sigma_min'), (dict(rho=0.0), 'rho'),
+    (dict(d_embed=0), 'd_embed'), (dict(per_token=1.5), 'per_token'), (dict(given=-0.1), 'given'),
+    (dict(reads='hard'), 'soft'), (dict(loss_weight='elbo'), 'edm'), (dict(mse=-1.0), 'mse'),
+    (dict(tilt=0.0), 'tilt'), (dict(stagger=-1.0), 'stagger')])
+def test_an_impossible_option_is_named(knobs, word):
+    with pytest.raises(ValueError, match=word):
+        score.Config(**knobs)
+
+
+@pytest.mark.parametrize('knobs, word', [(dict(rule='ancestral'), 'renoise'), (dict(first='best'), 'sure'),
+                                         (dict(cfg=1.0), 'cfg'), (dict(eta=0.1), 'eta')])
+def test_an_impossible_option_of_sampling_is_named(joint, knobs, word):
+    with pytest.raises(ValueError, match=word):
+        list(Exact(joint).sample(torch.full((1, 3), 3), 4, **knobs))
+
+
+def test_one_step_and_a_full_canvas_are_no_special_cases(joint):
+    model = Exact(joint)
+    for rule in score.RULES:
+        frames = list(model.sample(torch.full((2, 3), 3), 1, rule=rule))
+        assert len(frames) == 1 and (frames[0] < 3).all()
+    assert list(model.sample(torch.tensor([[0, 1, 2]]), 4)) == []
+
+
+def test_equal_seeds_give_equal_texts(joint):
+    model, texts = Exact(joint), []
+    for seed in (1, 1, 2):
+        common.seed_everything(seed)
+        *_, text = model.sample(torch.full((40, 3), 3), 8)
+        texts.append(text)
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
