@@ -302,12 +302,17 @@ def concept(objective):
     return importlib.import_module(objective)
 
 
-def load_model(checkpoint, device, ema=True, **changes):
-    """(model in eval mode, tokenizer) of a checkpoint dict; changes: of its config, where weights allow."""
+def load_model(checkpoint, device, weights='ema', **changes):
+    """(model in eval mode, tokenizer) of a checkpoint dict; changes: of its config, where weights allow.
+    weights: ema | slow, the second average | model, not averaged."""
     module = concept(checkpoint['objective'])
+    if weights not in ('ema', 'slow', 'model'):
+        fail(f"weights={weights!r} is not one of: ema, slow, model")
+    if weights not in checkpoint:
+        fail(f"the checkpoint holds no second average: `python train.py ... --slow_decay=0.9999` keeps one")
     try:
         model = module.Model(module.Config(**{**checkpoint['config'], **changes}))
-        model.load_state_dict(checkpoint['ema' if ema else 'model'])
+        model.load_state_dict(checkpoint[weights])
     except ValueError as e:
         fail(e)
     except (TypeError, RuntimeError) as e:

@@ -49,7 +49,7 @@ class Config(unmask.Config):
     mode: str = 'nll'        # nll | gen_ppl | frontier
     out_dir: str = ''        # folder of the checkpoint; '': the newest out*/
     which: str = 'best'      # best | last
-    ema: bool = True         # the averaged weights
+    weights: str = 'ema'     # ema | slow, a second average | model, not averaged
     device: str = 'auto'     # auto | cpu | cuda | mps
     dtype: str = 'float32'   # of the networks: float32 | bfloat16 | auto
     seed: int = 1337         # equal seeds, equal figures
@@ -395,7 +395,7 @@ def main(argv):
     changes = {} if config.T < 0 else dict(T=config.T, masking='bernoulli')  # masking is for training only
     if changes and checkpoint['objective'] != 'masked':
         fail(f"T={config.T} is for masked diffusion, not for {checkpoint['objective']}")
-    model, tokenizer = common.load_model(checkpoint, device, config.ema, **changes)
+    model, tokenizer = common.load_model(checkpoint, device, config.weights, **changes)
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
     if config.mode == 'nll':
         return nll(config, checkpoint, model, tokenizer, amp)

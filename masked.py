@@ -278,7 +278,7 @@ class Model(nn.Module):
         return self.gpt(xt, time=m if self.config.time_input else None, **apart)
 
     def nats(self, x, n=1, segment=None):
-        """An estimate, with n draws, of the upper bound on -log p(x) in nats: (B,). x (B, T), segment (B, T).
+        """An estimate, with n draws, of the upper bound on -log p(x) in nats: (B,). x, segment (B, T).
 
         Draw i has a noise level from the i-th n-th of all (the draws together are stratified).
         """

@@ -207,7 +207,8 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, causal, timed) for _ in range(config.n_layer))
         self.norm = Norm(config)
-        self.head = nn.Linear(config.n_embd, self.outputs, bias=False) if ours and tokens else None  # None: tied
+        own = ours and tokens  # the head of gpt2 is tied to the embedding
+        self.head = nn.Linear(config.n_embd, self.outputs, bias=False) if own else None
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
@@ -238,7 +239,8 @@ class GPT(nn.Module):
 
         mask: bool, broadcast to (B, H, T, T), True where a query may see a key. With a cache, h continues
         what was read before. time: (B,), or (B, T) a token, in [0, 1], if the model is timed. where: the
-        positions (T,) or (B, T) of the tokens, if not one after the other. Raises ValueError beyond block_size.
+        positions (T,) or (B, T) of the tokens, if not one after the other. Raises ValueError beyond
+        block_size.
         """
         past = 0 if cache is None else len(cache)
         end = past + h.size(1)

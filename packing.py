@@ -1,18 +1,18 @@
 """
 Lines as examples: several texts in one row, none of which sees another.
 
-A dataset of lines is a stream [bos] ... [eos] [bos] ... [eos] (data/lines/prepare.py); every line is a text of
-its own. One line a row, padded, wastes the slots behind short lines. Packing puts several into a row: first-fit
-decreasing takes the longest line first and puts each into the first row with room, which needs at most 11/9 of
-the least possible number of rows (Johnson 1973).
+A dataset of lines is a stream [bos] ... [eos] [bos] ... [eos] (data/lines/prepare.py); every line is a text
+of its own. One line a row, padded, wastes the slots behind short lines. Packing puts several into a row:
+first-fit decreasing takes the longest line first and puts each into the first row with room, which needs
+at most 11/9 of the least possible number of rows and one more (Johnson 1973; Baker 1985).
 
 What keeps the texts of a row apart is the segment id: 0, 1, 2 ... for the texts of a row, -1 for padding.
     attention   a token sees the tokens of its own segment, nothing else. (Comparing the lengths of the texts
                 instead, as has been done, lets two texts of equal length see each other.)
     positions   start from 0 in every segment
     loss        padding is outside
-so a packed text gets the same logits as alone. Pads that `expand` and `insert` add are different: they belong to
-the text, the model reads and writes them; so it can write texts shorter than the canvas.
+so a packed text gets the same logits as alone. Pads that `expand` and `insert` add are different: they
+belong to the text, the model reads and writes them, so it can write texts shorter than the canvas.
 """
 import numpy as np
 import torch
@@ -110,10 +110,13 @@ class Lines:
         return out
 
     def bins(self, texts, T):
-        return first_fit_decreasing([len(t) for t in texts], T) if self.packed else [[i] for i in range(len(texts))]
+        """Which texts share a row."""
+        if not self.packed:
+            return [[i] for i in range(len(texts))]
+        return first_fit_decreasing([len(t) for t in texts], T)
 
     def batch(self, B, T):
-        """Random lines, as many as B rows hold: x, segment, both (B, T) int64. A function of torch's seed."""
+        """Random lines, as many as B rows hold: x, segment (B, T) int64. A function of torch's seed."""
         rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
         most = B * T // 2 if self.packed else B  # a line has two tokens at least
         texts, few = [], 0

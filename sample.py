@@ -32,7 +32,7 @@ from configurator import build, fail, help_text, read
 class Config(unmask.Config):
     out_dir: str = ''          # folder of the checkpoint; '': the newest out*/
     which: str = 'best'        # best | last
-    ema: bool = True           # the averaged weights
+    weights: str = 'ema'       # ema | slow, a second average | model, not averaged
     device: str = 'auto'       # auto | cpu | cuda | mps
     dtype: str = 'auto'        # auto | float32 | bfloat16
     seed: int = 1337           # equal seeds, equal texts
@@ -181,13 +181,13 @@ def main(argv):
     config, = build({**files, **flags}, Config)
     device = common.pick_device(config.device)
     checkpoint = common.load(path := common.find_checkpoint(config.out_dir, config.which))
-    model, tokenizer = common.load_model(checkpoint, device, config.ema)
+    model, tokenizer = common.load_model(checkpoint, device, config.weights)
     block_size, blank = model.config.block_size, tokenizer.vocab_size
     overlap = config.overlap or block_size // 2
     if overlap >= block_size:
         fail(f"overlap={overlap} must be smaller than block_size={block_size}")
     prompts = [prompt for prompt in starts(config.start) for _ in range(config.num_samples)]
-    canvas = torch.stack([make_canvas(config, prompt, tokenizer, block_size) for prompt in prompts]).to(device)
+    canvas = torch.stack([make_canvas(config, p, tokenizer, block_size) for p in prompts]).to(device)
     begin = [len(tokenizer.encode(prompt)) for prompt in prompts]
     end_of_text = config.stop == '<|endoftext|>' or tokenizer.bos is not None and not config.stop
     stop = [tokenizer.end] if end_of_text and tokenizer.end is not None else tokenizer.encode(config.stop)

@@ -43,12 +43,12 @@ class Config(model.Config):
     time_warp: bool = True       # learn how often to visit a noise level from the loss there
     tilt: float = 1.7            # training only: quantiles u^tilt; above 1, clean tokens are more common
     per_token: float = 1.0       # training only: share of rows whose tokens have noise levels of their own
-    given: float = 0.0           # training only: share of rows with given tokens, in one span or scattered
+    given: float = 0.1           # training only: share of rows with given tokens, in one span or scattered
     self_condition: bool = False  # the network sees its last guess; in training half of the rows do
     reads: str = 'soft'          # the network sees: soft (what x.e_v / sigma^2 makes of x) | scaled (c_in x)
     loss_weight: str = 'flat'    # training only: flat | edm, (sigma^2 + 1) / sigma^2
     mse: float = 0.0             # training only: weight of the squared error of D = c_skip x + c_out F
-    stagger: float = 8.0         # of the bound: how far apart tokens lose their noise; 0: all together
+    bound_stagger: float = 8.0   # of the bound: how far apart tokens lose their noise; 0: all together
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,7 +61,7 @@ class Config(model.Config):
         for name in ('per_token', 'given'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        for name in ('mse', 'stagger'):
+        for name in ('mse', 'bound_stagger'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name, known in (('reads', ('soft', 'scaled')), ('loss_weight', ('flat', 'edm'))):
@@ -309,7 +309,8 @@ class Model(nn.Module):
     def nats(self, x, n=1, segment=None):
         """An estimate, with n draws, of the upper bound on -log p(x) in nats: (B,). x, segment (B, T).
 
-        Tokens lose their noise in a random order, config.stagger apart; of n draws, one is in each n-th.
+        Tokens lose their noise in a random order, config.bound_stagger apart; of n draws, one is in each
+        n-th of the way.
         """
         E = on_sphere(self.embed.weight)
         d, e, ones = self.config.d_embed, E[x], torch.ones(x.shape, device=x.device)
@@ -321,12 +322,23 @@ class Model(nn.Module):
         for i in range(n):
             tau = (i + torch.rand(len(x), 1, device=x.device)) / n
             order = torch.rand(x.shape, device=x.device).argsort(-1).argsort(-1) / max(1, x.size(1) - 1)
-            u = staggered(tau, order, self.config.stagger)
+            u = staggered(tau, order, self.config.bound_stagger)
             sigma, rate, _ = self.level(u)
             error = (e - noised(sigma).softmax(-1) @ E).square().sum(-1)
             moving = (u > 0) & (u < 1)
-            total = total + rate * (1 + self.config.stagger) * error / 2 * moving / n
+            total = total + rate * (1 + self.config.bound_stagger) * error / 2 * moving / n
         return (total if segment is None else total * (segment >= 0)).sum(-1)
+
+    def nats_left(self, x):
+        """-log p(x) in nats of the same network writing left to right, exact, (B,); T forwards. The tokens
+        before i are given; for i and those behind it stands 0, the mean of noise."""
+        E = on_sphere(self.embed.weight)
+        e, place, total = E[x], torch.arange(x.size(1), device=x.device), 0
+        for i in range(x.size(1)):
+            sigma = torch.where(place < i, 0.0, self.config.sigma_max).expand(x.shape).to(e.dtype)
+            logits, _ = self.logits(e * (place < i)[:, None], sigma, E)
+            total = total + token_nats(logits[:, i:i + 1], x[:, i:i + 1])[:, 0]
+        return total
 
     @torch.no_grad()
     def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, first='', stagger=8.0,

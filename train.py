@@ -12,6 +12,7 @@ Ctrl-C or SIGTERM: saves, then ends.
 """
 import copy
 import inspect
+import itertools
 import math
 import os
 import signal
@@ -51,6 +52,7 @@ class Config:
     cooldown: float = 0.5               # linear: the share of max_iters spent going to 0
     grad_clip: float = 1.0              # norm of the gradient; 0: off
     ema_decay: float = 0.999            # of the averaged weights, float32, that are evaluated and sampled
+    slow_decay: float = 0.0             # of a second average (--weights=slow of sample.py, eval.py); 0: none
     eval_interval: int = 500            # iterations between evaluations, each followed by a checkpoint
     eval_windows: int = 200             # validation windows, the same every time; 0: all
     eval_draws: int = 4                 # noise draws a window for bounds
@@ -67,9 +69,9 @@ class Config:
                      'inserted'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 <= self.cooldown <= 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError(f"cooldown={self.cooldown} must be in [0, 1] "
-                             f"and ema_decay={self.ema_decay} in [0, 1)")
+        if not 0 <= self.cooldown <= 1 or not 0 <= self.ema_decay < 1 or not 0 <= self.slow_decay < 1:
+            raise ValueError(f"cooldown={self.cooldown} must be in [0, 1], ema_decay={self.ema_decay} "
+                             f"and slow_decay={self.slow_decay} in [0, 1)")
         if self.lr_schedule not in ('linear', 'cosine'):
             raise ValueError(f"lr_schedule={self.lr_schedule!r} is not one of: linear, cosine")
 
@@ -164,11 +166,16 @@ class State:
             except RuntimeError as e:
                 fail(f"the weights of init_from={run.init_from} do not fit this model: {e}"[:300])
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.slow = copy.deepcopy(self.ema) if run.slow_decay else None
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        self.shadow = [e for e, p in zip(self.ema.parameters(), self.model.parameters()) if p.requires_grad]
+        trained = [p.requires_grad for p in self.model.parameters()]
+        self.averages = [(list(itertools.compress(net.parameters(), trained)), decay) for net, decay in
+                         ((self.ema, run.ema_decay), (self.slow, run.slow_decay)) if net]
         self.optimizers = optimizers(self.model, run.lr, run.muon_lr, run.weight_decay)
         if checkpoint and run.init_from == 'resume':
             self.ema.load_state_dict(checkpoint['ema'])
+            if self.slow and 'slow' in checkpoint:
+                self.slow.load_state_dict(checkpoint['slow'])
             for optimizer, state in zip(self.optimizers, checkpoint['optimizers']):
                 optimizer.load_state_dict(state)
             self.iter, self.tokens, self.best = checkpoint['iter'], checkpoint['tokens'], checkpoint['best']
@@ -196,7 +203,8 @@ class State:
                 group['lr'] = peak * lr_share(self.iter, run)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        update_ema(self.shadow, self.params, run.ema_decay, self.iter)
+        for average, decay in self.averages:
+            update_ema(average, self.params, decay, self.iter)
         self.iter += 1
         self.tokens += count * world
         return dict(loss=total, **metrics)
@@ -215,6 +223,8 @@ class State:
         state = dict(objective=self.run.objective, config=asdict(self.config), run=asdict(self.run),
                      tokenizer=self.meta, iter=self.iter, tokens=self.tokens, val=self.val,
                      ema=self.ema.state_dict())
+        if self.slow:
+            state |= dict(slow=self.slow.state_dict())
         improved = self.val is not None and self.val[0] < self.best
         self.best = min(self.best, self.val[0]) if self.val else self.best
         state |= dict(best=self.best, model=self.model.state_dict())
@@ -228,7 +238,8 @@ def examples(run, config, meta, device):
     """(a function that draws a batch: (the tensors a model takes, how many tokens they hold); the same
     tensors of the validation split). Datasets of lines come packed, with segments; all others as windows."""
     B, T = run.batch_size, config.block_size
-    tokens = [common.load_tokens(run.dataset, split, config.vocab_size, device) for split in ('train', 'val')]
+    tokens = [common.load_tokens(run.dataset, split, config.vocab_size, device)
+              for split in ('train', 'val')]
     bos = common.Tokenizer(meta).bos
     if bos is None:
         if run.inserted or run.expanded:
@@ -243,8 +254,8 @@ def examples(run, config, meta, device):
     lines, val = (packing.Lines(t, bos, common.PAD, run.packed, run.inserted, run.expanded) for t in tokens)
     full = {packed: sum(packing.efficiency(packing.Lines(tokens[0], bos, common.PAD, packed).batch(B, T)[1])
                         for _ in range(10)) / 10 for packed in (True, False)}
-    print(f"{len(lines):,} lines; of {B} x {T} slots hold text: {full[True]:.1%} packed, {full[False]:.1%} with "
-          f"one line a row")
+    print(f"{len(lines):,} lines; of {B} x {T} slots hold text: {full[True]:.1%} packed, "
+          f"{full[False]:.1%} with one line a row")
 
     def batch():
         x, segment = lines.batch(B, T)

@@ -103,8 +103,8 @@ def test_every_kind_of_model_trains_is_scored_and_writes(workdir, capsys, flags)
     import sample
     train.main([*TINY, '--out_dir=out-x', *flags])
     capsys.readouterr()
-    for ema in (True, False):
-        evaluation.main(['--out_dir=out-x', '--windows=8', f'--ema={ema}'])
+    for weights in ('ema', 'model'):
+        evaluation.main(['--out_dir=out-x', '--windows=8', f'--weights={weights}'])
         assert rows_of(capsys)[0]['likelihood'] == 'upper bound'
     sample.main(['--out_dir=out-x', '--start=To', '--length=24', '--num_samples=2', '--steps=5'])
     texts = capsys.readouterr().out.rstrip('\n').split('\n' + '-' * 60 + '\n')

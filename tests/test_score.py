@@ -1,12 +1,16 @@
-"""Score-based diffusion against what can be computed otherwise: enumerated posteriors, Gaussians, differences."""
+"""Score-based diffusion against enumerated posteriors, Gaussians and difference quotients."""
 import math
+import re
 
 import pytest
 import torch
 
 import common
+import eval as evaluation
+import sample
 import score
-from conftest import Joint, chi_square_p
+import train
+from conftest import TINY, Joint, chi_square_p
 
 SIZES = dict(vocab_size=3, block_size=3, n_layer=1, n_head=1, n_embd=8)
 
@@ -41,10 +45,9 @@ def drawn(joint, n):
 
 @pytest.mark.parametrize('stagger', [0.0, 8.0])
 def test_with_the_true_posterior_the_bound_falls_to_the_entropy_as_the_range_widens(joint, stagger):
-    """On whatever path the noise falls: 2.74 nats; 3.89 and 2.93 on the shorter ranges. 4 standard errors; the
-    seed is fixed."""
+    """On whatever path the noise falls: 2.74 nats; 3.89 and 2.93 on shorter ranges. 4 standard errors."""
     for low, high, gap in ((1.0, 2.0, 1.15), (0.5, 5.0, 0.19), (0.1, 100.0, 0.0)):
-        model = Exact(joint, sigma_min=low, sigma_max=high, stagger=stagger)
+        model = Exact(joint, sigma_min=low, sigma_max=high, bound_stagger=stagger)
         torch.manual_seed(1)
         with torch.no_grad():
             nats = model.nats(drawn(joint, 6000), 20)
@@ -57,13 +60,14 @@ def test_a_wrong_posterior_has_a_bound_above_the_cross_entropy():
     torch.manual_seed(1)
     nats = Exact(wrong).nats(drawn(true, 20000), 8)
     cross = -(true.p * wrong.p.log()).sum().item()
-    assert abs(nats.mean().item() - cross) < 5 * nats.std().item() / 20000 ** 0.5 and cross > entropy(true) + 0.1
+    assert abs(nats.mean().item() - cross) < 5 * nats.std().item() / 20000 ** 0.5
+    assert cross > entropy(true) + 0.1
 
 
 def test_a_fresh_model_scores_log_V_since_it_knows_the_noise_but_no_text():
     """The evidence alone is the posterior of uniform tokens: exact. 5 standard errors; the seed is fixed."""
     torch.manual_seed(0)
-    model = score.Model(score.Config(**{**SIZES, 'vocab_size': 11, 'block_size': 8}, stagger=0.0))
+    model = score.Model(score.Config(**{**SIZES, 'vocab_size': 11, 'block_size': 8}, bound_stagger=0.0))
     with torch.no_grad():
         nats = model.nats(torch.randint(11, (4000, 8)), 20)
     assert abs(nats.mean() - 8 * math.log(11)) < 5 * nats.std() / 4000 ** 0.5 < 0.6
@@ -80,8 +84,19 @@ def test_the_prior_term_is_the_divergence_of_the_noised_text_from_the_prior():
     """KL(N(e, s^2 I) || N(0, (s^2 + 1) I)) of a point of norm sqrt(d), by torch.distributions."""
     from torch.distributions import Independent, Normal, kl_divergence
     e, s = score.on_sphere(torch.randn(1, 6))[0], 2.0
-    kl = kl_divergence(Independent(Normal(e, s), 1), Independent(Normal(torch.zeros(6), math.hypot(s, 1)), 1))
+    prior = Normal(torch.zeros(6), math.hypot(s, 1))
+    kl = kl_divergence(Independent(Normal(e, s), 1), Independent(prior, 1))
     assert torch.allclose(kl, torch.tensor(6 / 2 * math.log1p(s ** -2)), atol=1e-5)
+
+
+def test_the_likelihood_left_to_right_is_a_distribution_and_exact_with_the_true_posterior(joint):
+    """With sigma_max = 100 noise says next to nothing of its token."""
+    assert torch.allclose(Exact(joint).nats_left(joint.x).double(), -joint.p.log(), atol=0.05)
+    torch.manual_seed(0)
+    model = score.Model(score.Config(**SIZES))
+    torch.nn.init.normal_(model.head.weight)
+    nats = model.nats_left(joint.x).detach()
+    assert abs((-nats).exp().sum() - 1) < 1e-5 and nats.std() > 0.1
 
 
 # ---- samplers ---------------------------------------------------------------------------------------------
@@ -118,15 +133,14 @@ def test_the_error_of_a_sampler_falls_as_its_order_says(rule, order):
     """On Gaussian data D = x / (sigma^2 + 1), and x falls as sqrt(sigma^2 + 1)."""
     def end(steps):
         levels = torch.logspace(1, -1, steps, dtype=torch.float64).tolist() + [0.0]
-        x, sigma = torch.full((1, 1, 1), 20.0, dtype=torch.float64), torch.full((1, 1), 10.0, dtype=torch.float64)
-        seen = []
+        x, sigma, seen = torch.full((1, 1, 1), 20.0).double(), torch.full((1, 1), 10.0).double(), []
+        path = lambda k, logp, sigma: torch.full_like(sigma, levels[k])
 
         def denoise(x, sigma):
             if sigma[0, 0] < 0.1001:
                 seen.append(x.item())
             return None, x / (sigma[..., None] ** 2 + 1)
-        for _ in score.RULES[rule](denoise, x, sigma, lambda k, logp, sigma: torch.full_like(sigma, levels[k]), steps):
-            pass
+        list(score.RULES[rule](denoise, x, sigma, path, steps))
         return seen[-1]
     true = 20 * math.sqrt((0.1 ** 2 + 1) / (10 ** 2 + 1))
     errors = [abs(end(steps) - true) for steps in (33, 65, 129)]
@@ -227,8 +241,8 @@ def test_noise_levels_go_from_low_to_high_and_their_slope_is_the_difference_quot
     for low, high, rho in ((1.0, 10.0, 1.0), (0.1, 100.0, 7.0)):
         sigma, slope = score.noise_level(t, low, high, rho)
         assert abs(sigma[0] - low) < 1e-9 and abs(sigma[-1] - high) < 1e-9 and (sigma.diff() > 0).all()
-        difference = (score.noise_level(t + 1e-6, low, high, rho)[0] - score.noise_level(t - 1e-6, low, high, rho)[0])
-        assert torch.allclose(slope, difference / 2e-6, rtol=1e-5)
+        above, below = (score.noise_level(t + h, low, high, rho)[0] for h in (1e-6, -1e-6))
+        assert torch.allclose(slope, (above - below) / 2e-6, rtol=1e-5)
     assert torch.allclose(score.noise_level(t, 1.0, 10.0, 1.0)[0], 1 + 9 * t)
 
 
@@ -240,10 +254,10 @@ def test_the_warp_is_a_law_of_t_and_quantile_inverts_it():
         u = torch.linspace(0, 1, 1001)
         t, density = score.quantile(cdf, u)
         assert (t.diff() >= 0).all() and t[0] == 0 and abs(t[-1] - 1) < 1e-4
-        back = torch.nn.functional.interpolate  # the CDF at t, by hand
         i = (t * 100).long().clamp(max=99)
-        assert torch.allclose(cdf[i] + (t * 100 - i) * cdf.diff()[i], u, atol=1e-4) and back
-        assert torch.allclose(density, 100 * cdf.diff()[i], atol=1e-3) or (t * 100 - i).min() < 1e-3
+        assert torch.allclose(cdf[i] + (t * 100 - i) * cdf.diff()[i], u, atol=1e-4)
+        inside = (t * 100 - i > 1e-3) & (t * 100 - i < 1 - 1e-3)  # at an end it may be that of either bin
+        assert torch.allclose(density[inside], 100 * cdf.diff()[i][inside], rtol=1e-3)
     assert torch.allclose(score.quantile(score.warp_cdf(torch.zeros(100)), u)[0], u, atol=1e-4)
 
 
@@ -316,7 +330,7 @@ def test_a_tilt_makes_clean_tokens_more_common():
         torch.manual_seed(0)
         model = score.Model(score.Config(**SIZES, tilt=tilt))
         medians.append(model.draw_quantiles(500, 3, 'cpu').median().item())
-    assert abs(medians[1] - 0.5) < 0.05 and abs(medians[0] - 0.5 ** 0.5) < 0.05 and abs(medians[2] - 0.25) < 0.05
+    assert all(abs(median - 0.5 ** tilt) < 0.05 for median, tilt in zip(medians, (0.5, 1.0, 2.0)))
 
 
 def test_given_tokens_enter_clean_and_are_outside_the_loss():
@@ -357,7 +371,8 @@ def test_self_conditioning_shows_the_first_half_of_the_rows_their_first_guess():
     seen, _, _ = noised(model, torch.randint(3, (5, 3)))
     (noisy, sigma, none, E), (_, _, guess, _) = seen
     assert none is None and len(noisy) == 2 and guess.shape == (5, 3, 64)
-    assert torch.allclose(guess[:2], model.logits(noisy, sigma, E)[0].softmax(-1) @ E) and (guess[2:] == 0).all()
+    assert torch.allclose(guess[:2], model.logits(noisy, sigma, E)[0].softmax(-1) @ E)
+    assert (guess[2:] == 0).all()
     torch.nn.init.normal_(model.head.weight)
     x = torch.randn(1, 3, 64)
     with_guess, without = (model.logits(x, torch.ones(1, 3), E, g)[0] for g in (guess[:1], None))
@@ -404,10 +419,11 @@ def test_half_precision_keeps_the_evidence_exact():
 
 
 @pytest.mark.parametrize('knobs, word', [
-    (dict(sigma_min=2.0, sigma_max=1.0), 'sigma_min'), (dict(sigma_min=0.0), 'sigma_min'), (dict(rho=0.0), 'rho'),
-    (dict(d_embed=0), 'd_embed'), (dict(per_token=1.5), 'per_token'), (dict(given=-0.1), 'given'),
+    (dict(sigma_min=2.0, sigma_max=1.0), 'sigma_min'), (dict(sigma_min=0.0), 'sigma_min'),
+    (dict(rho=0.0), 'rho'), (dict(d_embed=0), 'd_embed'), (dict(per_token=1.5), 'per_token'),
+    (dict(given=-0.1), 'given'),
     (dict(reads='hard'), 'soft'), (dict(loss_weight='elbo'), 'edm'), (dict(mse=-1.0), 'mse'),
-    (dict(tilt=0.0), 'tilt'), (dict(stagger=-1.0), 'stagger')])
+    (dict(tilt=0.0), 'tilt'), (dict(bound_stagger=-1.0), 'bound_stagger')])
 def test_an_impossible_option_is_named(knobs, word):
     with pytest.raises(ValueError, match=word):
         score.Config(**knobs)
@@ -435,3 +451,61 @@ def test_equal_seeds_give_equal_texts(joint):
         *_, text = model.sample(torch.full((40, 3), 3), 8)
         texts.append(text)
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+# ---- the scripts ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def trained(workdir):
+    """A working folder with a tiny score model in out-s and an autoregressive judge in out-a."""
+    train.main([*TINY, '--out_dir=out-s', '--objective=score'])
+    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
+    return workdir
+
+
+def test_prompts_infilling_templates_and_files_of_starts_work_as_for_masked_diffusion(trained, capsys):
+    texts = lambda: capsys.readouterr().out.rstrip('\n').split('\n' + '-' * 60 + '\n')
+    texts()
+    sample.main(['--out_dir=out-s', '--template=To ___, or ___e', '--hole=2', '--steps=5'])
+    assert all(re.fullmatch(r'To .., or ..e', text, re.S) for text in texts())
+    sample.main(['--out_dir=out-s', '--start=To', '--suffix=be', '--length=12', '--num_samples=1',
+                 '--rule=heun'])
+    text, = texts()
+    assert text.startswith('To') and text.endswith('be') and len(text) == 12
+    (trained / 'starts.txt').write_text('Whether\nTo\n\nor not')
+    for out_dir in ('out-s', 'out-a'):
+        sample.main([f'--out_dir={out_dir}', '--start=FILE:starts.txt', '--steps=4', '--length=20'])
+        assert [t.split('\n')[0][:2] for t in texts()] == ['Wh', 'Wh', 'To', 'To', 'or', 'or']
+
+
+def test_a_text_of_guesses_is_ended_only_when_it_is_done(trained, capsys):
+    flags = ['--out_dir=out-s', '--length=40', '--num_samples=1', '--steps=6', '--first=left']
+    sample.main(flags)
+    whole = capsys.readouterr().out.rstrip('\n')
+    stop = whole[7]
+    sample.main([*flags, f'--stop={stop}'])
+    assert capsys.readouterr().out.rstrip('\n') == whole[:whole.index(stop) + 1]
+
+
+def test_the_log_shows_whether_embeddings_collapse(trained, capsys):
+    train.main([*TINY, '--out_dir=out-s', '--objective=score'])
+    line = [line for line in capsys.readouterr().out.splitlines() if 'tokens/s' in line][-1]
+    found = dict(re.findall(r'(\w+) (-?[\d.]+),', line))
+    assert -0.1 < float(found['anisotropy']) < 0.3 and 0.5 < float(found['variance']) < 1.1
+
+
+def test_the_judge_and_the_frontier_know_the_samplers_of_points(trained, capsys, mistake):
+    evaluation.main(['--mode=gen_ppl', '--out_dir=out-s', '--judge=out-a', '--num_samples=4', '--steps=3',
+                     '--rule=heun', '--first=together'])
+    rows = [line.split('|') for line in capsys.readouterr().out.splitlines() if line.startswith('| heun')]
+    assert float(rows[0][3]) == 5  # calls: two a step but the last
+    evaluation.main(['--mode=frontier', '--out_dir=out-s', '--judge=out-a', '--num_samples=2',
+                     '--grid_of_steps=2,4'])
+    out = capsys.readouterr().out
+    assert all(out.count(f'| {rule} |') == 2 for rule in score.RULES)
+    told = mistake(evaluation.main, '--mode=frontier', '--out_dir=out-s', '--judge=out-a', '--rules=random')
+    assert 'random' in told and 'renoise' in told
+    assert 'cfg' in mistake(sample.main, '--out_dir=out-s', '--cfg=1')
+    assert 'first' in mistake(sample.main, '--out_dir=out-a', '--first=left')
+    evaluation.main(['--out_dir=out-s', '--order=left', '--windows=4'])
+    assert 'exact, left to right' in capsys.readouterr().out

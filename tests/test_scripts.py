@@ -232,7 +232,7 @@ def test_without_any_checkpoint_the_command_that_makes_one_is_named(workdir, mis
 def test_eval_is_reproducible_and_scores_other_texts_and_orders(trained, capsys, mistake):
     rows = []
     (trained / 'other.txt').write_text(TEXT[100:400])
-    for flags in ([], [], ['--seed=7'], ['--ema=False'], ['--input=other.txt'],
+    for flags in ([], [], ['--seed=7'], ['--weights=model'], ['--input=other.txt'],
                   ['--order=left', '--windows=4']):
         evaluation.main(['--out_dir=out-m', *flags])
         rows.append(capsys.readouterr().out.splitlines()[-1])
@@ -268,7 +268,7 @@ def test_every_config_file_builds_on_both_kinds_of_device(path):
 
 
 @pytest.mark.parametrize('name, other, own', [
-    ('ar', 'mdlm', {'objective'}), ('gpt2_ar', 'gpt2_mdlm', {'objective'}),
+    ('ar', 'mdlm', {'objective'}), ('score', 'mdlm', {'objective'}), ('gpt2_ar', 'gpt2_mdlm', {'objective'}),
     ('block', 'mdlm', {'objective', 'block_length'}), ('d3pm', 'mdlm', {'parameterization', 'T'}),
     ('sedd', 'mdlm', {'parameterization', 'time_input'}),
     ('llada', 'mdlm', {'schedule', 't_law', 'loss_weight', 'random_length'})])

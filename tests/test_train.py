@@ -96,6 +96,24 @@ def test_averaged_weights_follow_the_formula_and_leave_the_start_behind():
         assert torch.allclose(ema[0], value)
 
 
+def test_a_second_slower_average_is_kept_resumed_and_sampled(workdir, mistake, capsys):
+    import sample
+    flags = [*TINY, '--warmup_iters=0', '--ema_decay=0.1', '--slow_decay=0.9']
+    train.main([*flags, '--max_iters=8', '--cooldown=0', '--out_dir=whole'])
+    train.main([*flags, '--max_iters=4', '--cooldown=0', '--out_dir=parts'])
+    train.main(['--init_from=resume', '--out_dir=parts', '--max_iters=8'])
+    whole, parts = common.load('whole/last.pt'), common.load('parts/last.pt')
+    for name, slow in whole['slow'].items():
+        assert torch.equal(slow, parts['slow'][name])
+        far = [(whole[key][name] - whole['model'][name]).norm() for key in ('ema', 'slow')]
+        assert far[0] < far[1], name
+    capsys.readouterr()
+    sample.main(['--out_dir=whole', '--weights=slow'])
+    train.main([*TINY, '--out_dir=none'])
+    assert '--slow_decay' in mistake(sample.main, '--out_dir=none', '--weights=slow')
+    assert 'slow' in mistake(sample.main, '--out_dir=none', '--weights=fast')
+
+
 def test_every_averaged_tensor_moves_and_stays_float32(workdir):
     train.main([*TINY, '--max_iters=20', '--dtype=bfloat16', '--arch=gpt2', '--ema_decay=0.99',
                 '--warmup_iters=0'])

@@ -7,8 +7,8 @@ writes train.bin, val.bin (uint16, the last tenth of the lines) and meta.json be
     python train.py config/train_mdlm.py --dataset=lines
 
 A line is the ids <bos> tokens <eos>, and a split is its lines one behind the other. Empty lines, or lines of
-nothing but space, are none. The vocabulary (four marks, the bytes that occur, byte pairs) is learned from the
-training lines alone: what only validation knows can become <unk>. A digit is always a token of its own.
+nothing but space, are none. The vocabulary (four marks, the bytes that occur, byte pairs) is learned from
+the training lines alone: what only validation knows can become <unk>. A digit is always a token of its own.
 """
 import collections
 import hashlib
