@@ -35,7 +35,9 @@ def prompt_length(xt, mask_id):
 
 
 class Model(nn.Module):
-    bound = 'exact'
+    bound = 'exact'  # what `nats` is: exact | upper
+    packs = True     # does it take packed rows, with segments?
+    revises = False  # can a token of a canvas that `sample` yields change later?
 
     def __init__(self, config):
         super().__init__()

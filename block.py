@@ -62,7 +62,7 @@ def block_causal(start, T, block_length, device=None):
 
 
 class Model(nn.Module):
-    bound = 'upper'
+    bound, packs, revises = 'upper', False, False
 
     def __init__(self, config):
         super().__init__()

@@ -243,11 +243,11 @@ def evaluate(nats, inputs, rows, seed=0):
     inputs: windows x (N, T), and for packed lines their segments (N, T), whose padding is no token.
     nats: the same of B windows -> (B,), a likelihood or a bound in nats, called under the caller's autocast.
     """
-    x, segment = inputs[0], inputs[-1]
     with torch.random.fork_rng():
         seed_everything(seed)
         values = torch.cat([nats(*part) for part in zip(*(t.split(rows) for t in inputs))]).cpu().double()
-    count = (segment >= 0).sum(-1).cpu()  # of windows: all T
+    x, *segment = inputs
+    count = (segment[0] >= 0 if segment else torch.ones_like(x)).sum(-1).cpu()
     mean = values.sum() / count.sum()
     spread = (values - mean * count).std() / count.double().mean()  # of a ratio
     return mean.item(), (spread / len(x) ** 0.5).item() if len(x) > 1 else float('nan')
@@ -309,7 +309,7 @@ def load_model(checkpoint, device, weights='ema', **changes):
     if weights not in ('ema', 'slow', 'model'):
         fail(f"weights={weights!r} is not one of: ema, slow, model")
     if weights not in checkpoint:
-        fail(f"the checkpoint holds no second average: `python train.py ... --slow_decay=0.9999` keeps one")
+        fail("the checkpoint holds no second average: `python train.py ... --slow_decay=0.9999` keeps one")
     try:
         model = module.Model(module.Config(**{**checkpoint['config'], **changes}))
         model.load_state_dict(checkpoint[weights])

@@ -118,9 +118,11 @@ def load_text(config, checkpoint, tokenizer, device):
 
 
 def rows_of(tokens, tokenizer, T, most, run):
-    """The tokens as windows, (x (N, T),), or as packed lines, (x, segment), altered as in training."""
+    """The tokens as windows, [x (N, T)], or as packed lines, [x, segment], altered as in training."""
     if tokenizer.bos is None:
-        return common.windows(tokens, T, most),
+        if len(tokens) < T:
+            fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
+        return [common.windows(tokens, T, most)]
     lines = packing.Lines(tokens, tokenizer.bos, common.PAD, run['packed'], run['inserted'], run['expanded'])
     return [t.to(tokens.device) for t in lines.rows(T, most)]
 
@@ -129,8 +131,6 @@ def nll(config, checkpoint, model, tokenizer, amp):
     """Print one row of the table."""
     T = model.config.block_size
     tokens = load_text(config, checkpoint, tokenizer, next(model.parameters()).device)
-    if len(tokens) < T:
-        fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
     x, *segment = rows_of(tokens, tokenizer, T, config.windows, checkpoint['run'])
     text = x[segment[0] >= 0] if segment else x
     nats = lambda x, *segment: model.nats(x, config.draws, *segment)
@@ -145,9 +145,10 @@ def nll(config, checkpoint, model, tokenizer, amp):
         mean, error = common.evaluate(nats, (x, *segment), common.rows_at_once(T, tokenizer.vocab_size),
                                        config.seed)
     per_byte = text.numel() / tokenizer.n_bytes(text.cpu()) / math.log(2)
-    words = len(tokenizer.decode((tokens.long() & 0xFFFF).tolist()).split())
+    whole = text if segment else tokens.long() & 0xFFFF
+    words = len(tokenizer.decode(whole.tolist()).split())
     parameters = sum(p.numel() for p in model.parameters())
-    word_perplexity = math.exp(min(700, mean * len(tokens) / max(1, words)))
+    word_perplexity = math.exp(min(700, mean * len(whole) / max(1, words)))
     print("| objective | parameters | tokens seen | nats/token | bits/token | bits/byte | perplexity/word | "
           "likelihood | windows |")
     print("|---" * 9 + "|")
@@ -236,9 +237,10 @@ def judged(judge, texts, device):
     ids = [row for row in ids if row]  # an empty text has nothing to score
     if not ids:
         fail("all texts are empty")
-    T = judge.block_size
+    T, bos = judge.block_size, [] if judge.tokenizer.bos is None else [judge.tokenizer.bos]
     rows = common.rows_at_once(T, judge.tokenizer.vocab_size)
-    windows = sorted((row[i:i + T] for row in ids for i in range(0, len(row), T)), key=len)
+    whole = [bos + row for row in ids]  # <bos> costs a judge of lines nothing, and is no token of the text
+    windows = sorted((row[i:i + T] for row in whole for i in range(0, len(row), T)), key=len)
     nats = 0.0
     for _, same in itertools.groupby(windows, key=len):
         for part in torch.tensor(list(same)).to(device).split(rows):
@@ -257,6 +259,8 @@ def written(model, config, tokenizer, device, **knobs):
     for start in range(0, config.num_samples, config.batch):
         rows = min(config.batch, config.num_samples - start)
         canvas = torch.full((rows, L), tokenizer.vocab_size, device=device)
+        if tokenizer.bos is not None:
+            canvas[:, 0] = tokenizer.bos
         for canvas in unmask.generate(model, canvas, T, config.overlap or T // 2, **knobs):
             pass
         texts += [until_end(row, tokenizer) for row in canvas.tolist()]
@@ -282,7 +286,11 @@ def row(name, knob, calls, speed, figures):
 def validation_row(config, checkpoint, tokenizer, judge, L, device):
     """The same figures for as many stretches of the validation text."""
     tokens = load_text(config, checkpoint, tokenizer, device)
-    stretches = common.windows(tokens, min(L, len(tokens)), config.num_samples).tolist()
+    if tokenizer.bos is None:
+        stretches = common.windows(tokens, min(L, len(tokens)), config.num_samples).tolist()
+    else:
+        lines = packing.Lines(tokens, tokenizer.bos, common.PAD, packed=False).rows(L, config.num_samples)
+        stretches = [x[segment >= 0].tolist() for x, segment in zip(*lines)]
     row('validation text', '', 0, 0, judged(judge, [until_end(s, tokenizer) for s in stretches], device))
 
 
@@ -406,9 +414,12 @@ def main(argv):
     measure = gen_ppl if config.mode == 'gen_ppl' else frontier
     if config.plot:
         check_matplotlib()
-    head()
-    validation_row(config, checkpoint, tokenizer, judge, config.length or model.config.block_size, device)
     try:
+        if config.mode == 'frontier':
+            rules_of(config, checkpoint['objective'])  # a mistake is told before anything is computed
+        head()
+        length = config.length or model.config.block_size
+        validation_row(config, checkpoint, tokenizer, judge, length, device)
         measure(config, checkpoint, model, tokenizer, judge, amp, device)
     except ValueError as e:  # what this model cannot do
         fail(e)

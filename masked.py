@@ -203,7 +203,7 @@ PARAMETERIZATIONS = {'subs': subs, 'd3pm': d3pm, 'sedd': sedd}
 
 
 class Model(nn.Module):
-    bound = 'upper'
+    bound, packs, revises = 'upper', True, False
 
     def __init__(self, config):
         super().__init__()
@@ -250,7 +250,7 @@ class Model(nn.Module):
         length, u = count_text(x, u, segment)
         if self.config.masking == 'count':
             k = (m[:, None] * length).ceil().long().clamp(min=1)
-            masked, weight = exactly(k[:, 0], u), weight * (m[:, None] * length / k)[:, 0]
+            masked, weight = exactly(k[:, 0], u) & (u < 2), weight * (m[:, None] * length / k)[:, 0]
             m = u.sort(-1).values.gather(1, k - 1)[:, 0]  # the level at which just these k are masked
         else:
             masked = u < m[:, None]

@@ -4,7 +4,7 @@ Lines as examples: several texts in one row, none of which sees another.
 A dataset of lines is a stream [bos] ... [eos] [bos] ... [eos] (data/lines/prepare.py); every line is a text
 of its own. One line a row, padded, wastes the slots behind short lines. Packing puts several into a row:
 first-fit decreasing takes the longest line first and puts each into the first row with room, which needs
-at most 11/9 of the least possible number of rows and one more (Johnson 1973; Baker 1985).
+at most 11/9 of the least possible number of rows, and one more (Yue 1991).
 
 What keeps the texts of a row apart is the segment id: 0, 1, 2 ... for the texts of a row, -1 for padding.
     attention   a token sees the tokens of its own segment, nothing else. (Comparing the lengths of the texts
@@ -17,12 +17,14 @@ belong to the text, the model reads and writes them, so it can write texts short
 import numpy as np
 import torch
 
+from configurator import fail
+
 
 # ---- who is where: functions of the segment ids (B, T) int64 ----------------------------------------------
 
 def same_text(segment):
     """Who may see whom: (B, 1, T, T) bool. (Padding sees padding: a softmax over nothing is NaN.)"""
-    return (segment[:, None, :, None] == segment[:, None, None, :])
+    return segment[:, None, :, None] == segment[:, None, None, :]
 
 
 def starts(segment):
@@ -47,7 +49,7 @@ def first_fit_decreasing(lengths, capacity):
     for i in order.tolist():
         if lengths[i] > capacity:
             raise ValueError(f"a text of {lengths[i]} tokens does not fit into {capacity}")
-        first = int(np.argmax(room >= lengths[i]))  # an empty bin has room
+        first = int(np.argmax(room[:len(bins) + 1] >= lengths[i]))  # an empty bin has room
         if first == len(bins):
             bins.append([])
         bins[first].append(i)
@@ -93,19 +95,26 @@ class Lines:
     """
 
     def __init__(self, tokens, bos, pad, packed=True, inserted=0.0, expanded=False):
-        self.tokens = tokens.cpu().numpy().view(np.uint16).astype(np.int64)
+        self.tokens = tokens.cpu().numpy().view(np.uint16)
         first = np.flatnonzero(self.tokens == bos)
+        if not len(first):
+            fail("a dataset of lines without <bos>: prepare it again (data/lines/prepare.py)")
         self.bounds = np.stack([first, np.append(first[1:], len(self.tokens))], axis=1)
         self.pad, self.packed, self.inserted, self.expanded = pad, packed, inserted, expanded
 
     def __len__(self):
         return len(self.bounds)
 
+    def longer(self, T):
+        """How many lines have more than T tokens and will be cut."""
+        return int((self.bounds[:, 1] - self.bounds[:, 0] > T).sum())
+
     def texts(self, which, T, rng):
         """The lines `which`, altered and cut to at most T tokens."""
         out = []
         for begin, end in self.bounds[which]:
-            text = crop(insert(self.tokens[begin:end], self.inserted, self.pad, rng), T, rng)
+            line = self.tokens[begin:end].astype(np.int64)
+            text = crop(insert(line, self.inserted, self.pad, rng), T, rng)
             out.append(expand(text, T, self.pad, rng) if self.expanded else text)
         return out
 
@@ -118,15 +127,13 @@ class Lines:
     def batch(self, B, T):
         """Random lines, as many as B rows hold: x, segment (B, T) int64. A function of torch's seed."""
         rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
-        most = B * T // 2 if self.packed else B  # a line has two tokens at least
-        texts, few = [], 0
-        while len(texts) < most:  # twice as many as before, until they are too many
-            n = min(most, 2 * len(texts) or B)
-            texts += self.texts(rng.integers(len(self), size=n - len(texts)), T, rng)
-            if len(self.bins(texts, T)) > B:
-                break
-            few = len(texts)
-        many = len(texts) + 1
+        draw = lambda n: self.texts(rng.integers(len(self), size=n), T, rng)
+        if not self.packed:
+            return fill(draw(B), [[i] for i in range(B)], T, self.pad)
+        texts = draw(B)
+        while (slots := np.cumsum([len(t) for t in texts]))[-1] <= B * T:
+            texts += draw(len(texts))
+        few, many = B, int(np.searchsorted(slots, B * T, side='right')) + 1
         while many - few > 1:  # `few` texts fit, `many` do not
             middle = (few + many) // 2
             few, many = (middle, many) if len(self.bins(texts[:middle], T)) <= B else (few, middle)
@@ -145,3 +152,13 @@ class Lines:
 def efficiency(segment):
     """The share of slots that hold text."""
     return (segment >= 0).double().mean().item()
+
+
+def report(tokens, bos, pad, B, T):
+    """How full B rows of T slots are, packed and not, as a line of text."""
+    full = []
+    for packed in (True, False):
+        lines = Lines(tokens, bos, pad, packed)
+        full.append(sum(efficiency(lines.batch(B, T)[1]) for _ in range(10)) / 10)
+    return (f"{len(lines):,} lines, {lines.longer(T):,} longer than {T} tokens and cut; "
+            f"of {B} x {T} slots hold text: {full[0]:.1%} packed, {full[1]:.1%} with one line a row")

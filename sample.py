@@ -13,6 +13,7 @@ A canvas is (num_samples, length) tokens with the id V where text is still to be
 `model.sample(canvas, ...)` yields it after every network call; what is printed, watched or saved as a page
 is that one sequence of canvases.
 """
+import functools
 import html
 import json
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 import common
+import score
 import unmask
 from configurator import build, fail, help_text, read
 
@@ -68,28 +70,39 @@ def given(text):
     if not text.startswith('FILE:'):
         return text
     try:
-        return Path(text[5:]).read_text(encoding='utf-8')
+        return Path(text[5:]).read_text(encoding='utf-8').removesuffix('\n')
     except (OSError, UnicodeDecodeError) as e:
         fail(f"cannot read {text[5:]}: {e}")
 
 
 def starts(text):
     """The given starts: of FILE:path the lines that are not empty, else the text itself."""
-    found = [line for line in given(text).splitlines() if line] if text.startswith('FILE:') else [text]
-    return found or fail(f"{text[5:]} holds no start")
+    if not text.startswith('FILE:'):
+        return [text]
+    lines = [line for line in given(text).split('\n') if line.strip()]
+    return lines or fail(f"{text[5:]} holds no start")
+
+
+def known(tokenizer, text):
+    """The ids of a given text; characters that a model of lines does not know end the script."""
+    ids = tokenizer.encode(text)
+    if tokenizer.bos is not None and common.UNK in ids:
+        unknown = sorted({c for c in text if common.UNK in tokenizer.encode(c)})
+        fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
+    return ids
 
 
 def make_canvas(config, start, tokenizer, block_size):
     """One row of tokens that begins with `start`, V where the model is to write: (length,) int64."""
-    blank = tokenizer.vocab_size
+    blank, encode = tokenizer.vocab_size, functools.partial(known, tokenizer)
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     if config.template:
-        parts = [tokenizer.encode(part) for part in given(config.template).split('___')]
+        parts = [encode(part) for part in given(config.template).split('___')]
         if len(parts) == 1:
             fail("template has no ___ (three underscores) to fill")
         row = bos + parts[0] + [i for part in parts[1:] for i in [blank] * config.hole + part]
     else:
-        start, suffix = bos + tokenizer.encode(start), tokenizer.encode(given(config.suffix))
+        start, suffix = bos + encode(start), encode(given(config.suffix))
         length = config.length or block_size
         if len(start) >= min(length, block_size):
             fail(f"start has {len(start)} tokens: it must be shorter than the text ({length}) "
@@ -102,16 +115,18 @@ def make_canvas(config, start, tokenizer, block_size):
     return torch.tensor(row)
 
 
-def ending(row, start, blank, stop, min_entropy, last=256):
+def ending(row, start, blank, stops, min_entropy, last=256):
     """Where a text ends that has met a stopping rule, else 0. row: ids, the first `start` given.
 
-    Behind the ids `stop`; or here, if the last 256 ids have an entropy below min_entropy nats (as what
-    repeats itself has, BD3-LM arXiv 2503.09573). Only the part before the first blank is looked at.
+    Behind the first of the `stops` (lists of ids); or here, if the last 256 ids have an entropy below
+    min_entropy nats (as what repeats itself has, BD3-LM arXiv 2503.09573). Only the part before the first
+    blank is looked at.
     """
     written = row[:row.index(blank)] if blank in row else row
-    for i in range(start, len(written) - len(stop) + 1) if stop else ():
-        if written[i:i + len(stop)] == stop:
-            return i + len(stop)
+    for i in range(start, len(written)):
+        for stop in stops:
+            if written[i:i + len(stop)] == stop:
+                return i + len(stop)
     if min_entropy and len(written) >= max(start + 1, last):
         p = torch.bincount(torch.tensor(written[-last:])) / last
         return len(written) if -torch.special.xlogy(p, p).sum() < min_entropy else 0
@@ -177,7 +192,8 @@ def page(frames, tokenizer, title):
 def main(argv):
     files, _, flags = read(argv)
     if 'help' in flags:
-        return print(help_text(__doc__.replace('RULES', ', '.join(unmask.RULES)), Config))
+        rules = f"{', '.join(unmask.RULES)}; of score.py: {', '.join(score.RULES)}"
+        return print(help_text(__doc__.replace('RULES', rules), Config))
     config, = build({**files, **flags}, Config)
     device = common.pick_device(config.device)
     checkpoint = common.load(path := common.find_checkpoint(config.out_dir, config.which))
@@ -188,11 +204,19 @@ def main(argv):
         fail(f"overlap={overlap} must be smaller than block_size={block_size}")
     prompts = [prompt for prompt in starts(config.start) for _ in range(config.num_samples)]
     canvas = torch.stack([make_canvas(config, p, tokenizer, block_size) for p in prompts]).to(device)
-    begin = [len(tokenizer.encode(prompt)) for prompt in prompts]
-    end_of_text = config.stop == '<|endoftext|>' or tokenizer.bos is not None and not config.stop
-    stop = [tokenizer.end] if end_of_text and tokenizer.end is not None else tokenizer.encode(config.stop)
+    begin = (canvas != blank).long().cumprod(-1).sum(-1).tolist()
+    stops = [[tokenizer.end]] if config.stop == '<|endoftext|>' and tokenizer.end is not None else \
+        [known(tokenizer, config.stop)] if config.stop else []
+    if tokenizer.bos is not None and not (config.suffix or config.template):
+        stops.append([tokenizer.end])
+    if config.min_entropy and model.revises:
+        fail(f"min_entropy ends a text while it is written: {checkpoint['objective']} writes all at once")
+
+    def found(canvas):
+        """Where each text ends, 0: nowhere yet."""
+        return [ending(row, start, blank, stops, config.min_entropy)
+                for start, row in zip(begin, canvas.tolist())]
     ends = [0] * len(prompts)
-    settled = not getattr(model, 'revises', False)  # else canvases before the last are guesses
 
     common.seed_everything(config.seed)
     calls, frames, began = 0, [canvas], time.time()
@@ -206,17 +230,15 @@ def main(argv):
                     began += PAUSE
                 if config.watch or config.html:
                     frames.append(canvas)
-                if (stop or config.min_entropy) and settled:
-                    ends = [end or ending(row, start, blank, stop, config.min_entropy)
-                            for end, start, row in zip(ends, begin, canvas.tolist())]
+                if (stops or config.min_entropy) and not model.revises:
+                    ends = [end or new for end, new in zip(ends, found(canvas))]
                     if all(ends):
                         break
     except ValueError as e:  # what this model cannot do
         fail(f"{path}: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
-    ends = [end or ending(row, start, blank, stop, config.min_entropy)
-            for end, start, row in zip(ends, begin, canvas.tolist())]
+    ends = [end or new for end, new in zip(ends, found(canvas))]
     texts = [tokenizer.decode(row[:end or None]) for row, end in zip(canvas.tolist(), ends)]
     seconds = time.time() - began
     print(('\n' + '-' * 60 + '\n').join(texts))

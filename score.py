@@ -37,8 +37,8 @@ from unmask import ranks, truncate
 @dataclass
 class Config(model.Config):
     d_embed: int = 64            # d, width of the embeddings
-    sigma_min: float = 0.1       # the least noise
-    sigma_max: float = 100.0     # the most
+    sigma_min: float = 1.5       # the least noise; for other d in proportion to sqrt(d)
+    sigma_max: float = 60.0      # the most
     rho: float = 7.0             # sigma(t)^(1/rho) is linear in t; 1: sigma is
     time_warp: bool = True       # learn how often to visit a noise level from the loss there
     tilt: float = 1.7            # training only: quantiles u^tilt; above 1, clean tokens are more common
@@ -52,9 +52,11 @@ class Config(model.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.sigma_min < self.sigma_max:
+        if not LEAST <= self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max} must be "
-                             f"0 < sigma_min < sigma_max")
+                             f"{LEAST} <= sigma_min < sigma_max")
+        if self.vocab_size < 2:
+            raise ValueError(f"vocab_size={self.vocab_size}: a text of one character has nothing to tell")
         for name in ('d_embed', 'rho', 'tilt'):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
@@ -76,6 +78,12 @@ def on_sphere(weight):
     return weight.size(-1) ** 0.5 * F.normalize(weight, dim=-1)
 
 
+def denoised(logits, E):
+    """D, the mean of the embeddings E (V, d) under logits (B, T, V): (B, T, d), never in half precision."""
+    with torch.autocast(E.device.type, enabled=False):
+        return logits.softmax(-1) @ E
+
+
 def anisotropy(E):
     """Mean cosine between two different embeddings (V, d): 0 if orthogonal, 1 if all are the same."""
     unit = F.normalize(E, dim=-1)
@@ -85,6 +93,7 @@ def anisotropy(E):
 
 # ---- noise ------------------------------------------------------------------------------------------------
 
+LEAST = 0.01  # sigma of given tokens where it is divided by; it leaves no doubt
 BINS = 100    # of the time warp
 FLOOR = 0.1   # share of the time warp's law that is uniform in t, so that no noise level is forgotten
 
@@ -131,7 +140,8 @@ def staggered(tau, order, stagger):
 
 
 def spans(B, T, device=None):
-    """Given tokens for training, (B, T) bool: a span of any length, in half of the rows shuffled."""
+    """Given tokens for training, (B, T) bool: a span of any length, in half of the rows shuffled (of a row,
+    packed or not)."""
     length = (torch.rand(B, 1, device=device) * T).long()
     start = (torch.rand(B, 1, device=device) * (T - length + 1)).long()
     place = torch.arange(T, device=device).expand(B, T)
@@ -142,7 +152,9 @@ def spans(B, T, device=None):
 
 # ---- samplers: generators of log p (B, T, V), one a network call ------------------------------------------
 # denoise (x, sigma) -> log p, D; x (B, T, d), sigma (B, T). path (k, log p, sigma) -> the levels after step
-# k of `steps`, not above sigma, 0 after the last. A token whose level does not change does not move.
+# k of `steps`, not above sigma, 0 after the last. A token whose level does not change does not move. With the
+# true posterior and many steps the first three draw from the law of the text, if the path does not look at
+# log p; renoise does not.
 
 def ratio(lower, sigma):
     """lower / sigma, 1 where both are 0: (B, T, 1)."""
@@ -181,7 +193,8 @@ def dpmpp_2m(denoise, x, sigma, path, steps):
         yield logp
         lower = path(k, logp, sigma)
         h = -ratio(lower, sigma)[..., 0].log()
-        share = torch.where((h_before > 1e-4) & h.isfinite(), h / (2 * h_before), 0.0)[..., None]
+        # a token that has hardly moved before has no slope to go by
+        share = torch.where((h_before > 0) & h.isfinite(), h / (2 * h_before), 0.0).clamp(max=1)[..., None]
         point = D + share * (D - D_before)
         x, sigma, D_before, h_before = point + ratio(lower, sigma) * (x - point), lower, D, h
 
@@ -212,7 +225,7 @@ def random(logp, u):
 
 
 def sure(logp, u):
-    """Those that the network is surest of."""
+    """Those that the network is surest of. (Not exact, however good the network: the order is no accident.)"""
     return logp.amax(-1)
 
 
@@ -225,8 +238,7 @@ ORDERS = {f.__name__: f for f in (sure, random, left, together)}
 
 
 class Model(nn.Module):
-    bound = 'upper'
-    revises = True  # canvases before the last are guesses
+    bound, packs, revises = 'upper', True, True
 
     def __init__(self, config):
         super().__init__()
@@ -242,10 +254,10 @@ class Model(nn.Module):
 
     def level(self, u):
         """Quantiles u of the noise -> sigma, -d(1 / sigma^2) / du, t; of the shape of u."""
-        range_ = self.config.sigma_min, self.config.sigma_max, self.config.rho
-        cdf = warp_cdf(self.slopes.detach() if self.config.time_warp else torch.zeros_like(self.slopes))
+        c = self.config
+        cdf = warp_cdf(self.slopes.detach() if c.time_warp else torch.zeros_like(self.slopes))
         t, density = quantile(cdf, u)
-        sigma, slope = noise_level(t, *range_)
+        sigma, slope = noise_level(t, c.sigma_min, c.sigma_max, c.rho)
         return sigma, 2 * sigma ** -3 * slope / density, t
 
     def logits(self, x, sigma, E, guess=None, segment=None):
@@ -253,8 +265,7 @@ class Model(nn.Module):
         (B, T), E (V, d); guess (B, T, d): the last D, if the model is self-conditioned."""
         with torch.autocast(x.device.type, enabled=False):  # large numbers of which differences count
             E = E.to(torch.promote_types(E.dtype, torch.float32))
-            s = sigma.clamp(min=self.config.sigma_min)[..., None]
-            c_in, c_skip, c_out = precondition(s)
+            c_in, c_skip, c_out = precondition(sigma.clamp(min=LEAST)[..., None])
             evidence = (c_skip * x) @ E.T / c_out ** 2
         seen = evidence.softmax(-1) @ E if self.config.reads == 'soft' else c_in * x
         if self.config.self_condition:
@@ -282,7 +293,7 @@ class Model(nn.Module):
         logits, out = self.logits(noisy, sigma, E, guess, segment)
         nats = token_nats(logits, x)
         mean = lambda value: (value * scored).sum() / scored.sum().clamp(min=1)
-        _, c_skip, c_out = precondition(sigma.clamp(min=self.config.sigma_min))
+        _, c_skip, c_out = precondition(sigma.clamp(min=LEAST))
         loss = mean(nats / c_out ** 2 if self.config.loss_weight == 'edm' else nats)
         if self.config.mse:
             D = c_skip[..., None] * noisy + c_out[..., None] * out
@@ -304,7 +315,7 @@ class Model(nn.Module):
         segment = None if segment is None else segment[:half]
         with torch.no_grad():
             logits, _ = self.logits(noisy[:half], sigma[:half], E, None, segment)
-            return F.pad(logits.softmax(-1) @ E, (0, 0, 0, 0, 0, len(noisy) - half))
+            return F.pad(denoised(logits, E), (0, 0, 0, 0, 0, len(noisy) - half))
 
     def nats(self, x, n=1, segment=None):
         """An estimate, with n draws, of the upper bound on -log p(x) in nats: (B,). x, segment (B, T).
@@ -324,7 +335,7 @@ class Model(nn.Module):
             order = torch.rand(x.shape, device=x.device).argsort(-1).argsort(-1) / max(1, x.size(1) - 1)
             u = staggered(tau, order, self.config.bound_stagger)
             sigma, rate, _ = self.level(u)
-            error = (e - noised(sigma).softmax(-1) @ E).square().sum(-1)
+            error = (e - denoised(noised(sigma), E)).square().sum(-1)
             moving = (u > 0) & (u < 1)
             total = total + rate * (1 + self.config.bound_stagger) * error / 2 * moving / n
         return (total if segment is None else total * (segment >= 0)).sum(-1)
@@ -341,7 +352,7 @@ class Model(nn.Module):
         return total
 
     @torch.no_grad()
-    def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, first='', stagger=8.0,
+    def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, first='', stagger=3.0,
                **others):
         """Generator of canvases (B, T), one a network call: the likeliest tokens so far. xt (B, T) holds V
         where tokens are to be written; the given ones are clean points all along.
@@ -364,7 +375,7 @@ class Model(nn.Module):
         def denoise(x, sigma):
             nonlocal guess
             logits, _ = self.logits(x, sigma, E, guess)
-            guess = truncate(logits / max(temperature, 1e-4), top_k, top_p).softmax(-1) @ E
+            guess = denoised(truncate(logits / max(temperature, 1e-4), top_k, top_p), E)
             return logits.log_softmax(-1), guess
 
         def path(k, logp, sigma):

@@ -11,7 +11,6 @@ the lowest validation figure).
 Ctrl-C or SIGTERM: saves, then ends.
 """
 import copy
-import inspect
 import itertools
 import math
 import os
@@ -54,10 +53,10 @@ class Config:
     ema_decay: float = 0.999            # of the averaged weights, float32, that are evaluated and sampled
     slow_decay: float = 0.0             # of a second average (--weights=slow of sample.py, eval.py); 0: none
     eval_interval: int = 500            # iterations between evaluations, each followed by a checkpoint
-    eval_windows: int = 200             # validation windows, the same every time; 0: all
+    eval_windows: int = 200             # validation windows (or lines), the same every time; 0: all
     eval_draws: int = 4                 # noise draws a window for bounds
     log_interval: int = 50              # iterations between log lines
-    packed: bool = True                 # a dataset of lines: several to a row; False: one, padded
+    packed: bool = True                 # datasets of lines: several to a row; False: one, padded
     inserted: float = 0.0               # lines: pads put in at random places, as a share of the tokens
     expanded: bool = False              # lines: a random number of pads behind each, as part of the text
 
@@ -234,7 +233,7 @@ class State:
         common.save(state, Path(self.run.out_dir, 'last.pt'))
 
 
-def examples(run, config, meta, device):
+def examples(run, config, meta, device, rank):
     """(a function that draws a batch: (the tensors a model takes, how many tokens they hold); the same
     tensors of the validation split). Datasets of lines come packed, with segments; all others as windows."""
     B, T = run.batch_size, config.block_size
@@ -242,20 +241,18 @@ def examples(run, config, meta, device):
               for split in ('train', 'val')]
     bos = common.Tokenizer(meta).bos
     if bos is None:
-        if run.inserted or run.expanded:
-            fail(f"inserted and expanded are for datasets of lines (data/lines), not for {run.dataset}")
+        if run.inserted or run.expanded or not run.packed:
+            fail(f"packed, inserted, expanded are for datasets of lines (data/lines), not for {run.dataset}")
         for split, t in zip(('train', 'val'), tokens):
             if len(t) < T:
                 fail(f"data/{run.dataset}/{split}.bin has {len(t)} tokens, fewer than block_size={T}")
         val = common.windows(tokens[1], T, run.eval_windows)
         return lambda: ((common.batch(tokens[0], B, T),), B * T), (val,)
-    if 'segment' not in inspect.signature(common.concept(run.objective).Model.forward).parameters:
+    if not common.concept(run.objective).Model.packs:
         fail(f"objective={run.objective} takes no lines: prepare the text with data/text/prepare.py")
     lines, val = (packing.Lines(t, bos, common.PAD, run.packed, run.inserted, run.expanded) for t in tokens)
-    full = {packed: sum(packing.efficiency(packing.Lines(tokens[0], bos, common.PAD, packed).batch(B, T)[1])
-                        for _ in range(10)) / 10 for packed in (True, False)}
-    print(f"{len(lines):,} lines; of {B} x {T} slots hold text: {full[True]:.1%} packed, "
-          f"{full[False]:.1%} with one line a row")
+    if rank == 0:
+        print(packing.report(tokens[0], bos, common.PAD, B, T))
 
     def batch():
         x, segment = lines.batch(B, T)
@@ -319,7 +316,7 @@ def main(argv):
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
     dtype = common.pick_dtype(run.dtype, device)
-    batch, val = examples(run, config, meta, device)
+    batch, val = examples(run, config, meta, device, rank)
     state = State(run, config, meta, checkpoint, device)
     if rank == 0:
         n = sum(p.numel() for p in state.params)

@@ -50,7 +50,7 @@ class Config:
     gamma: float = 0.1         # of rule=eb, nats
     eta: float = 0.02          # of rule=remdm_cap, remdm_rescale, remdm_loop: how much to remask
     first: str = ''            # score: which tokens lose their noise first: sure | random | left | together
-    stagger: float = 8.0       # score: how far apart they lose it; each takes 1 / (1 + stagger) of the steps
+    stagger: float = 3.0       # score: how far apart they lose it; each takes 1 / (1 + stagger) of the steps
 
     def __post_init__(self):
         for name in ('temperature', 'top_k', 'cfg', 'part_length', 'factor', 'gamma', 'eta',

@@ -158,8 +158,9 @@ def test_a_text_ends_where_it_starts_to_repeat_itself():
     assert sample.ending(varied + dull[:50], 0, 99, [], 2.0) == 0
     assert sample.ending(varied + dull[:250], 0, 99, [], 2.0) == 850
     assert sample.ending(varied + [99] + dull, 0, 99, [], 2.0) == 0  # what is not written yet does not count
-    assert sample.ending([5, 7, 5, 7, 5, 7], 2, 99, [5, 7], 0.0) == 4  # in the given text it ends nothing
-    assert sample.ending([5, 7, 1], 2, 99, [5, 7], 0.0) == 0
+    assert sample.ending([5, 7, 5, 7, 5, 7], 2, 99, [[5, 7]], 0.0) == 4  # in the given text it ends nothing
+    assert sample.ending([5, 7, 1], 2, 99, [[5, 7]], 0.0) == 0
+    assert sample.ending([0, 3, 9, 5, 7], 1, 99, [[5, 7], [9]], 0.0) == 3  # whichever comes first
 
 
 @pytest.mark.parametrize('flags', [['--cfg=2'], ['--grid=cosine'], ['--rule=llada', '--part_length=4'],
