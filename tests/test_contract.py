@@ -1,6 +1,7 @@
 """What every concept file promises the scripts (DESIGN: one parametrised test, no base class)."""
 import contextlib
 import dataclasses
+import inspect
 import shutil
 
 import pytest
@@ -75,6 +76,15 @@ def test_sample_fills_the_canvas_keeps_what_is_given_and_draws_no_blank(concept)
     assert all(f.shape == (3, 8) and (f[:, :2] == canvas[:, :2]).all() for f in frames)
     assert (frames[-1] < 7).all() and not any(f.requires_grad for f in frames)
     assert (canvas[:, 2:] == 7).all()  # the caller's tensor is left alone
+
+
+def test_packs_says_who_takes_segments_and_revises_whose_tokens_may_change(concept):
+    for method in (concept.Model.forward, concept.Model.nats):
+        assert ('segment' in inspect.signature(method).parameters) == concept.Model.packs
+    torch.manual_seed(0)
+    frames = list(random_model(concept).sample(torch.full((40, 8), 7), steps=8))
+    changed = [(a != b) & (a < 7) for a, b in zip(frames, frames[1:])]
+    assert any(c.any() for c in changed) == concept.Model.revises
 
 
 def test_the_network_output_is_half_precision_safe(concept):

@@ -301,6 +301,18 @@ def test_the_evidence_is_the_posterior_of_a_token_by_its_own_point():
     assert torch.allclose(model.logits(x, sigma, E)[0].softmax(-1), (-far).softmax(-1), atol=1e-4)
 
 
+def test_logits_are_the_preconditioned_output_of_edm_decoded_by_the_embeddings():
+    torch.manual_seed(0)
+    model = score.Model(score.Config(**SIZES))
+    torch.nn.init.normal_(model.head.weight)
+    E, sigma = score.on_sphere(model.embed.weight), torch.tensor([[2.0, 5.0, 50.0]])
+    x = E[torch.tensor([[0, 2, 1]])] + sigma[..., None] * torch.randn(1, 3, 64)
+    logits, out = model.logits(x, sigma, E)
+    s = sigma[..., None]
+    D = x / (s ** 2 + 1) + s / (s ** 2 + 1).sqrt() * out
+    assert torch.allclose(logits, D @ E.T * (s ** 2 + 1) / s ** 2, atol=1e-2) and out.abs().min() > 1e-3
+
+
 def test_noise_levels_go_from_low_to_high_and_their_slope_is_the_difference_quotient():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     for low, high, rho in ((1.0, 10.0, 1.0), (0.1, 100.0, 7.0)):
