@@ -310,7 +310,7 @@ def test_logits_are_the_preconditioned_output_of_edm_decoded_by_the_embeddings()
     logits, out = model.logits(x, sigma, E)
     s = sigma[..., None]
     D = x / (s ** 2 + 1) + s / (s ** 2 + 1).sqrt() * out
-    assert torch.allclose(logits, D @ E.T * (s ** 2 + 1) / s ** 2, atol=1e-2) and out.abs().min() > 1e-3
+    assert torch.allclose(logits, D @ E.T * (s ** 2 + 1) / s ** 2, atol=1e-2) and out.abs().mean() > 0.1
 
 
 def test_noise_levels_go_from_low_to_high_and_their_slope_is_the_difference_quotient():
