@@ -67,6 +67,7 @@ def test_a_token_sees_its_own_text_and_nothing_else():
     assert torch.equal(packing.same_text(segment)[0, 0], expected)
     assert packing.positions(segment).tolist() == [[0, 1, 0, 1, 0, 0]]
     assert packing.starts(segment).tolist() == [[True, False, True, False, True, True]]
+    assert packing.starts(torch.tensor([[-1, -1]])).tolist() == [[True, False]]
 
 
 def test_the_likelihood_of_packed_texts_is_the_sum_of_theirs_and_padding_is_outside():

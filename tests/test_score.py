@@ -236,6 +236,33 @@ def test_the_surest_token_loses_its_noise_first():
     assert (levels[4, :, 1] < levels[4, :, 0]).all()
 
 
+@pytest.mark.parametrize('rule', score.RULES)
+def test_a_token_whose_level_stays_does_not_move(rule):
+    levels = torch.tensor([[9.0, 9.0], [5.0, 9.0], [3.0, 2.0], [0.0, 0.0]])
+    x, seen = torch.randn(1, 2, 4), []
+
+    def denoise(x, sigma):
+        seen.append((x, sigma))
+        return None, 0.3 * x
+    list(score.RULES[rule](denoise, x, levels[:1], lambda k, logp, sigma: levels[k:k + 1], 3))
+    at = lambda level: [x[0, 1] for x, sigma in seen if sigma[0, 1] == level]
+    assert len(at(9.0)) >= 2 and all(torch.allclose(point, x[0, 1]) for point in at(9.0))
+    assert not torch.allclose(at(2.0)[0], x[0, 1]) and not torch.allclose(seen[-1][0][0, 0], x[0, 0])
+
+
+def test_the_multistep_solver_does_not_extrapolate_from_a_step_that_was_hardly_one():
+    """D went from 0 to 1 while the token moved by a ten-thousandth: the next point lies between 0 and 2."""
+    levels = torch.tensor([10.0, 9.999, 5.0, 2.0, 0.0])
+    answers, seen = iter((0.0, 1.0, 1.0, 1.0)), []
+
+    def denoise(x, sigma):
+        seen.append(x.item())
+        return None, torch.full_like(x, next(answers))
+    list(score.dpmpp_2m(denoise, torch.zeros(1, 1, 1), levels[:1, None],
+                        lambda k, logp, sigma: levels[k:k + 1, None], 4))
+    assert all(-0.01 <= x <= 2 for x in seen) and seen[2] > 0.4
+
+
 @pytest.mark.parametrize('first', ['random', 'left', 'sure'])
 @pytest.mark.parametrize('rule', ['euler', 'dpmpp_2m'])
 def test_points_stay_as_large_as_the_noise_says_where_tokens_start_to_move_in_mid_step(joint, rule, first):
@@ -429,6 +456,35 @@ def test_given_tokens_enter_clean_and_are_outside_the_loss():
         torch.randint(3, (300, 12))
         model.logits = spoiled
         assert abs(model(x)[1]['cross_entropy'].item() - expected) < 1e-3
+
+
+def test_a_given_token_leaves_no_doubt_whatever_the_least_noise_and_the_network_is_told_its_level():
+    torch.manual_seed(0)
+    model, told = score.Model(score.Config(**SIZES, sigma_min=20.0)), []
+    trunk = model.gpt.trunk
+    model.gpt.trunk = lambda h, time: told.append((h, time)) or trunk(h, time=time)
+    E = score.on_sphere(model.embed.weight)
+    x, sigma = E[torch.tensor([[0, 2, 1]])], torch.tensor([[0.0, 1.0, 1e6]])
+    logits, _ = model.logits(x, sigma, E)
+    assert logits.softmax(-1)[0, 0, 0] > 0.999
+    (h, time), = told
+    assert torch.allclose(h[0, 0], model.read(E[0])) and torch.allclose(time, torch.tensor([[0, 0.5, 1.0]]))
+
+
+def test_the_time_warp_learns_from_the_loss_and_the_loss_not_from_the_time_warp():
+    torch.manual_seed(0)
+    model = score.Model(score.Config(**SIZES, given=0.0))
+    x, u, noise = torch.randint(3, (4, 3)), torch.rand(4, 3), torch.randn(4, 3, 64)
+    loss, metrics = model(x, u=u, noise=noise)
+    assert torch.allclose(loss, metrics['cross_entropy'])
+    gradient, = torch.autograd.grad(loss, [model.slopes])
+    E = score.on_sphere(model.embed.weight)
+    sigma, _, t = model.level(u)
+    logits, _ = model.logits(E[x] + sigma[..., None] * noise, sigma, E)
+    nats = -logits.log_softmax(-1).gather(-1, x[..., None])[..., 0].detach()
+    fit = (score.warped_loss(model.slopes, t) - nats).square().mean()
+    expected, = torch.autograd.grad(fit, [model.slopes])
+    assert torch.allclose(gradient, expected, atol=1e-6) and gradient.abs().max() > 1e-3
 
 
 def test_given_spans_are_of_any_length_half_of_them_scattered():
