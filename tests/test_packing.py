@@ -246,6 +246,31 @@ def test_given_text_and_ends_of_lines(lines, capsys, mistake):
     assert 'left' in mistake(evaluation.main, '--out_dir=out', '--order=left')
 
 
+def test_texts_to_be_judged_begin_with_bos(lines, monkeypatch, capsys):
+    import eval as evaluation
+    train.main([*TINY, '--dataset=lines', '--out_dir=m', '--max_iters=2'])
+    train.main([*TINY, '--dataset=lines', '--out_dir=a', '--max_iters=2', '--objective=ar'])
+    own, seen, V = masked.Model.sample, [], common.Tokenizer(common.load_meta('lines')).vocab_size
+    monkeypatch.setattr(masked.Model, 'sample', lambda net, xt, **how: seen.append(xt) or own(net, xt, **how))
+    evaluation.main(['--out_dir=m', '--mode=gen_ppl', '--judge=a', '--num_samples=3', '--steps=2'])
+    assert (seen[0][:, 0] == common.BOS).all() and (seen[0][:, 1:] == V).all()
+
+
+def test_rows_of_equal_nats_per_token_leave_no_error_whatever_their_lengths():
+    segment = torch.tensor([[0, 0, 0, 0], [0, 0, -1, -1], [0, 1, 1, -1]])
+    nats = lambda x, segment: 1.5 * (segment >= 0).sum(-1)
+    mean, error = common.evaluate(nats, (torch.zeros(3, 4, dtype=torch.long), segment), 2)
+    assert mean == 1.5 and error < 1e-12
+    counts = (segment >= 0).sum(-1).double()
+    values, ratios = counts * 1.5 + torch.tensor([0.5, -0.1, 0.2]), []
+    for left_out in range(3):  # the jackknife's error, which agrees to the first order
+        kept = [i for i in range(3) if i != left_out]
+        ratios.append(values[kept].sum() / counts[kept].sum())
+    ratios, rows = torch.stack(ratios), iter(values.split(2))
+    _, error = common.evaluate(lambda x, s: next(rows), (torch.zeros(3, 4, dtype=torch.long), segment), 2)
+    assert abs(error / (2 / 3 * ((ratios - ratios.mean()) ** 2).sum()).sqrt() - 1) < 0.35
+
+
 def test_a_judge_of_lines_reads_from_bos_and_lines_are_resumed_bit_for_bit(lines, capsys):
     import eval as evaluation
     flags = [*TINY, '--dataset=lines', '--objective=ar']
