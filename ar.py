@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model
-from packing import positions, same_text, starts
+from packing import apart, of_text, starts
 from unmask import draw
 
 
@@ -50,20 +50,19 @@ class Model(nn.Module):
 
     def logits(self, x, segment=None):
         """What x_<i predicts for x_i, (B, T, V). segment (B, T): of packed texts, see packing.py."""
-        if segment is None:
-            return self.gpt(self.shifted(x))
-        before = self.shifted(x).where(~starts(segment), self.blank)
-        return self.gpt(before, same_text(segment), where=positions(segment))
+        before = self.shifted(x)
+        if segment is not None:
+            before = before.where(~starts(segment), self.blank)
+        return self.gpt(before, **apart(segment))
 
     def forward(self, x, segment=None):
         """x (B, T) -> (nats per token, metrics). segment (B, T): of packed texts."""
-        count = x.numel() if segment is None else (segment >= 0).sum().clamp(min=1)
+        count = of_text(torch.ones_like(x), segment).sum().clamp(min=1)
         return self.nats(x, 1, segment).sum() / count, {}
 
     def nats(self, x, n=1, segment=None):
         """-log p(x) in nats, (B,). n is there for the contract: nothing is random here."""
-        nats = token_nats(self.logits(x, segment), x)
-        return (nats if segment is None else nats * (segment >= 0)).sum(-1)
+        return of_text(token_nats(self.logits(x, segment), x), segment).sum(-1)
 
     @torch.no_grad()
     def sample(self, xt, steps=0, rule='', temperature=1.0, top_k=0, top_p=1.0, **knobs):

@@ -35,7 +35,7 @@ import torch.nn as nn
 
 import model
 from ar import token_nats
-from packing import positions, same_text
+from packing import apart, of_text
 from unmask import unmask
 
 
@@ -244,9 +244,9 @@ class Model(nn.Module):
         m, m_before, weight = self.levels(t)
         if self.config.random_length:  # the same shapes whatever the length: what is cut is padding
             cut = torch.rand(B, 1, device=x.device) < self.config.random_length
-            length = torch.where(cut, torch.randint(1, T + 1, (B, 1), device=x.device), T)
+            kept = torch.where(cut, torch.randint(1, T + 1, (B, 1), device=x.device), T)
             segment = torch.zeros_like(x) if segment is None else segment
-            segment = segment.where(torch.arange(T, device=x.device) < length, -1)
+            segment = segment.where(torch.arange(T, device=x.device) < kept, -1)
         length, u = count_text(x, u, segment)
         if self.config.masking == 'count':
             k = (m[:, None] * length).ceil().long().clamp(min=1)
@@ -269,13 +269,11 @@ class Model(nn.Module):
         loss = (self.token_loss(out, x, *columns) * masked).sum(-1)
         if self.copies or not copy_weight:
             return loss
-        clean = ~masked if segment is None else ~masked & (segment >= 0)
-        return loss + copy_weight * (token_nats(out, x) * clean).sum(-1)
+        return loss + copy_weight * of_text(token_nats(out, x) * ~masked, segment).sum(-1)
 
     def network(self, xt, m=None, segment=None):
         """The network's output at xt (B, T), (B, T, outputs); m (B,) if it is told the noise level."""
-        apart = {} if segment is None else dict(mask=same_text(segment), where=positions(segment))
-        return self.gpt(xt, time=m if self.config.time_input else None, **apart)
+        return self.gpt(xt, time=m if self.config.time_input else None, **apart(segment))
 
     def nats(self, x, n=1, segment=None):
         """An estimate, with n draws, of the upper bound on -log p(x) in nats: (B,). x, segment (B, T).
@@ -307,8 +305,7 @@ class Model(nn.Module):
         none = torch.zeros(x.size(0), device=x.device)
         if self.copies:
             return none
-        nats = token_nats(self.network(x, none, segment), x)
-        return (nats if segment is None else nats * (segment >= 0)).sum(-1)
+        return of_text(token_nats(self.network(x, none, segment), x), segment).sum(-1)
 
     def nats_left(self, x):
         """-log p(x) in nats of the same network writing left to right, exact, (B,); T forwards.

@@ -39,6 +39,16 @@ def positions(segment):
     return place - torch.where(starts(segment), place, 0).cummax(-1).values
 
 
+def apart(segment):
+    """What keeps the texts of packed rows apart in GPT.trunk: mask and where. None: a row is one text."""
+    return {} if segment is None else dict(mask=same_text(segment), where=positions(segment))
+
+
+def of_text(value, segment):
+    """value (B, T), 0 at padding. None: there is none."""
+    return value if segment is None else value * (segment >= 0)
+
+
 # ---- packing ----------------------------------------------------------------------------------------------
 
 def first_fit_decreasing(lengths, capacity):

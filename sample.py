@@ -13,7 +13,6 @@ A canvas is (num_samples, length) tokens with the id V where text is still to be
 `model.sample(canvas, ...)` yields it after every network call; what is printed, watched or saved as a page
 is that one sequence of canvases.
 """
-import functools
 import html
 import json
 import re
@@ -94,15 +93,14 @@ def known(tokenizer, text):
 
 def make_canvas(config, start, tokenizer, block_size):
     """One row of tokens that begins with `start`, V where the model is to write: (length,) int64."""
-    blank, encode = tokenizer.vocab_size, functools.partial(known, tokenizer)
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    blank, bos = tokenizer.vocab_size, [] if tokenizer.bos is None else [tokenizer.bos]
     if config.template:
-        parts = [encode(part) for part in given(config.template).split('___')]
+        parts = [known(tokenizer, part) for part in given(config.template).split('___')]
         if len(parts) == 1:
             fail("template has no ___ (three underscores) to fill")
         row = bos + parts[0] + [i for part in parts[1:] for i in [blank] * config.hole + part]
     else:
-        start, suffix = bos + encode(start), encode(given(config.suffix))
+        start, suffix = bos + known(tokenizer, start), known(tokenizer, given(config.suffix))
         length = config.length or block_size
         if len(start) >= min(length, block_size):
             fail(f"start has {len(start)} tokens: it must be shorter than the text ({length}) "
@@ -113,6 +111,17 @@ def make_canvas(config, start, tokenizer, block_size):
     if len(row) > block_size and (config.template or config.suffix):
         fail(f"infilling sees one block: {len(row)} tokens are more than block_size={block_size}")
     return torch.tensor(row)
+
+
+def stop_ids(config, tokenizer):
+    """Lists of ids behind which a text ends: --stop, and <eos> where lines are texts of their own."""
+    end, stops = [tokenizer.end], []
+    if config.stop:
+        stops.append(end if config.stop == '<|endoftext|>' and tokenizer.end is not None
+                     else known(tokenizer, config.stop))
+    if tokenizer.bos is not None and not (config.suffix or config.template):
+        stops.append(end)
+    return stops
 
 
 def ending(row, start, blank, stops, min_entropy, last=256):
@@ -204,11 +213,7 @@ def main(argv):
         fail(f"overlap={overlap} must be smaller than block_size={block_size}")
     prompts = [prompt for prompt in starts(config.start) for _ in range(config.num_samples)]
     canvas = torch.stack([make_canvas(config, p, tokenizer, block_size) for p in prompts]).to(device)
-    begin = (canvas != blank).long().cumprod(-1).sum(-1).tolist()
-    stops = [[tokenizer.end]] if config.stop == '<|endoftext|>' and tokenizer.end is not None else \
-        [known(tokenizer, config.stop)] if config.stop else []
-    if tokenizer.bos is not None and not (config.suffix or config.template):
-        stops.append([tokenizer.end])
+    begin, stops = (canvas != blank).long().cumprod(-1).sum(-1).tolist(), stop_ids(config, tokenizer)
     if config.min_entropy and model.revises:
         fail(f"min_entropy ends a text while it is written: {checkpoint['objective']} writes all at once")
 

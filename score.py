@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import model
 from ar import token_nats
 from masked import low_discrepancy
-from packing import positions, same_text
+from packing import apart, of_text
 from unmask import ranks, truncate
 
 
@@ -140,8 +140,8 @@ def staggered(tau, order, stagger):
 
 
 def spans(B, T, device=None):
-    """Given tokens for training, (B, T) bool: a span of any length, in half of the rows shuffled (of a row,
-    packed or not)."""
+    """Given tokens for training, (B, T) bool: a span of any length of a row, packed or not; in half of the
+    rows shuffled."""
     length = (torch.rand(B, 1, device=device) * T).long()
     start = (torch.rand(B, 1, device=device) * (T - length + 1)).long()
     place = torch.arange(T, device=device).expand(B, T)
@@ -225,7 +225,7 @@ def random(logp, u):
 
 
 def sure(logp, u):
-    """Those that the network is surest of. (Not exact, however good the network: the order is no accident.)"""
+    """Those that the network is surest of. (Not exact, however good it is: the order is no accident.)"""
     return logp.amax(-1)
 
 
@@ -270,8 +270,7 @@ class Model(nn.Module):
         seen = evidence.softmax(-1) @ E if self.config.reads == 'soft' else c_in * x
         if self.config.self_condition:
             seen = torch.cat([seen, torch.zeros_like(x) if guess is None else guess], -1)
-        apart = {} if segment is None else dict(mask=same_text(segment), where=positions(segment))
-        h = self.gpt.trunk(self.read(seen), time=torch.atan(sigma) * (2 / math.pi), **apart)
+        h = self.gpt.trunk(self.read(seen), time=torch.atan(sigma) * (2 / math.pi), **apart(segment))
         out = self.head(h)
         with torch.autocast(x.device.type, enabled=False):
             return evidence + out.to(E.dtype) @ E.T / c_out, out
@@ -283,7 +282,7 @@ class Model(nn.Module):
         if u is None:
             u = self.draw_quantiles(*x.shape, x.device)
         sigma, _, t = self.level(u)
-        scored = torch.ones_like(x, dtype=torch.bool) if segment is None else segment >= 0
+        scored = of_text(torch.ones_like(x, dtype=torch.bool), segment)
         if self.config.given:
             held = spans(*x.shape, x.device) & (torch.rand(len(x), 1, device=x.device) < self.config.given)
             sigma, scored = sigma.masked_fill(held, 0), scored & ~held
@@ -338,7 +337,7 @@ class Model(nn.Module):
             error = (e - denoised(noised(sigma), E)).square().sum(-1)
             moving = (u > 0) & (u < 1)
             total = total + rate * (1 + self.config.bound_stagger) * error / 2 * moving / n
-        return (total if segment is None else total * (segment >= 0)).sum(-1)
+        return of_text(total, segment).sum(-1)
 
     def nats_left(self, x):
         """-log p(x) in nats of the same network writing left to right, exact, (B,); T forwards. The tokens

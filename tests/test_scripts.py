@@ -14,6 +14,7 @@ import configurator
 import eval as evaluation
 import masked
 import sample
+import score
 import train
 import unmask
 from conftest import ROOT, TEXT, TINY
@@ -189,6 +190,7 @@ def test_the_knobs_of_the_rules_have_the_same_defaults_in_the_scripts_and_in_the
         for name, p in inspect.signature(function).parameters.items():
             if name in {f.name for f in dataclasses.fields(unmask.Config)} and p.default is not p.empty:
                 assert getattr(unmask.Config(), name) == p.default, (rule, name)
+    assert inspect.signature(score.Model.sample).parameters['stagger'].default == unmask.Config().stagger
 
 
 @pytest.mark.parametrize('flags, words', [

@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import regex  # tiktoken depends on it
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from common import MARKS, WORDS, Tokenizer  # noqa: E402
+from common import MARKS, WORDS, Tokenizer, load_tiktoken  # noqa: E402
 from configurator import fail  # noqa: E402
 from data import tools  # noqa: E402
 
@@ -59,6 +57,8 @@ def train_bpe(lines, vocab_size):
 
     Neighbours are counted within WORDS, and a merge recounts only the words that hold its pair.
     """
+    load_tiktoken('bpe')
+    import regex  # tiktoken depends on it
     counts = collections.Counter(word for line in lines for word in regex.findall(WORDS, line))
     pieces = [bytes([b]) for b in sorted({b for word in counts for b in word.encode()})]
     room = vocab_size - len(MARKS)
