@@ -18,7 +18,7 @@ import torch
 
 from configurator import fail
 
-OBJECTIVES = ('ar', 'masked', 'block', 'score')  # the concept files
+OBJECTIVES = ('ar', 'masked', 'block', 'score', 'vae', 'latent')  # the concept files
 
 
 # ---- device -----------------------------------------------------------------------------------------------
@@ -236,21 +236,21 @@ def rows_at_once(T, V):
 
 
 @torch.no_grad()
-def evaluate(nats, inputs, rows, seed=0):
+def evaluate(nats, inputs, text, rows, seed=0):
     """Mean of nats(*inputs) per token, and its standard error over windows; a function of the seed and of
     rows, the number of windows scored at once.
 
-    inputs: windows x (N, T), and for packed lines their segments (N, T), whose padding is no token.
-    nats: the same of B windows -> (B,), a likelihood or a bound in nats, called under the caller's autocast.
+    inputs: windows x (N, T) and what else nats takes, N rows each; text (N, T): which of x are tokens of the
+    text, and no padding. nats: the same of B windows -> (B,), a likelihood or a bound in nats, called under
+    the caller's autocast.
     """
     with torch.random.fork_rng():
         seed_everything(seed)
         values = torch.cat([nats(*part) for part in zip(*(t.split(rows) for t in inputs))]).cpu().double()
-    x, *segment = inputs
-    count = (segment[0] >= 0 if segment else torch.ones_like(x)).sum(-1).cpu()
+    count = text.bool().sum(-1).cpu()
     mean = values.sum() / count.sum()
     spread = (values - mean * count).std() / count.double().mean()  # of a ratio
-    return mean.item(), (spread / len(x) ** 0.5).item() if len(x) > 1 else float('nan')
+    return mean.item(), (spread / len(count) ** 0.5).item() if len(count) > 1 else float('nan')
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------

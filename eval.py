@@ -7,6 +7,7 @@ Measure a checkpoint: its likelihood on a text, or its own texts under a judge.
     python eval.py --out_dir=out-mdlm --T=10              # the bound of a diffusion in 10 steps
     python eval.py --mode=gen_ppl --out_dir=out-mdlm --judge=out-ar --steps=64 --temperature=1
     python eval.py --mode=frontier --out_dir=out-mdlm --judge=out-ar --csv=frontier.csv --plot=frontier.svg
+    python eval.py --mode=latents --out_dir=out-vae
 
 nll: the text is cut into windows of the model's block size, each scored on its own; every objective sees the
 same windows. The standard error is over windows and holds both the noise of the estimate and the spread of
@@ -21,6 +22,10 @@ different n-grams among all (distinct), and the share of a text's 4-grams that i
 The first row is the validation text's.
 
 frontier: the same for every rule and number of steps.
+
+latents: of a VAE, how much of a window comes back, and what it costs; of latent diffusion, how near its
+prediction of the next window comes to the true one, and (with a judge) how its texts compare with real
+windows that went through the VAE.
 """
 import csv
 import itertools
@@ -36,17 +41,19 @@ import torch
 import torch.nn.functional as F
 
 import common
+import latent
 import packing
 import unmask
+import vae
 from ar import token_nats
 from configurator import build, fail, help_text, read
 
-MODES = ('nll', 'gen_ppl', 'frontier')
+MODES = ('nll', 'gen_ppl', 'frontier', 'latents')
 
 
 @dataclass
 class Config(unmask.Config):
-    mode: str = 'nll'        # nll | gen_ppl | frontier
+    mode: str = 'nll'        # nll | gen_ppl | frontier | latents
     out_dir: str = ''        # folder of the checkpoint; '': the newest out*/
     which: str = 'best'      # best | last
     weights: str = 'ema'     # ema | slow, a second average | model, not averaged
@@ -83,7 +90,7 @@ class Config(unmask.Config):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of: "
                                  f"{', '.join(filter(None, known))}")
-        if self.mode != 'nll' and not self.judge:
+        if self.mode in ('gen_ppl', 'frontier') and not self.judge:
             raise ValueError(f"mode={self.mode} needs a judge, for example --judge=out-ar")
         if self.mode != 'frontier' and (self.rules or self.csv or self.plot):
             raise ValueError(f"rules, csv and plot are for mode=frontier, not for mode={self.mode}")
@@ -117,35 +124,44 @@ def load_text(config, checkpoint, tokenizer, device):
     return as_tokens(tokenizer.stream(other.decode((tokens.long() & 0xFFFF).tolist())), device)
 
 
-def rows_of(tokens, tokenizer, T, most, run):
-    """The tokens as windows, [x (N, T)], or as packed lines, [x, segment], altered as in training."""
-    if tokenizer.bos is None:
-        if len(tokens) < T:
-            fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
-        return [common.windows(tokens, T, most)]
-    lines = packing.Lines(tokens, tokenizer.bos, common.PAD, run['packed'], run['inserted'], run['expanded'])
-    return [t.to(tokens.device) for t in lines.rows(T, most)]
+def rows_of(tokens, tokenizer, model, most, run):
+    """What `nats` takes of the tokens, as in training: windows [x (N, T)], with what is before them for the
+    concepts of windows.py, or packed lines, [x, segment]. And which of x are text, (N, T) bool."""
+    T = model.config.block_size
+    if tokenizer.bos is not None:
+        how = run['packed'], run['inserted'], run['expanded']
+        lines = packing.Lines(tokens, tokenizer.bos, common.PAD, *how)
+        rows = [t.to(tokens.device) for t in lines.rows(T, most)]
+        return rows, rows[1] >= 0
+    if len(tokens) < T:
+        fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
+    if hasattr(model, 'cut'):
+        cut = model.cut(tokens, tokenizer.end)
+        rows = cut.inputs(cut.spread(most), getattr(model.config, 'n_prev', 0))
+    else:
+        rows = [common.windows(tokens, T, most)]
+    return rows, rows[0] != model.blank
 
 
 def nll(config, checkpoint, model, tokenizer, amp):
     """Print one row of the table."""
     T = model.config.block_size
     tokens = load_text(config, checkpoint, tokenizer, next(model.parameters()).device)
-    x, *segment = rows_of(tokens, tokenizer, T, config.windows, checkpoint['run'])
-    text = x[segment[0] >= 0] if segment else x
-    nats = lambda x, *segment: model.nats(x, config.draws, *segment)
+    (x, *others), kept = rows_of(tokens, tokenizer, model, config.windows, checkpoint['run'])
+    text = x[kept]
+    nats = lambda x, *others: model.nats(x, config.draws, *others)
     label = {'exact': 'exact', 'upper': 'upper bound'}[model.bound]
     if config.order and model.bound != 'exact':  # an autoregressive model's own order is left
         if not hasattr(model, 'nats_left'):
             fail(f"order={config.order} is not something {checkpoint['objective']} can do")
-        if segment:
+        if others:
             fail(f"order={config.order} reads windows, not packed lines: leave it out")
         nats, label = model.nats_left, 'exact, left to right'
     with amp:
-        mean, error = common.evaluate(nats, (x, *segment), common.rows_at_once(T, tokenizer.vocab_size),
+        mean, error = common.evaluate(nats, (x, *others), kept, common.rows_at_once(T, tokenizer.vocab_size),
                                        config.seed)
     per_byte = text.numel() / tokenizer.n_bytes(text.cpu()) / math.log(2)
-    whole = text if segment else tokens.long() & 0xFFFF
+    whole = text if tokenizer.bos is not None else tokens.long() & 0xFFFF
     words = len(tokenizer.decode(whole.tolist()).split())
     parameters = sum(p.numel() for p in model.parameters())
     word_perplexity = math.exp(min(700, mean * len(whole) / max(1, words)))
@@ -261,7 +277,8 @@ def written(model, config, tokenizer, device, **knobs):
         canvas = torch.full((rows, L), tokenizer.vocab_size, device=device)
         if tokenizer.bos is not None:
             canvas[:, 0] = tokenizer.bos
-        for canvas in unmask.generate(model, canvas, T, config.overlap or T // 2, **knobs):
+        whole = L if hasattr(model, 'unroll') else T  # a model of windows takes any length
+        for canvas in unmask.generate(model, canvas, whole, config.overlap or T // 2, **knobs):
             pass
         texts += [until_end(row, tokenizer) for row in canvas.tolist()]
         batches += 1
@@ -393,6 +410,83 @@ def plot(rows, path):
     pyplot.close(figure)
 
 
+# ---- latents ----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def reconstruction(encoder, x):
+    """What a VAE keeps of windows x (N, W), as rows of a table: (name, figure)."""
+    text, blank = x != encoder.blank, torch.full_like(x, encoder.blank)
+    mu, logvar = encoder.posterior(x)
+    z = mu + (logvar / 2).exp() * torch.randn_like(mu)
+    same = lambda again: f"{(again == x)[text].double().mean():.4f}"
+    again = encoder.write(mu, blank, blank)
+    whole = ((again == x) | ~text).all(-1)
+    kl = vae.kl_to_prior(mu, logvar).sum((1, 2))
+    noisy = {tau: same(encoder.write(mu, blank, blank, tau)) for tau in (0.1, 1.0)}
+    return [('tokens again, greedy (tau = 0)', same(again)), ('windows again', f"{whole.double().mean():.4f}"),
+            *((f'tokens again, tau = {tau}', share) for tau, share in noisy.items()),
+            ('tokens right, those before given', same(encoder.logits(mu, x, blank).argmax(-1))),
+            ('the same, z with its noise', same(encoder.logits(z, x, blank).argmax(-1))),
+            ('KL, nats per window', f"{kl.mean():.1f} ± {kl.std() / len(x) ** 0.5:.1f}"),
+            ('active units', f"{vae.active_units(mu):.0f} of {mu[0].numel()}"),
+            ('variance of mu, the least of a dimension', f"{mu.var(0).min():.3f}"),
+            ('information, nats (at most log of the windows)',
+             f"{vae.mutual_information(z, mu, logvar):.2f} of {math.log(len(x)):.2f}")]
+
+
+@torch.no_grad()
+def condition_effect(model, x, before):
+    """How often the prediction of the latents of windows x (N, W) from the windows `before` (N, n_prev, W),
+    their mean under the model, is nearer in angle to the true ones than to those of another window: rows of
+    a table."""
+    seen, there = model.context(before)
+    noise = latent.HIGH * torch.randn(len(x), model.n, model.d, device=x.device)
+    guess = model.denoise(noise, torch.full((len(x),), latent.HIGH, device=x.device), seen, there).flatten(1)
+    z = model.vae.encode(x).flatten(1)
+    right = F.cosine_similarity(guess, z)
+    wrong = F.cosine_similarity(guess, z.roll(len(x) // 2, 0))
+    won, N = (right > wrong).double(), len(x) ** 0.5
+    return [('true next window nearer than another', f"{won.mean():.4f} ± {won.std() / N:.4f}"),
+            ('cosine with the true one', f"{right.mean():.4f} ± {right.std() / N:.4f}"),
+            ('cosine with another', f"{wrong.mean():.4f} ± {wrong.std() / N:.4f}")]
+
+
+def latents(config, checkpoint, model, tokenizer, amp, device):
+    """Print what the latents of the validation windows tell."""
+    if not hasattr(model, 'unroll'):
+        fail(f"mode=latents is for vae and latent, not for {checkpoint['objective']}")
+    common.seed_everything(config.seed)
+    tokens = load_text(config, checkpoint, tokenizer, device)
+    rows, _ = rows_of(tokens, tokenizer, model, config.windows, checkpoint['run'])
+    encoder, x, prefix = getattr(model, 'vae', model), *rows[:2]
+    with amp:
+        table = condition_effect(model, x, rows[2]) if len(rows) == 3 else reconstruction(model, x)
+    print(f"| {checkpoint['objective']}, {len(x)} windows | |\n|---|---|")
+    print('\n'.join(f"| {name} | {figure} |" for name, figure in table))
+    if not config.judge:
+        return
+    judge, blank = judge_of(config, device), torch.full_like(x, encoder.blank)
+    texts = {'validation windows': x}
+    with amp:
+        texts['the same through the VAE'] = encoder.write(encoder.posterior(x)[0], prefix, blank, config.tau)
+        if len(rows) == 3:
+            rule, eta, (before, there) = config.rule or 'dpmpp_2m_sde', max(0, config.eta), model.context(rows[2])
+            *_, z = model.draw(before, there, config.steps, rule, eta, config.cfg)
+            texts['next windows'] = encoder.write(encoder.raw(z), prefix, blank, config.tau)
+            *_, z = model.draw(before, there & False, config.steps, rule, eta, 0.0)
+            texts['windows out of nothing'] = encoder.write(encoder.raw(z), blank, blank, config.tau)
+    print()
+    head()
+    for name, ids in texts.items():
+        strings = [(tokenizer.decode(row[row != encoder.blank].tolist()), False) for row in ids]
+        row(name, '', 0, 0, judged(judge, strings, device))
+
+
+def judge_of(config, device):
+    ours = os.path.isfile(Path(config.judge, 'last.pt'))
+    return OurJudge(config.judge, device) if ours else GPT2Judge(config.judge, device)
+
+
 def main(argv):
     files, _, flags = read(argv)
     if 'help' in flags:
@@ -407,10 +501,11 @@ def main(argv):
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
     if config.mode == 'nll':
         return nll(config, checkpoint, model, tokenizer, amp)
+    if config.mode == 'latents':
+        return latents(config, checkpoint, model, tokenizer, amp, device)
     if (config.overlap or 1) >= model.config.block_size:
         fail(f"overlap={config.overlap} must be smaller than block_size={model.config.block_size}")
-    ours = os.path.isfile(Path(config.judge, 'last.pt'))
-    judge = OurJudge(config.judge, device) if ours else GPT2Judge(config.judge, device)
+    judge = judge_of(config, device)
     measure = gen_ppl if config.mode == 'gen_ppl' else frontier
     if config.plot:
         check_matplotlib()

@@ -6,6 +6,8 @@ Write text with any checkpoint: unmasking, infilling, left to right, and texts l
     python sample.py --template="To be, ___ that is the ___." --hole=12
     python sample.py --watch                                      # the text as it denoises, in the terminal
     python sample.py --html=sample.html                           # the same as a page with a slider
+    python sample.py --out_dir=out-latent --start="I did not know what to make of it." --sentences=5
+    python sample.py --out_dir=out-vae --reconstruct --start="..."   # --interpolate="A|B", --nearest=3
 
 The rules: RULES.
 
@@ -22,10 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import common
+import latent
 import score
 import unmask
+import vae
 from configurator import build, fail, help_text, read
 
 
@@ -46,6 +51,12 @@ class Config(unmask.Config):
     hole: int = 8              # tokens of a hole
     stop: str = ''             # end a text behind this one; <|endoftext|> is GPT-2's
     min_entropy: float = 0.0   # end a text whose last 256 tokens have less entropy, nats (BD3-LM: 4)
+    sentences: int = 0         # vae, latent: windows to write behind the start; 0: what fits in length, or 5
+    joined: str = ' | '        # vae, latent: what stands between them
+    reconstruct: bool = False  # vae, latent: the start as latents and back
+    interpolate: str = ''      # vae, latent: A|B, two texts: the way from the latents of one to the other's
+    points: int = 7            # texts on that way
+    nearest: int = 0           # vae, latent: so many training windows that are nearest to the start
     watch: bool = False        # show the denoising in the terminal
     html: str = ''             # write the denoising to this file, a page that needs nothing else
 
@@ -54,14 +65,17 @@ class Config(unmask.Config):
         for name in ('num_samples', 'hole'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ('seed', 'length', 'overlap', 'min_entropy'):
+        if self.points < 2:
+            raise ValueError(f"points={self.points} must be at least 2: A and B")
+        for name in ('seed', 'length', 'overlap', 'min_entropy', 'sentences', 'nearest'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.template and (self.start or self.suffix or self.length):
             raise ValueError("template says where everything goes: leave out start, suffix and length")
 
 
-PAUSE = 0.05  # seconds between the pictures of --watch
+PAUSE = 0.05   # seconds between the pictures of --watch
+SENTENCES = 5  # windows behind a start, unless --sentences or --length says
 
 
 def given(text):
@@ -91,8 +105,9 @@ def known(tokenizer, text):
     return ids
 
 
-def make_canvas(config, start, tokenizer, block_size):
-    """One row of tokens that begins with `start`, V where the model is to write: (length,) int64."""
+def make_canvas(config, start, tokenizer, block_size, window=0):
+    """One row of tokens that begins with `start`, V where the model is to write: (length,) int64. window: of
+    a model that writes window after window, any number of them, else 0."""
     blank, bos = tokenizer.vocab_size, [] if tokenizer.bos is None else [tokenizer.bos]
     if config.template:
         parts = [known(tokenizer, part) for part in given(config.template).split('___')]
@@ -101,7 +116,10 @@ def make_canvas(config, start, tokenizer, block_size):
         row = bos + parts[0] + [i for part in parts[1:] for i in [blank] * config.hole + part]
     else:
         start, suffix = bos + known(tokenizer, start), known(tokenizer, given(config.suffix))
+        if window:
+            block_size = len(start) + (config.sentences or SENTENCES) * window
         length = config.length or block_size
+        block_size = length if window else block_size
         if len(start) >= min(length, block_size):
             fail(f"start has {len(start)} tokens: it must be shorter than the text ({length}) "
                  f"and the block ({block_size}); shorten it or raise --length")
@@ -198,23 +216,83 @@ def page(frames, tokenizer, title):
     return re.sub('|'.join(parts), lambda found: parts[found[0]], PAGE)
 
 
+def parts(row, start, W, ends):
+    """The windows that a model has written in row (ids) behind its first `start` tokens. ends (V,) bool."""
+    while start < len(row):
+        x = torch.tensor([row[start:start + W]])
+        length = int((~vae.beyond(x, ends)).sum())
+        yield row[start:start + length]
+        start += length
+
+
+def about_latents(config, model, tokenizer, dataset, folder):
+    """The lines that --interpolate, --nearest and --reconstruct print, of a model with a VAE."""
+    encoder, device = getattr(model, 'vae', model), model.mean.device
+    def windows_of(text, n=0):
+        return encoder.windows_of(torch.tensor(known(tokenizer, text), device=device), n)
+
+    def decode(row):
+        return tokenizer.decode(row[row != encoder.blank].tolist())
+
+    if config.interpolate:
+        ends = config.interpolate.split('|')
+        if len(ends) != 2 or not all(ends):
+            fail("interpolate takes two texts: --interpolate='A|B'")
+        a, b = encoder.encode(x := torch.cat([windows_of(text, 1) for text in ends]))
+        z = torch.stack([vae.slerp(a, b, i / (config.points - 1)) for i in range(config.points)])
+        blank = torch.full((len(z), x.size(1)), encoder.blank, device=device)
+        length = int((x != encoder.blank).sum(-1).max())
+        return [decode(row) for row in encoder.write(encoder.raw(z), blank, blank[:, :length], config.tau)]
+    if not config.start:
+        fail("reconstruct and nearest are about a text: give one with --start")
+    x = torch.cat([windows_of(text) for text in starts(config.start)])
+    lines = []
+    if config.reconstruct:
+        again = encoder.reconstruct(x.repeat_interleave(config.num_samples, 0), config.tau)
+        for row, copies in zip(x, again.split(config.num_samples)):
+            same = f"{(copies == row)[:, row != encoder.blank].float().mean():.0%} of the tokens"
+            lines += [decode(row), *(f"  -> {decode(copy)}" for copy in copies), f"  {same}"]
+    if config.nearest:
+        tokens = common.load_tokens(dataset, 'train', tokenizer.vocab_size, device)
+        windows = encoder.cut(tokens, tokenizer.end)
+        known_z = F.normalize(latent.cached(encoder, windows, folder).to(device).flatten(1).float(), dim=-1)
+        for row, z in zip(x, F.normalize(encoder.encode(x).flatten(1), dim=-1)):
+            cosine, i = (known_z @ z).topk(min(config.nearest, len(known_z)))
+            lines += [decode(row), *(f"  {c:.3f}  {decode(w)}" for c, w in zip(cosine, windows.window(i)))]
+    return lines
+
+
 def main(argv):
     files, _, flags = read(argv)
     if 'help' in flags:
-        rules = f"{', '.join(unmask.RULES)}; of score.py: {', '.join(score.RULES)}"
+        rules = (f"{', '.join(unmask.RULES)}; of score.py: {', '.join(score.RULES)}; "
+                 f"of latent.py: {', '.join(latent.RULES)}")
         return print(help_text(__doc__.replace('RULES', rules), Config))
     config, = build({**files, **flags}, Config)
     device = common.pick_device(config.device)
     checkpoint = common.load(path := common.find_checkpoint(config.out_dir, config.which))
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     block_size, blank = model.config.block_size, tokenizer.vocab_size
+    window = block_size if hasattr(model, 'unroll') else 0
+    tools = [name for name in ('reconstruct', 'interpolate', 'nearest') if getattr(config, name)]
+    if not window and (tools or config.sentences):
+        fail(f"{(tools or ['sentences'])[0]} is for vae and latent, not for {checkpoint['objective']}")
+    if window and 'temperature' in files.keys() | flags.keys():
+        fail(f"the temperature of {checkpoint['objective']} is --tau")
+    if tools:
+        with torch.no_grad(), common.autocast(device, common.pick_dtype(config.dtype, device)):
+            common.seed_everything(config.seed)
+            dataset = checkpoint['run']['dataset']
+            return print('\n'.join(about_latents(config, model, tokenizer, dataset, path.parent)))
     overlap = config.overlap or block_size // 2
     if overlap >= block_size:
         fail(f"overlap={overlap} must be smaller than block_size={block_size}")
     prompts = [prompt for prompt in starts(config.start) for _ in range(config.num_samples)]
-    canvas = torch.stack([make_canvas(config, p, tokenizer, block_size) for p in prompts]).to(device)
+    canvas = [make_canvas(config, p, tokenizer, block_size, window) for p in prompts]
+    canvas = torch.nn.utils.rnn.pad_sequence(canvas, batch_first=True, padding_value=blank).to(device)
     begin, stops = (canvas != blank).long().cumprod(-1).sum(-1).tolist(), stop_ids(config, tokenizer)
-    if config.min_entropy and model.revises:
+    revises = model.revises or config.trace
+    if config.min_entropy and revises:
         fail(f"min_entropy ends a text while it is written: {checkpoint['objective']} writes all at once")
 
     def found(canvas):
@@ -227,15 +305,19 @@ def main(argv):
     calls, frames, began = 0, [canvas], time.time()
     try:
         with common.autocast(device, common.pick_dtype(config.dtype, device)):
-            for canvas in unmask.generate(model, canvas, block_size, overlap, **config.knobs()):
+            most = dict(most=config.sentences or SENTENCES) if window and not config.length else {}
+            whole = canvas.size(1) if window else block_size  # a model of windows takes any length
+            for canvas in unmask.generate(model, canvas, whole, overlap, **config.knobs(), **most):
                 calls += 1
+                if config.trace and not config.watch:
+                    print(f"{calls:5d}  {tokenizer.decode(canvas[0, begin[0]:].tolist(), '')}")
                 if config.watch:
                     show(frames[-1][0].tolist(), canvas[0].tolist(), tokenizer)
                     time.sleep(PAUSE)
                     began += PAUSE
                 if config.watch or config.html:
                     frames.append(canvas)
-                if (stops or config.min_entropy) and not model.revises:
+                if (stops or config.min_entropy) and not revises:
                     ends = [end or new for end, new in zip(ends, found(canvas))]
                     if all(ends):
                         break
@@ -244,7 +326,15 @@ def main(argv):
     except KeyboardInterrupt:
         sys.exit(130)
     ends = [end or new for end, new in zip(ends, found(canvas))]
-    texts = [tokenizer.decode(row[:end or None]) for row, end in zip(canvas.tolist(), ends)]
+    rows = [[i for i in row[:end or None] if i != blank] if window else row[:end or None]
+            for row, end in zip(canvas.tolist(), ends)]
+    texts = [tokenizer.decode(row) for row in rows]
+    if window:
+        stops = getattr(model, 'vae', model).ends
+        texts = []
+        for row, start in zip(rows, begin):
+            written = [row[:start]] * (start > 0) + list(parts(row, start, window, stops))
+            texts.append(config.joined.join(map(tokenizer.decode, written)))
     seconds = time.time() - began
     print(('\n' + '-' * 60 + '\n').join(texts))
     print(f"[{path}, iteration {checkpoint['iter']}: {calls} network calls, {seconds:.2f} s, "

@@ -32,10 +32,11 @@ from model import optimizers
 
 @dataclass
 class Config:
-    objective: str = 'masked'           # the concept file: ar | masked | block | score
+    objective: str = 'masked'           # the concept file: ar | masked | block | score | vae | latent
     dataset: str = 'shakespeare_char'   # a folder of data/
     out_dir: str = 'out'                # where the checkpoints go
     init_from: str = 'scratch'          # scratch | resume | path of a checkpoint to take the weights from
+    base: str = ''                      # vae, latent: what it is built on, a folder or file (an ar; a vae)
     seed: int = 1337                    # of the weights, the batches and the noise
     device: str = 'auto'                # auto | cpu | cuda | cuda:1 | mps
     dtype: str = 'auto'                 # of the networks: auto | float32 | bfloat16
@@ -51,6 +52,7 @@ class Config:
     cooldown: float = 0.5               # linear: the share of max_iters spent going to 0
     grad_clip: float = 1.0              # norm of the gradient; 0: off
     ema_decay: float = 0.999            # of the averaged weights, float32, that are evaluated and sampled
+    ema_power: float = 0.0              # its warm-up over steps n: 0: (1 + n) / (10 + n) | p: 1 - (1 + n)^-p
     slow_decay: float = 0.0             # of a second average (--weights=slow of sample.py, eval.py); 0: none
     eval_interval: int = 500            # iterations between evaluations, each followed by a checkpoint
     eval_windows: int = 200             # validation windows (or lines), the same every time; 0: all
@@ -65,7 +67,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ('seed', 'lr', 'muon_lr', 'weight_decay', 'warmup_iters', 'grad_clip', 'eval_windows',
-                     'inserted'):
+                     'inserted', 'ema_power'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.cooldown <= 1 or not 0 <= self.ema_decay < 1 or not 0 <= self.slow_decay < 1:
@@ -84,7 +86,8 @@ def lr_share(it, run):
 
 
 def settings(argv):
-    """argv -> (run Config, concept Config, tokenizer meta, checkpoint to start from or None)."""
+    """argv -> (run Config, concept Config, tokenizer meta, checkpoint to start from or None, that of the
+    base or None)."""
     files, cpu, flags = read(argv)
     if 'help' in flags:
         objective = {**files, **flags}.get('objective', Config.objective)
@@ -105,17 +108,41 @@ def settings(argv):
     if source == 'resume' and knobs['objective'] != checkpoint['objective']:
         fail(f"objective={knobs['objective']}: the run to resume is of {checkpoint['objective']}, "
              f"that cannot change")
+    concept = common.concept(knobs.get('objective', Config.objective))
+    base = built_on(concept, knobs) if not checkpoint else None
+    if base:
+        inherited = concept.inherited(base['config'])
+        for name in inherited.keys() & flags.keys():
+            fail(f"{name} is the base's, {knobs['base']}: leave it out")
+        knobs |= inherited
     meta = common.load_meta(knobs.get('dataset', Config.dataset))
     vocab_size = common.Tokenizer(meta).vocab_size
-    run, config = build({**knobs, 'vocab_size': vocab_size}, Config,
-                        common.concept(knobs.get('objective', Config.objective)).Config)
+    run, config = build({**knobs, 'vocab_size': vocab_size}, Config, concept.Config)
     if source == 'resume' and asdict(config) != checkpoint['config']:
         name = next(k for k, v in asdict(config).items() if checkpoint['config'].get(k) != v)
         fail(f"{name}={getattr(config, name)} but the run to resume has {checkpoint['config'].get(name)}: "
              f"it cannot change")
     if checkpoint and checkpoint['tokenizer'] != meta:
         fail(f"dataset={run.dataset} has another vocabulary or source than the checkpoint was trained on")
-    return run, config, meta, checkpoint
+    if base and common.Tokenizer(base['tokenizer']).pieces != common.Tokenizer(meta).pieces:
+        fail(f"dataset={run.dataset} has another vocabulary than base={run.base}")
+    return run, config, meta, checkpoint, base
+
+
+def built_on(concept, knobs):
+    """The checkpoint that --base names (a file, or a folder: its best), if the concept is built on one."""
+    kind, path = getattr(concept.Model, 'built_on', None), knobs.get('base', '')
+    if kind is None:
+        return fail("base is for objective=vae and objective=latent") if path else None
+    make = f"`python train.py config/train_{kind}.py` makes one, --base=FOLDER names it"
+    if not path:
+        fail(f"objective={concept.__name__} is built on a checkpoint of {kind}: {make}")
+    if not Path(path).exists():
+        fail(f"base={path} does not exist; {make}")
+    checkpoint = common.load(common.find_checkpoint(path) if Path(path).is_dir() else path)
+    if checkpoint['objective'] != kind:
+        fail(f"base={path} is of {checkpoint['objective']}, it must be of {kind}: {make}")
+    return checkpoint
 
 
 def compiled(model, inputs, amp):
@@ -145,19 +172,25 @@ def average_gradients(params, world):
 
 
 @torch.no_grad()
-def update_ema(ema, params, decay, it):
+def update_ema(ema, params, decay, it, power=0.0):
     """ema <- decay * ema + (1 - decay) * params;
     the decay warms up, so that the first weights are soon forgotten."""
-    torch._foreach_lerp_(ema, params, 1 - min(decay, (1 + it) / (10 + it)))
+    warm = 1 - (1 + it) ** -power if power else (1 + it) / (10 + it)
+    torch._foreach_lerp_(ema, params, 1 - min(decay, warm))
 
 
 class State:
     """All that changes while training: weights, averaged weights, optimizers, iteration, best figure."""
 
-    def __init__(self, run, config, meta, checkpoint, device):
+    def __init__(self, run, config, meta, checkpoint, device, base=None):
         common.seed_everything(run.seed)
         self.run, self.config, self.meta, self.device = run, config, meta, device
         self.model = common.concept(run.objective).Model(config).to(device)
+        if base:
+            try:
+                self.model.inherit(base['ema'], common.Tokenizer(meta).pieces)
+            except (ValueError, RuntimeError) as e:
+                fail(f"the weights of base={run.base} do not fit: {str(e)[:200]}")
         self.iter, self.tokens, self.best, self.val = 0, 0, float('inf'), None
         if checkpoint:
             try:
@@ -179,11 +212,14 @@ class State:
                 optimizer.load_state_dict(state)
             self.iter, self.tokens, self.best = checkpoint['iter'], checkpoint['tokens'], checkpoint['best']
         self.peak = [run.lr, run.muon_lr]
+        self.gauge = None  # training windows by which a VAE measures its scale
 
     def step(self, loss_fn, batch, rank, world, amp):
         """One optimizer step over world * grad_accum micro-batches; returns the loss and the metrics (of the
         last micro-batch), on the device."""
         run, total, count = self.run, 0.0, 0
+        if hasattr(self.model, 'steps'):  # for weights of the loss that change with them
+            self.model.steps.fill_(self.iter)
         # micro-batch rank * grad_accum + i: the same noise, however they are spread
         for i in range(run.grad_accum):
             common.seed_everything(run.seed, self.iter, rank * run.grad_accum + i)
@@ -203,28 +239,32 @@ class State:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for average, decay in self.averages:
-            update_ema(average, self.params, decay, self.iter)
+            update_ema(average, self.params, decay, self.iter, run.ema_power)
         self.iter += 1
         self.tokens += count * world
         return dict(loss=total, **metrics)
 
-    def evaluate(self, inputs, amp):
-        """Validation figure of the averaged weights in nats per token, and its standard error.
-        inputs: x (N, T), and for lines their segments (N, T)."""
+    def evaluate(self, inputs, text, amp):
+        """Validation figure of the averaged weights in nats per token, and its standard error; arguments as
+        for common.evaluate."""
         rows = common.rows_at_once(self.config.block_size, self.config.vocab_size)
-        nats = lambda x, *segment: self.ema.nats(x, self.run.eval_draws, *segment)
+        nats = lambda x, *others: self.ema.nats(x, self.run.eval_draws, *others)
         with amp:
-            self.val = common.evaluate(nats, inputs, rows)
+            self.val = common.evaluate(nats, inputs, text, rows)
         return self.val
 
     def save(self):
-        """last.pt with everything, and best.pt when this is the best so far."""
+        """last.pt with everything, and best.pt when this is the best so far (of a VAE: always)."""
+        for net in filter(None, (self.ema, self.slow)):
+            if hasattr(net, 'measure'):
+                net.measure(self.gauge)
         state = dict(objective=self.run.objective, config=asdict(self.config), run=asdict(self.run),
                      tokenizer=self.meta, iter=self.iter, tokens=self.tokens, val=self.val,
                      ema=self.ema.state_dict())
         if self.slow:
             state |= dict(slow=self.slow.state_dict())
-        improved = self.val is not None and self.val[0] < self.best
+        always = not getattr(self.model, 'selects', True)
+        improved = self.val is not None and (always or self.val[0] < self.best)
         self.best = min(self.best, self.val[0]) if self.val else self.best
         state |= dict(best=self.best, model=self.model.state_dict())
         if improved:
@@ -233,21 +273,28 @@ class State:
         common.save(state, Path(self.run.out_dir, 'last.pt'))
 
 
-def examples(run, config, meta, device, rank):
-    """(a function that draws a batch: (the tensors a model takes, how many tokens they hold); the same
-    tensors of the validation split). Datasets of lines come packed, with segments; all others as windows."""
+def examples(run, config, meta, device, rank, model):
+    """(a function that draws a batch: (the tensors `model` takes, how many tokens they hold); what `nats`
+    takes of the validation split; which of its tokens (N, T) are text, see common.evaluate). Datasets of
+    lines come packed, with segments; all others as windows, for vae and latent with what is before them."""
     B, T = run.batch_size, config.block_size
     tokens = [common.load_tokens(run.dataset, split, config.vocab_size, device)
               for split in ('train', 'val')]
-    bos = common.Tokenizer(meta).bos
+    tokenizer = common.Tokenizer(meta)
+    bos = tokenizer.bos
     if bos is None:
         if run.inserted or run.expanded or not run.packed:
             fail(f"packed, inserted, expanded are for datasets of lines (data/lines), not for {run.dataset}")
         for split, t in zip(('train', 'val'), tokens):
             if len(t) < T:
                 fail(f"data/{run.dataset}/{split}.bin has {len(t)} tokens, fewer than block_size={T}")
+        if hasattr(model, 'cut'):
+            source = model.source(tokens[0], tokenizer.end, run.out_dir)
+            cut = model.cut(tokens[1], tokenizer.end)
+            val = cut.inputs(cut.spread(run.eval_windows), getattr(config, 'n_prev', 0))
+            return lambda: (source.batch(B), B * T), val, val[0] != model.blank
         val = common.windows(tokens[1], T, run.eval_windows)
-        return lambda: ((common.batch(tokens[0], B, T),), B * T), (val,)
+        return lambda: ((common.batch(tokens[0], B, T),), B * T), (val,), torch.ones_like(val)
     if not common.concept(run.objective).Model.packs:
         fail(f"objective={run.objective} takes no lines: prepare the text with data/text/prepare.py")
     lines, val = (packing.Lines(t, bos, common.PAD, run.packed, run.inserted, run.expanded) for t in tokens)
@@ -257,10 +304,11 @@ def examples(run, config, meta, device, rank):
     def batch():
         x, segment = lines.batch(B, T)
         return (x.to(device), segment.to(device)), int((segment >= 0).sum())
-    return batch, tuple(t.to(device) for t in val.rows(T, run.eval_windows))
+    val = tuple(t.to(device) for t in val.rows(T, run.eval_windows))
+    return batch, val, val[1] >= 0
 
 
-def train(state, batch, val, rank, world, amp, stop):
+def train(state, batch, val, text, rank, world, amp, stop):
     """The loop, from state.iter to max_iters or until stop() says so."""
     run, device = state.run, state.device
     loss_fn = compiled(state.model, batch()[0], amp) if run.compile else state.model
@@ -292,7 +340,7 @@ def train(state, batch, val, rank, world, amp, stop):
             print(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left",
                   flush=True)
         if rank == 0 and evaluating:
-            value, error = state.evaluate(val, amp)
+            value, error = state.evaluate(val, text, amp)
             kind = {'exact': 'exact', 'upper': 'upper bound'}[state.model.bound]
             bar.write(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}",
                       file=sys.stdout)
@@ -305,7 +353,7 @@ def train(state, batch, val, rank, world, amp, stop):
 
 
 def main(argv):
-    run, config, meta, checkpoint = settings(argv)
+    run, config, meta, checkpoint, base = settings(argv)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = common.pick_device(run.device)
     if world > 1:
@@ -316,8 +364,10 @@ def main(argv):
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
     dtype = common.pick_dtype(run.dtype, device)
-    batch, val = examples(run, config, meta, device, rank)
-    state = State(run, config, meta, checkpoint, device)
+    state = State(run, config, meta, checkpoint, device, base)
+    batch, val, text = examples(run, config, meta, device, rank, state.model)
+    if hasattr(state.model, 'measure'):
+        state.gauge = torch.cat([batch()[0][0] for _ in range(-(-2048 // run.batch_size))])
     if rank == 0:
         n = sum(p.numel() for p in state.params)
         print(f"{run.objective}: {n / 1e6:.2f}M parameters, "
@@ -339,7 +389,7 @@ def main(argv):
         dist.all_reduce(flag)
         return flag.item() > 0
 
-    train(state, batch, val, rank, world, common.autocast(device, dtype), stop)
+    train(state, batch, val, text, rank, world, common.autocast(device, dtype), stop)
     if caught and rank == 0:
         print(f"stopped by a signal at iteration {state.iter}: saved; "
               f"go on with --init_from=resume --out_dir={run.out_dir}")

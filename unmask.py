@@ -38,7 +38,7 @@ GRIDS = ('linear', 'cosine')
 @dataclass
 class Config:
     steps: int = 64            # of the denoiser for a block; an autoregressive model takes one a token
-    rule: str = ''             # see unmask.py and score.py; '': ancestral, in blocks random, score renoise
+    rule: str = ''             # see unmask, score, latent.py; '': ancestral; random; renoise; dpmpp_2m_sde
     temperature: float = 0.7   # 1: the model's own law; below: likelier tokens more often; 0: the likeliest
     top_k: int = 0             # draw from the k likeliest tokens; 0: all
     top_p: float = 1.0         # draw from the fewest tokens with this probability together
@@ -48,15 +48,20 @@ class Config:
     threshold: float = 0.9     # of rule=threshold: probability from which a token is safe
     factor: float = 1.0        # of rule=factor
     gamma: float = 0.1         # of rule=eb, nats
-    eta: float = 0.02          # of rule=remdm_cap, remdm_rescale, remdm_loop: how much to remask
+    eta: float = -1.0          # remdm: how much to remask (-1: 0.02); latent: share of new noise (-1: 0)
     first: str = ''            # score: which tokens lose their noise first: sure | random | left | together
     stagger: float = 3.0       # score: how far apart they lose it; each takes 1 / (1 + stagger) of the steps
+    tau: float = 0.0           # vae, latent: variance of noise on z and temperature of tokens; 0: greedy
+    context: int = 0           # latent: tokens of the start's end that are encoded; 0: all it can see
+    trace: bool = False        # latent: decode the latents at every step, as they come out of the noise
 
     def __post_init__(self):
-        for name in ('temperature', 'top_k', 'cfg', 'part_length', 'factor', 'gamma', 'eta',
-                     'stagger'):
+        for name in ('temperature', 'top_k', 'cfg', 'part_length', 'factor', 'gamma', 'stagger', 'tau',
+                     'context'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.eta < 0 and self.eta != -1:
+            raise ValueError(f"eta={self.eta} must not be negative (-1: the rule's own)")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
         if not 0 < self.top_p <= 1:

@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import inspect
+import json
 import shutil
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 
 import common
 import train
+import vae
 
 SIZES = dict(vocab_size=7, block_size=8, n_layer=2, n_head=2, n_embd=16)
+VAE = SIZES | dict(base_context=16, n_latent=2, d_latent=4)
+MORE = {'vae': VAE, 'latent': dict(stride=4, vae=json.dumps(dataclasses.asdict(vae.Config(**VAE))))}
 
 
 @pytest.fixture(params=common.OBJECTIVES)
@@ -18,12 +22,24 @@ def concept(request):
     return common.concept(request.param)
 
 
-def random_model(concept):
+def config_of(concept, **knobs):
+    return concept.Config(**{**SIZES, **MORE.get(concept.__name__, {}), **knobs})
+
+
+def random_model(concept, **knobs):
     torch.manual_seed(0)
-    model = concept.Model(concept.Config(**SIZES))
-    head = model.gpt.head or model.head  # score.py has its own
-    torch.nn.init.normal_(head.weight, std=0.1)
+    model = concept.Model(config_of(concept, **knobs))
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.1)
     return model
+
+
+def inputs(concept, B=6):
+    """What `forward` takes: tokens, but of latent diffusion latents."""
+    if concept.__name__ == 'latent':
+        return torch.randn(B, 2, 4), torch.randn(B, 1, 2, 4), torch.ones(B, 1, dtype=torch.bool)
+    return torch.randint(7, (B, 8)),
 
 
 def test_the_config_is_a_dataclass_whose_every_knob_has_a_comment_and_a_plain_type(concept):
@@ -37,26 +53,26 @@ def test_the_config_is_a_dataclass_whose_every_knob_has_a_comment_and_a_plain_ty
 
 def test_forward_gives_a_scalar_loss_and_plain_metrics_and_every_parameter_a_gradient(concept):
     model = random_model(concept)
-    loss, metrics = model(torch.randint(7, (6, 8)))
+    loss, metrics = model(*inputs(concept))
     assert (loss.shape == () and loss.isfinite()
             and all(v.shape == () and not v.requires_grad for v in metrics.values()))
     loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_forward_traces_as_one_graph_and_draws_new_noise_every_call(concept):
-    model, x = random_model(concept), torch.randint(7, (6, 8))
+    model, x = random_model(concept), inputs(concept)
     loss_fn = torch.compile(model, backend='eager', fullgraph=True)
-    losses = {loss_fn(x)[0].item() for _ in range(4)}
+    losses = {loss_fn(*x)[0].item() for _ in range(4)}
     assert len(losses) == (1 if model.bound == 'exact' else 4)
 
 
 def test_the_loss_compiles_to_machine_code_without_falling_back(concept, capsys):
     if not shutil.which('g++'):
         pytest.skip("no C++ compiler; tracing is tested above")
-    x = torch.randint(7, (6, 8))
-    model = concept.Model(concept.Config(**{**SIZES, 'n_layer': 1}))
-    assert train.compiled(model, (x,), contextlib.nullcontext()) is not model, capsys.readouterr().err
+    model = concept.Model(config_of(concept, n_layer=1))
+    loss_fn = train.compiled(model, inputs(concept), contextlib.nullcontext())
+    assert loss_fn is not model, capsys.readouterr().err
     torch._dynamo.reset()
 
 

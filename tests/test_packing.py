@@ -259,7 +259,7 @@ def test_texts_to_be_judged_begin_with_bos(lines, monkeypatch, capsys):
 def test_rows_of_equal_nats_per_token_leave_no_error_whatever_their_lengths():
     segment = torch.tensor([[0, 0, 0, 0], [0, 0, -1, -1], [0, 1, 1, -1]])
     nats = lambda x, segment: 1.5 * (segment >= 0).sum(-1)
-    mean, error = common.evaluate(nats, (torch.zeros(3, 4, dtype=torch.long), segment), 2)
+    mean, error = common.evaluate(nats, (torch.zeros(3, 4, dtype=torch.long), segment), segment >= 0, 2)
     assert mean == 1.5 and error < 1e-12
     counts = (segment >= 0).sum(-1).double()
     values, ratios = counts * 1.5 + torch.tensor([0.5, -0.1, 0.2]), []
@@ -267,7 +267,8 @@ def test_rows_of_equal_nats_per_token_leave_no_error_whatever_their_lengths():
         kept = [i for i in range(3) if i != left_out]
         ratios.append(values[kept].sum() / counts[kept].sum())
     ratios, rows = torch.stack(ratios), iter(values.split(2))
-    _, error = common.evaluate(lambda x, s: next(rows), (torch.zeros(3, 4, dtype=torch.long), segment), 2)
+    _, error = common.evaluate(lambda x, s: next(rows), (torch.zeros(3, 4, dtype=torch.long), segment), segment >= 0,
+                                 2)
     assert abs(error / (2 / 3 * ((ratios - ratios.mean()) ** 2).sum()).sqrt() - 1) < 0.35
 
 

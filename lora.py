@@ -1,0 +1,82 @@
+"""
+Low-rank adapters: a frozen network with small changes of its own (LoRA, arXiv 2106.09685).
+
+    W' = W + alpha / rank * B A,    A (rank, in) random, B (out, rank) zero: at first nothing has changed.
+
+`adapt(net)` returns a second network: the same frozen tensors, not copies of them, each target matrix with
+an A and a B of its own. So one base carries as many adapters as one likes, each under the name of its
+network, and switching is calling another one: there is no state to set, to forget, or to be wrong when
+gradients are computed.
+"""
+import copy
+import itertools
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class LoRA(nn.Module):
+    """A linear layer and its low-rank change; dropout is on what enters the change."""
+
+    def __init__(self, linear, rank, alpha, dropout):
+        super().__init__()
+        self.linear, self.scale, self.drop = linear, alpha / rank, nn.Dropout(dropout)
+        like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features, **like) * linear.in_features ** -0.5)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+        self.register_buffer('merged', None, persistent=False)
+
+    def forward(self, x):
+        if self.merged is not None:
+            return F.linear(x, self.merged, self.linear.bias)
+        return self.linear(x) + self.scale * F.linear(F.linear(self.drop(x), self.A), self.B)
+
+
+def adapt(net, rank, alpha, dropout=0.0, targets=('qkv', 'proj', 'fc')):
+    """A network with the modules of `net`, which is frozen, over the same tensors; the linear layers whose
+    last name is a target are adapted. Raises ValueError if there is none."""
+    net.requires_grad_(False)
+    shared = {id(t): t for t in itertools.chain(net.parameters(), net.buffers())}
+    net = copy.deepcopy(net, shared)
+    found = [(module, name, child) for module in net.modules() for name, child in module.named_children()
+             if name in targets and isinstance(child, nn.Linear)]
+    if not found:
+        names = {path.split('.')[-1] for path, m in net.named_modules() if isinstance(m, nn.Linear)}
+        raise ValueError(f"lora_targets={','.join(targets)} match no linear layer; "
+                         f"there are {', '.join(sorted(names))}")
+    for module, name, linear in found:
+        setattr(module, name, LoRA(linear, rank, alpha, dropout))
+    return net
+
+
+def layers(net):
+    return [module for module in net.modules() if isinstance(module, LoRA)]
+
+
+@torch.no_grad()
+def merge(net):
+    """W' in one matrix: no dropout and no cost beyond the base's. The base is not touched."""
+    for layer in layers(net):
+        layer.merged = layer.linear.weight + layer.scale * layer.B @ layer.A
+
+
+def unmerge(net):
+    for layer in layers(net):
+        layer.merged = None
+
+
+def adapters(net):
+    """The state dict of A and B alone; `net.load_state_dict(..., strict=False)` takes it back."""
+    return {name: p for name, p in net.state_dict().items() if name.endswith(('.A', '.B'))}
+
+
+@torch.no_grad()
+def load_base(net, weights):
+    """Copy the weights of a network that is not adapted into an adapted one. Raises ValueError by name."""
+    for name, p in net.state_dict().items():
+        name = name.replace('.linear.', '.')
+        if not name.endswith(('.A', '.B')):
+            if name not in weights or weights[name].shape != p.shape:
+                raise ValueError(f"{name} is missing in the base, or has another shape")
+            p.copy_(weights[name])

@@ -1,0 +1,269 @@
+"""The way from an autoregressive checkpoint to latent diffusion through the scripts, and what stands in it."""
+import json
+import re
+
+import pytest
+import torch
+
+import common
+import eval as evaluation
+import sample
+import train
+from conftest import TEXT, TINY
+
+WINDOWS = ['--block_size=16', '--n_latent=2', '--d_latent=4', '--lora_rank=2']
+ONLY_SIZES = [knob for knob in TINY if knob.split('=')[0] in ('--n_layer', '--n_head', '--n_embd')]
+NO_SIZES = [knob for knob in TINY if knob not in ONLY_SIZES]
+
+
+def run_vae(*more):
+    train.main([*NO_SIZES, '--objective=vae', '--base=out-ar', '--out_dir=out-vae', *WINDOWS, *more])
+
+
+def run_latent(*more):
+    train.main([*TINY, '--objective=latent', '--base=out-vae', '--out_dir=out-latent', '--stride=4', *more][:])
+
+
+@pytest.fixture
+def base(workdir):
+    train.main([*TINY, '--objective=ar', '--out_dir=out-ar', '--block_size=32'])
+    return workdir
+
+
+@pytest.fixture
+def both(base):
+    run_vae()
+    without = [knob for knob in TINY if not knob.startswith('--block_size')]
+    train.main([*without, '--objective=latent', '--base=out-vae', '--out_dir=out-latent', '--stride=4'])
+    return base
+
+
+LATENT = [knob for knob in TINY if not knob.startswith('--block_size')] + [
+    '--objective=latent', '--base=out-vae', '--out_dir=out-latent', '--stride=4']
+
+
+def test_a_vae_takes_its_sizes_and_weights_from_the_base_and_keeps_them(base):
+    run_vae()
+    ar, vae = (common.load(f'out-{name}/last.pt') for name in ('ar', 'vae'))
+    assert vae['config']['n_embd'] == 16 and vae['config']['base_context'] == 32
+    for name, p in ar['ema'].items():
+        mine = name.replace('gpt.', 'decoder.')
+        mine = mine if mine in vae['ema'] else mine.replace('.weight', '.linear.weight')
+        assert torch.equal(vae['ema'][mine], p), name
+
+
+def test_the_latents_of_held_out_windows_have_about_unit_variance(base):
+    run_vae('--max_iters=40', '--eval_interval=40', '--lr=0.02')
+    model, _ = common.load_model(common.load('out-vae/last.pt'), torch.device('cpu'))
+    tokens = common.load_tokens('tiny', 'val', 100, torch.device('cpu'))
+    windows = model.cut(tokens, None)
+    z = model.encode(windows.window(windows.spread(0)))
+    assert 0.7 < z.std() < 1.4 and z.mean().abs() < 0.3
+    assert not torch.equal(model.std, torch.ones_like(model.std))
+
+
+def test_the_best_checkpoint_of_a_vae_is_the_newest_for_the_bound_is_not_what_it_lowers(base):
+    run_vae('--kl_weight=0')
+    assert common.load('out-vae/best.pt')['iter'] == common.load('out-vae/last.pt')['iter'] == 4
+
+
+def test_a_latent_checkpoint_holds_its_vae_and_needs_neither_it_nor_the_latents_any_more(both, capsys):
+    import shutil
+    shutil.rmtree('out-vae'), shutil.rmtree('out-ar'), shutil.rmtree('data')
+    for path in (both / 'out-latent').glob('latents-*'):
+        path.unlink()
+    capsys.readouterr()
+    sample.main(['--out_dir=out-latent', '--steps=3', '--sentences=2', '--num_samples=1', '--start=To be'])
+    out = capsys.readouterr().out.rstrip('\n')
+    parts = out.split(' | ')
+    assert parts[0] == 'To be' and [len(part) for part in parts[1:]] == [16, 16]
+
+
+@pytest.mark.parametrize('objective', ['vae', 'latent'])
+def test_a_run_that_is_resumed_ends_as_if_it_had_not_stopped(both, objective):
+    whole = common.load(f'out-{objective}/last.pt')
+    start = NO_SIZES + WINDOWS + ['--objective=vae', '--base=out-ar'] if objective == 'vae' else LATENT
+    out = f'--out_dir=again-{objective}'
+
+    class Stop(Exception):
+        pass
+    step = train.State.step
+
+    def stopping(state, *args):
+        if state.iter == 2:
+            raise Stop
+        return step(state, *args)
+    train.State.step = stopping
+    try:
+        with pytest.raises(Stop):
+            train.main([*start, out])
+    finally:
+        train.State.step = step
+    train.main(['--init_from=resume', out])
+    again = common.load(f'again-{objective}/last.pt')
+    for kind in ('model', 'ema'):
+        assert all(torch.equal(p, again[kind][name]) for name, p in whole[kind].items()), kind
+    assert again['iter'] == 4 and again['val'] == whole['val']
+
+
+def test_the_average_of_latent_diffusion_warms_up_by_its_power():
+    ema, params = [torch.zeros(1)], [torch.ones(1)]
+    train.update_ema(ema, params, 0.9999, 0, 2 / 3)
+    assert ema[0].item() == 1  # 1 - (1 + 0)^(-2/3) = 0: the first weights count whole
+    ema = [torch.zeros(1)]
+    train.update_ema(ema, params, 0.9999, 7, 2 / 3)
+    assert ema[0].item() == pytest.approx(0.25)  # 8^(-2/3)
+    ema = [torch.zeros(1)]
+    train.update_ema(ema, params, 0.9999, 10 ** 9, 2 / 3)
+    assert ema[0].item() == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_reconstruct_prints_every_window_and_how_much_of_it_comes_back(both, capsys):
+    for out in ('out-vae', 'out-latent'):
+        capsys.readouterr()
+        sample.main([f'--out_dir={out}', '--reconstruct', '--num_samples=2', '--start=' + TEXT[:40]])
+        lines = capsys.readouterr().out.rstrip('\n').split('\n')
+        shares = [line for line in lines if re.fullmatch(r'  \d+% of the tokens', line)]
+        assert len(shares) == 3 and sum('  -> ' in line for line in lines) == 6
+
+
+def test_reconstruct_is_the_same_every_time_at_tau_zero(both, capsys):
+    texts = []
+    for knobs in ([], ['--seed=2'], ['--tau=1'], ['--tau=1', '--seed=2']):
+        capsys.readouterr()
+        sample.main(['--out_dir=out-vae', '--reconstruct', '--start=' + TEXT[:16], *knobs])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[2] != texts[3]
+
+
+def test_interpolate_prints_so_many_points(both, capsys):
+    capsys.readouterr()
+    sample.main(['--out_dir=out-vae', '--interpolate=To be|or not to', '--points=5'])
+    out = capsys.readouterr().out
+    lines = [line for line in out.rstrip('\n').split('\n')]
+    assert sum(map(len, lines)) + len(lines) - 5 == 5 * len('or not to')  # a text may hold line breaks
+
+
+def test_nearest_finds_a_training_window_itself(both, capsys):
+    model, tokenizer = common.load_model(common.load('out-vae/last.pt'), torch.device('cpu'))
+    window = TEXT[16 * 3:16 * 4]
+    capsys.readouterr()
+    sample.main(['--out_dir=out-vae', '--nearest=2', '--start=' + window])
+    out = capsys.readouterr().out
+    assert '  1.000  ' in out and out.count(window) >= 1 and len(re.findall(r'^  -?\d\.\d{3}  ', out, re.M)) == 2
+
+
+def test_trace_prints_a_line_for_every_step_and_the_page_has_a_frame_for_each(both, capsys):
+    capsys.readouterr()
+    sample.main(['--out_dir=out-latent', '--trace', '--steps=4', '--sentences=2', '--num_samples=1', '--html=t.html'])
+    out = capsys.readouterr().out
+    assert [int(n) for n in re.findall(r'^ +(\d+)  ', out, re.M)] == list(range(1, 9))
+    frames = re.search(r'const frames = (\[.*?\]), text', (both / 't.html').read_text()).group(1)
+    assert len(json.loads(frames)) == 9
+
+
+def test_starts_of_different_lengths_get_as_many_windows_each(both, capsys):
+    (both / 'starts.txt').write_text('To be\nor not to be\n')
+    capsys.readouterr()
+    sample.main(['--out_dir=out-latent', '--steps=2', '--sentences=2', '--num_samples=1', '--start=FILE:starts.txt'])
+    texts = capsys.readouterr().out.rstrip('\n').split('\n' + '-' * 60 + '\n')
+    assert [[len(part) for part in text.split(' | ')] for text in texts] == [[5, 16, 16], [12, 16, 16]]
+
+
+def test_length_and_what_joins_the_windows_can_be_chosen(both, capsys):
+    for out in ('out-vae', 'out-latent'):
+        capsys.readouterr()
+        sample.main([f'--out_dir={out}', '--steps=2', '--length=40', '--num_samples=1', '--joined=#'])
+        assert [len(part) for part in capsys.readouterr().out.rstrip('\n').split('#')] == [16, 16, 8]
+
+
+def test_windows_that_are_sentences_go_through_all_scripts(base, capsys):
+    run_vae('--sentences=True')
+    train.main(LATENT)
+    checkpoint = common.load('out-latent/last.pt')
+    model, tokenizer = common.load_model(checkpoint, torch.device('cpu'))
+    assert [tokenizer.piece(i) for i in model.vae.ends.nonzero().flatten().tolist()] == ['\n', '.']
+    capsys.readouterr()
+    sample.main(['--out_dir=out-latent', '--steps=2', '--sentences=2', '--num_samples=1', '--start=To be.'])
+    assert len(capsys.readouterr().out.split(' | ')) == 3
+    evaluation.main(['--out_dir=out-latent', '--windows=20'])
+    row = capsys.readouterr().out.rstrip('\n').split('\n')[-1]
+    assert 'upper bound' in row and '20 of 16' in row
+
+
+def test_the_report_of_a_vae_agrees_with_its_reconstructions(base, capsys):
+    run_vae()
+    capsys.readouterr()
+    evaluation.main(['--out_dir=out-vae', '--mode=latents', '--windows=30'])
+    report = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', capsys.readouterr().out, re.M))
+    model, _ = common.load_model(common.load('out-vae/best.pt'), torch.device('cpu'))
+    windows = model.cut(common.load_tokens('tiny', 'val', 100, torch.device('cpu')), None)
+    x = windows.window(windows.spread(30))
+    assert float(report['tokens again, greedy (tau = 0)']) == pytest.approx(
+        (model.reconstruct(x) == x).double().mean().item(), abs=1e-4)
+    kl = model.posterior(x)[0].square().sum((1, 2)).mean().item() / 2
+    assert float(report['KL, nats per window'].split()[0]) == pytest.approx(kl, abs=0.1)
+
+
+def test_the_effect_of_the_condition_is_one_half_without_one_and_one_with_the_answer_at_hand(both):
+    model, _ = common.load_model(common.load('out-latent/last.pt'), torch.device('cpu'))
+    x = torch.randint(20, (400, 16), generator=torch.Generator().manual_seed(0))
+    z = model.vae.encode(x)
+    before = torch.full((400, 1, 16), model.blank)
+    model.denoise = lambda *_: z
+    assert evaluation.condition_effect(model, x, before)[0][1].startswith('1.0000')
+    model.denoise = lambda *_: torch.randn(400, model.n, model.d, generator=torch.Generator().manual_seed(1))
+    share = float(evaluation.condition_effect(model, x, before)[0][1].split()[0])
+    assert abs(share - 0.5) < 0.125  # 5 standard errors
+
+
+def test_a_judge_compares_next_windows_with_real_ones(both, capsys):
+    capsys.readouterr()
+    evaluation.main(['--out_dir=out-latent', '--mode=latents', '--windows=10', '--judge=out-ar', '--steps=2'])
+    out = capsys.readouterr().out
+    for name in ('validation windows', 'the same through the VAE', 'next windows', 'windows out of nothing'):
+        assert f'\n| {name} | ' in out
+
+
+MISTAKES = [
+    (train, [*NO_SIZES, '--objective=vae', *WINDOWS], ['base', 'config/train_ar.py']),
+    (train, [*NO_SIZES, '--objective=vae', '--base=nowhere', *WINDOWS], ['nowhere', 'config/train_ar.py']),
+    (train, [*NO_SIZES, '--objective=vae', '--base=out-vae', *WINDOWS], ['out-vae', 'vae', 'of ar']),
+    (train, [*NO_SIZES, '--objective=vae', '--base=out-ar', '--block_size=17'], ['block_size=17', '34', '32']),
+    (train, [*NO_SIZES, '--objective=vae', '--base=out-ar', '--n_embd=32', *WINDOWS], ['n_embd', 'base']),
+    (train, [*NO_SIZES, '--objective=vae', '--base=out-ar', *WINDOWS, '--lora_targets=query'], ['query', 'qkv']),
+    (train, [*NO_SIZES, '--objective=vae', '--base=out-ar', *WINDOWS, '--dataset=other'], ['other', 'vocabulary']),
+    (train, [*LATENT, '--base=out-ar'], ['out-ar', 'of vae', 'config/train_vae.py']),
+    (train, [*LATENT, '--stride=5'], ['stride=5', '16']),
+    (train, [*LATENT, '--block_size=8'], ['block_size', 'base']),
+    (train, [*TINY, '--objective=masked', '--base=out-ar'], ['base', 'vae']),
+    (sample, ['--out_dir=out-ar', '--reconstruct', '--start=To be'], ['reconstruct', 'vae']),
+    (sample, ['--out_dir=out-ar', '--sentences=2'], ['sentences', 'vae']),
+    (sample, ['--out_dir=out-ar', '--trace'], ['trace']),
+    (sample, ['--out_dir=out-vae', '--reconstruct'], ['--start']),
+    (sample, ['--out_dir=out-vae', '--interpolate=To be'], ['A|B']),
+    (sample, ['--out_dir=out-vae', '--reconstruct', '--start=Ω'], ["'Ω'"]),
+    (sample, ['--out_dir=out-vae', '--temperature=0.5'], ['temperature', '--tau']),
+    (sample, ['--out_dir=out-vae', '--steps=3', '--rule=euler'], ['rule', 'VAE']),
+    (sample, ['--out_dir=out-latent', '--context=17', '--start=To be'], ['context=17', '16']),
+    (sample, ['--out_dir=out-latent', '--suffix=To be'], ['left to right']),
+    (sample, ['--out_dir=out-latent', '--rule=confidence'], ['confidence', 'dpmpp_2m']),
+    (sample, ['--out_dir=out-latent', '--cfg=1'], ['cfg', '--start']),
+    (sample, ['--out_dir=out-latent', '--points=1'], ['points']),
+    (evaluation, ['--out_dir=out-ar', '--mode=latents'], ['latents', 'vae']),
+]
+
+
+def test_mistakes_end_in_one_line_and_leave_nothing_behind(both, mistake):
+    other = both / 'data' / 'other'
+    other.mkdir()
+    meta = json.loads((both / 'data' / 'tiny' / 'meta.json').read_text())
+    (other / 'meta.json').write_text(json.dumps({**meta, 'chars': meta['chars'][::-1]}))
+    for split in ('train', 'val'):
+        (other / f'{split}.bin').write_bytes((both / 'data' / 'tiny' / f'{split}.bin').read_bytes())
+    there = sorted(both.rglob('*'))
+    for script, argv, words in MISTAKES:
+        argv = argv + ['--out_dir=out-new'] * (script is train)
+        line = mistake(script.main, *argv)
+        assert all(word in line for word in words), (argv, line)
+        assert sorted(both.rglob('*')) == there, argv

@@ -1,0 +1,460 @@
+"""vae.py: encoder, decoder, bound and metrics, against answers known otherwise."""
+import contextlib
+import math
+
+import pytest
+import torch
+
+import ar
+import model
+import train
+import vae
+
+SIZES = dict(vocab_size=7, block_size=8, base_context=16, n_layer=2, n_head=2, n_embd=16, n_latent=2,
+             d_latent=4, lora_rank=2)
+V = 7
+
+
+def random_model(std=0.3, **knobs):
+    torch.manual_seed(0)
+    net = vae.Model(vae.Config(**{**SIZES, **knobs}))
+    for name, p in net.named_parameters():
+        if p.dim() > 1 and name not in ('w_e.weight', 'w_d.weight'):
+            torch.nn.init.normal_(p, std=std)
+    return net
+
+
+def text(B=4, seed=1, W=8):
+    return torch.randint(V, (B, W), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- encoder
+
+@pytest.mark.parametrize('knobs', [{}, dict(pooled=True), dict(n_latent=1), dict(n_latent=1, pooled=True),
+                                   dict(arch='gpt2'), dict(whole=True)])
+def test_the_encoder_sees_the_whole_window_and_nothing_behind_its_end(knobs):
+    net = random_model(**knobs).eval()
+    x = text()
+    x[:, 5:] = V
+    mu, _ = net.posterior(x)
+    assert mu.shape == (4, net.config.n_latent, 4)
+    longer = torch.full((4, 12), V)
+    longer[:, :5] = x[:, :5]
+    assert torch.allclose(mu, net.posterior(longer)[0], atol=1e-5)  # pads, how many there may be
+    for i in range(5):  # every token counts, the last too
+        other = x.clone()
+        other[:, i] = (other[:, i] + 1) % V
+        assert ((mu - net.posterior(other)[0]).abs().amax((1, 2)) > 1e-4).all(), i
+
+
+def test_the_pooling_weights_are_zero_on_pads_and_sum_to_one():
+    net = random_model(pooled=True)
+    x = text()
+    x[0, 3:] = V
+    x[1, 1:] = V
+    h = net.encoder.trunk(net.encoder.embed(x), (x != V)[:, None, None])
+    weights = net.pooling(h, x != V)
+    assert weights.shape == (4, 2, 8) and torch.allclose(weights.sum(-1), torch.ones(4, 2))
+    assert (weights[(x == V)[:, None].expand(-1, 2, -1)] == 0).all() and (weights[1, :, 0] == 1).all()
+
+
+def test_an_empty_window_has_latents_that_are_numbers():
+    for knobs in ({}, dict(pooled=True)):
+        net = random_model(**knobs)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert net.posterior(torch.full((2, 8), V))[0].isfinite().all()
+
+
+def test_w_e_is_orthogonal_and_w_d_begins_as_its_transpose():
+    torch.manual_seed(3)
+    net = vae.Model(vae.Config(**SIZES))
+    assert net.w_e.weight.shape == (4, 16) and torch.equal(net.w_d.weight, net.w_e.weight.T)
+    assert torch.allclose(net.w_e.weight @ net.w_e.weight.T, torch.eye(4), atol=1e-6)
+    assert not net.w_e.bias.any() and not net.w_d.bias.any()
+    assert net.w_d.weight.data_ptr() != net.w_e.weight.data_ptr()  # not tied afterwards
+
+
+def test_latents_leave_encode_with_mean_0_and_variance_1_over_the_windows_they_were_measured_on():
+    net, x = random_model(), text(600)
+    before = net.encode(x)
+    net.measure(x)
+    z = net.encode(x)
+    assert (z.mean(0).abs() < 1e-4).all() and torch.allclose(z.square().mean(0), torch.ones(2, 4), atol=0.01)
+    assert not torch.allclose(before.std(0), torch.ones(2, 4), atol=0.1)
+    assert torch.allclose(net.raw(z), net.posterior(x)[0], atol=1e-5)
+    again = vae.Model(net.config)
+    again.load_state_dict(net.state_dict())  # the scale is in the checkpoint
+    assert torch.allclose(again.encode(x), z)
+
+
+# ---- decoder
+
+def test_the_first_target_is_predicted_from_bos_and_each_from_the_tokens_before_it_alone():
+    net = random_model()
+    z, x, prefix = torch.randn(4, 2, 4), text(), text(seed=2)
+    logits = net.logits(z, x, prefix)
+    assert logits.shape == (4, 8, V)
+    for i in range(8):
+        other = x.clone()
+        other[:, i] = (other[:, i] + 1) % V
+        changed = (net.logits(z, other, prefix) - logits).abs().amax((0, 2)) > 1e-5
+        assert changed.tolist() == [j > i for j in range(8)]
+    assert ((net.logits(z + 1, x, prefix) - logits).abs().amax(-1) > 1e-5).all()  # z is seen everywhere
+    assert ((net.logits(z, x, text(seed=3)) - logits).abs().amax(-1) > 1e-5).all()  # so is the prefix
+
+
+def test_a_blank_prefix_is_not_seen_and_a_shorter_one_ends_at_the_same_place():
+    net = random_model()
+    z, x, prefix = torch.randn(4, 2, 4), text(), text(seed=2)
+    prefix[:, :5] = V
+    logits = net.logits(z, x, prefix)
+    h, seen, where = net.opening(z, prefix)
+    assert seen.tolist() == [[True] * 2 + [False] * 5 + [True] * 3] * 4
+    moved = h.clone()
+    moved[:, 2:7] = 9  # what stands there does not matter
+    net.opening = lambda *_: (moved, seen, where)
+    assert torch.allclose(net.logits(z, x, prefix), logits, atol=1e-5)
+
+
+def test_a_base_without_adapters_and_latents_that_are_hidden_is_the_autoregressive_model():
+    """Fresh adapters change nothing, so with the latents masked the decoder is the base after [BOS]."""
+    torch.manual_seed(0)
+    base = ar.Model(ar.Config(vocab_size=V, block_size=16, n_layer=2, n_head=2, n_embd=16))
+    for p in base.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    net = vae.Model(vae.Config(**SIZES))
+    net.inherit(base.state_dict(), [b'a'] * V)
+    opening = net.opening
+
+    def hidden(z, prefix):
+        h, seen, where = opening(z, prefix)
+        seen[:, :2] = False
+        return h, seen, where
+    net.opening = hidden
+    x = text()
+    logits = net.logits(torch.randn(4, 2, 4), x, torch.full_like(x, V))
+    assert torch.allclose(logits, base.logits(x), atol=1e-4)
+
+
+@pytest.mark.parametrize('knobs', [{}, dict(arch='gpt2'), dict(n_latent=1), dict(whole=True)])
+def test_writing_with_the_cache_is_writing_without(knobs):
+    net = random_model(**knobs).eval()
+    z, prefix = torch.randn(4, net.config.n_latent, 4), text(seed=2)
+    prefix[1, :5] = V
+    prefix[2] = V
+    cached = net.write(z, prefix, torch.full((4, 8), V))
+    x = torch.full((4, 8), V)
+    for i in range(8):
+        x[:, i] = net.logits(z, x, prefix)[:, i].argmax(-1)
+    assert torch.equal(cached, x) and len(set(map(tuple, x.tolist()))) > 1
+
+
+def test_at_tau_zero_writing_is_greedy_and_the_same_every_time_and_else_it_is_not():
+    net = random_model().eval()
+    x, blank = text(16), torch.full((16, 8), V)
+    greedy = {tuple(net.reconstruct(x).flatten().tolist()) for _ in range(3)}
+    assert len(greedy) == 1
+    assert len({tuple(net.reconstruct(x, 0.5).flatten().tolist()) for _ in range(3)}) == 3
+    assert torch.equal(net.reconstruct(x), net.write(net.posterior(x)[0], blank, blank))
+
+
+def test_tau_is_the_variance_of_the_noise_and_the_temperature_of_the_tokens(monkeypatch):
+    net, seen, heat = random_model(), [], []
+    opening = net.opening
+    monkeypatch.setattr(net, 'opening', lambda z, prefix: seen.append(z) or opening(z, prefix))
+    monkeypatch.setattr(vae, 'draw', lambda logp, t: heat.append(t) or logp.argmax(-1))
+    z, blank = torch.zeros(5000, 2, 4), torch.full((5000, 1), V)
+    net.write(z, blank, blank, 0.3)
+    assert abs(seen[0].var() - 0.3) < 0.01 and heat == [0.3]  # 40,000 numbers: 5 standard errors
+
+
+def test_given_tokens_stay_and_the_others_follow_them():
+    net = random_model().eval()
+    z, prefix, given = torch.randn(4, 2, 4), text(seed=2), torch.full((4, 8), V)
+    given[:, 2] = 3
+    x = net.write(z, prefix, given)
+    assert (x[:, 2] == 3).all()
+    assert torch.equal(x[:, 4], net.logits(z, x, prefix)[:, 4].argmax(-1))
+
+
+def test_windows_that_are_sentences_end_behind_the_token_that_ends_one():
+    net = random_model(sentences=True).eval()
+    net.ends[3] = True
+    given = torch.tensor([[0, 3, 1, 2, 3, 0, 0, 0], [0] * 8, [3] * 8])
+    x = net.write(torch.randn(3, 2, 4), torch.full((3, 8), V), given)
+    assert x.tolist() == [[0, 3] + [V] * 6, [0] * 8, [3] + [V] * 7]
+
+
+# ---- base and adapters
+
+def test_the_base_never_changes_and_both_adapters_learn():
+    net = random_model()
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    optimizers = model.optimizers(net, 0.01, 0.01)
+    for _ in range(3):
+        net(text(), text(seed=2))[0].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    changed = {name for name, p in net.state_dict().items() if not torch.equal(p, before[name])}
+    learned = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert changed == learned and not any('linear' in name or 'embed' in name for name in learned)
+    for who in ('encoder', 'decoder', 'queries', 'w_e', 'w_d'):
+        assert any(name.startswith(who) for name in learned), who
+
+
+def test_encoder_and_decoder_stand_on_the_same_tensors_and_the_copies_of_whole_do_not():
+    for whole in (False, True):
+        net = vae.Model(vae.Config(**SIZES, whole=whole))
+        a, b = net.encoder.embed.weight, net.decoder.embed.weight
+        assert (a.data_ptr() == b.data_ptr()) == (not whole) and a.requires_grad == whole
+        for net, causal in ((net.encoder, False), (net.decoder, True)):
+            assert [block.attn.causal for block in net.blocks] == [causal] * 2
+
+
+def test_a_base_of_another_size_is_refused_by_the_name_of_the_tensor():
+    base = ar.Model(ar.Config(vocab_size=V, block_size=16, n_layer=2, n_head=2, n_embd=32))
+    with pytest.raises(ValueError, match='embed.weight'):
+        vae.Model(vae.Config(**SIZES)).inherit(base.state_dict(), [])
+
+
+# ---- the objective
+
+def test_the_kl_is_half_the_squared_norm_if_the_variance_is_one_and_the_known_integral_if_not():
+    torch.manual_seed(0)
+    mu, logvar = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
+    assert torch.allclose(vae.kl_to_prior(mu, torch.zeros_like(mu)), mu ** 2 / 2)
+    known = torch.distributions.kl_divergence(torch.distributions.Normal(mu, (logvar / 2).exp()),
+                                              torch.distributions.Normal(0.0, 1.0))
+    assert torch.allclose(vae.kl_to_prior(mu, logvar), known)
+
+
+def test_beta_rises_as_a_sine_squared_over_optimizer_steps():
+    at = lambda n: vae.beta(torch.tensor(float(n)), 0.01, 5000).item()
+    assert at(0) == 0 and at(2500) == pytest.approx(0.005) and at(5000) == at(9000) == pytest.approx(0.01)
+    assert vae.beta(torch.tensor(1.0), 0.01, 0) == pytest.approx(0.01)
+
+
+def test_beta_counts_optimizer_steps_however_many_forwards_one_takes():
+    run = train.Config(objective='vae', grad_accum=3, compile=False)
+    config = vae.Config(**SIZES)
+    meta = dict(kind='char', chars=list('abcdefg'))
+    state = train.State(run, config, meta, None, torch.device('cpu'))
+    seen = []
+
+    def loss_fn(*inputs):
+        seen.append(state.model.steps.item())
+        return state.model(*inputs)
+    for _ in range(2):
+        state.step(loss_fn, lambda: ((text(), text(seed=2)), 32), 0, 1, contextlib.nullcontext())
+    assert seen == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_prefix_is_dropped_in_half_of_the_rows():
+    net, seen = random_model(), []
+    logits = net.logits
+    net.logits = lambda z, x, prefix: seen.append(prefix) or logits(z, x, prefix)
+    net(text(4000), text(4000, seed=2))
+    dropped = (seen[0] == V).all(-1)
+    assert abs(dropped.float().mean() - 0.5) < 0.04  # 5 standard errors
+    assert torch.equal(seen[0][~dropped], text(4000, seed=2)[~dropped])
+
+
+def test_the_encoder_sees_in_training_the_very_window_that_is_scored():
+    net, seen = random_model(), []
+    posterior = net.posterior
+    net.posterior = lambda x: seen.append(x) or posterior(x)
+    net(text(), text(seed=2))
+    assert torch.equal(seen[0], text())
+
+
+def test_the_loss_is_the_mean_over_the_tokens_that_there_are():
+    net = random_model(prefix_drop=0.0)
+    net.steps.fill_(10 ** 6)
+    x, prefix = text(), text(seed=2)
+    x[0, 3:] = V
+    torch.manual_seed(5)
+    loss, metrics = net(x, prefix)
+    torch.manual_seed(5)
+    torch.rand(4, 1)  # of the prefix
+    mu, _ = net.posterior(x)
+    z = mu + torch.randn_like(mu)
+    p = net.logits(z, x, prefix).log_softmax(-1)
+    nats = -sum(p[b, i, x[b, i]] for b in range(4) for i in range(8) if x[b, i] != V)
+    assert loss.item() == pytest.approx((nats + 0.01 * mu.square().sum() / 2).item() / 27, rel=1e-5)
+    assert metrics['nats'].item() == pytest.approx(nats.item() / 27, rel=1e-5)
+    assert metrics['kl'].item() == pytest.approx(mu.square().sum().item() / 8, rel=1e-5)
+
+
+def test_free_bits_take_the_gradient_from_dimensions_that_tell_less():
+    net = random_model(free_bits=1e6, kl_weight=1.0)
+    net.steps.fill_(10 ** 6)
+    torch.manual_seed(5)
+    loss, metrics = net(text())
+    assert loss.item() == pytest.approx(metrics['nats'].item() + 1e6 * 8 * 4 / 32, rel=1e-4)
+    grad = torch.autograd.grad(loss, net.w_e.weight)[0]
+    plain = random_model(free_bits=0.0, kl_weight=0.0)
+    torch.manual_seed(5)
+    assert torch.allclose(grad, torch.autograd.grad(plain(text())[0], plain.w_e.weight)[0], atol=1e-5)
+
+
+def test_word_dropout_hides_tokens_from_the_decoder_alone():
+    net, seen = random_model(word_dropout=0.3), []
+    logits = net.logits
+    net.logits = lambda z, x, prefix: seen.append(x) or logits(z, x, prefix)
+    x = text(4000)
+    torch.manual_seed(0)
+    _, metrics = net(x)
+    hidden = seen[0] == V
+    assert abs(hidden.float().mean() - 0.3) < 0.015 and torch.equal(seen[0][~hidden], x[~hidden])  # 5 errors
+    assert metrics['nats'] > 0
+
+
+def test_short_windows_are_cut_for_encoder_and_decoder_alike():
+    net, seen = random_model(short=0.5), []
+    posterior = net.posterior
+    net.posterior = lambda x: seen.append(x) or posterior(x)
+    net(text(4000))
+    length = (seen[0] != V).sum(-1)
+    assert abs((length < 8).float().mean() - 0.5 * 7 / 8) < 0.04 and length.min() == 1
+
+
+def test_latent_noise_reaches_the_decoder_but_not_the_kl():
+    net, seen = random_model(latent_noise=2.0), []
+    net.logits = lambda z, x, prefix: seen.append(z) or torch.zeros(*x.shape, V, requires_grad=True)
+    x = text(4000)
+    _, metrics = net(x)
+    mu, _ = net.posterior(x)
+    assert abs((seen[0] - mu).var() - (1 + 4)) < 0.2  # 32,000 numbers: 5 standard errors
+    assert metrics['kl'].item() == pytest.approx(mu.square().sum().item() / 2 / 4000, rel=1e-4)
+
+
+def test_a_learned_variance_begins_at_one_and_gets_a_gradient():
+    _, logvar = vae.Model(vae.Config(**SIZES, learned_variance=True)).posterior(text())
+    assert not logvar.any()
+    net = random_model(learned_variance=True)
+    net.steps.fill_(10 ** 6)
+    net(text())[0].backward()
+    assert net.w_var.bias.grad.abs().sum() > 0
+
+
+# ---- what a latent tells
+
+def test_active_units_are_the_dimensions_that_vary_between_windows():
+    mu = torch.randn(500, 2, 4, generator=torch.Generator().manual_seed(0))
+    mu[:, 0, 1], mu[:, 1, 2] = 5.0, mu[:, 1, 2] * 0.05
+    assert vae.active_units(mu) == 6
+
+
+def test_mutual_information_is_zero_for_latents_that_tell_nothing_and_log_b_for_those_that_tell_all():
+    torch.manual_seed(0)
+    mu, noise = torch.randn(64, 2, 4), torch.randn(64, 2, 4)
+    same = torch.zeros_like(mu)
+    assert vae.mutual_information(noise, same, same).abs() < 1e-5
+    everything = vae.mutual_information(100 * mu + noise, 100 * mu, same).item()
+    assert everything == pytest.approx(math.log(64), abs=1e-3)
+    # one dimension, mu ~ N(0, s^2): I = log(1 + s^2) / 2
+    mu = 2.0 * torch.randn(4000, 1, 1)
+    z = mu + torch.randn_like(mu)
+    estimate = vae.mutual_information(z, mu, torch.zeros_like(mu)).item()
+    assert estimate == pytest.approx(math.log(5) / 2, abs=0.05)
+
+
+# ---- the bound
+
+def exact(net, x, prefix):
+    """-log p(x | prefix) of a VAE with one latent dimension, by quadrature."""
+    z = torch.linspace(-8, 8, 1601)
+    prior = (-z ** 2 / 2 - math.log(2 * math.pi) / 2)
+    with torch.no_grad():
+        nats = torch.stack([net.window_nats(torch.full((len(x), 1, 1), float(v)), x, prefix) for v in z])
+    return -((prior[:, None] - nats).logsumexp(0) + math.log(0.01))
+
+
+@pytest.mark.parametrize('learned', [False, True])
+def test_the_bound_is_above_the_truth_and_falls_to_it_with_more_draws(learned):
+    net = random_model(n_latent=1, d_latent=1, learned_variance=learned, std=0.5)
+    net.eval().requires_grad_(False)
+    x, prefix = text(3), text(3, seed=2)
+    true = exact(net, x, prefix)
+    torch.manual_seed(0)
+    one = torch.stack([net.nats(x, 1, prefix) for _ in range(300)])
+    many = torch.stack([net.nats(x, 30, prefix) for _ in range(30)])
+    error = one.std(0) / 300 ** 0.5
+    assert (one.mean(0) > true).all() and (one.mean(0) > many.mean(0) - error).all()
+    assert torch.allclose(many.mean(0), true, atol=0.15) and (many.mean(0) > true - 0.02).all()
+
+
+def test_one_draw_is_the_negative_elbo_whose_kl_is_known():
+    net = random_model().eval().requires_grad_(False)
+    x, prefix = text(3), text(3, seed=2)
+    torch.manual_seed(0)
+    draws = torch.stack([net.nats(x, 1, prefix) for _ in range(2000)])
+    mu, logvar = net.posterior(x)
+    torch.manual_seed(1)
+    rec = torch.stack([net.window_nats(mu + torch.randn_like(mu), x, prefix) for _ in range(2000)])
+    known = rec.mean(0) + vae.kl_to_prior(mu, logvar).sum((1, 2))
+    error = (draws.var(0) / 2000 + rec.var(0) / 2000).sqrt()
+    assert ((draws.mean(0) - known).abs() < 5 * error).all()  # 3 rows at 5 standard errors
+
+
+def test_padding_costs_nothing():
+    net = random_model().eval()
+    x = text(2)
+    x[:, 5:] = V
+    z, prefix = torch.randn(2, 2, 4), text(2, seed=2)
+    assert torch.allclose(net.window_nats(z, x, prefix), net.window_nats(z, x[:, :5], prefix), atol=1e-5)
+
+
+# ---- texts
+
+def test_before_and_place_read_and_write_every_row_at_its_own_position():
+    xt = torch.tensor([[0, 1, 2, V, V, V, V], [3, V, V, V, V, V, V]])
+    start = torch.tensor([3, 1])
+    assert vae.before(xt, start, 2, V).tolist() == [[1, 2], [V, 3]]
+    window = torch.tensor([[4, 4, V], [5, 6, 5]])
+    assert vae.place(xt, start, window, V).tolist() == [[0, 1, 2, 4, 4, V, V], [3, 5, 6, 5, V, V, V]]
+    cut = vae.place(xt, torch.tensor([5, 5]), window, V)
+    assert cut.tolist()[1] == [3, V, V, V, V, 5, 6]
+
+
+def test_prompts_of_different_lengths_are_continued_each_from_its_own_end():
+    net = random_model().eval()
+    xt = torch.full((2, 12), V)
+    xt[0, :5], xt[1, :2] = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([5, 6])
+    z = [torch.randn(2, 2, 4) for _ in range(2)]
+    queue = iter(z)
+    *_, (canvas, start) = net.unroll(xt, lambda: iter([next(queue)]), most=1)
+    alone = net.write(z[0][1:], torch.tensor([[V] * 6 + [5, 6]]), torch.full((1, 8), V))
+    assert start.tolist() == [5, 2] and canvas[1, 2:10].tolist() == alone[0].tolist()
+    assert (canvas[0] < V).all() and (canvas[1, 10:] == V).all()
+
+
+def test_the_way_between_two_latents_starts_and_ends_at_them_and_keeps_their_norm():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 4), torch.randn(2, 4)
+    b = b / b.norm() * a.norm()
+    way = [vae.slerp(a, b, share) for share in (0, 0.25, 0.5, 1)]
+    assert torch.allclose(way[0], a, atol=1e-5) and torch.allclose(way[-1], b, atol=1e-5)
+    assert all(torch.allclose(z.norm(), a.norm()) for z in way)
+    cosine = lambda u, v: (u.flatten() @ v.flatten() / u.norm() / v.norm()).item()
+    assert cosine(way[2], a) == pytest.approx(cosine(way[2], b), abs=1e-5)
+    assert torch.allclose(vae.slerp(a, a, 0.3), a)
+
+
+@pytest.mark.parametrize('knobs, words', [
+    (dict(block_size=9), ['block_size=9', '18', '16']), (dict(n_latent=9), ['n_latent=9']),
+    (dict(d_latent=0), ['d_latent']), (dict(free_bits=-1.0), ['free_bits']), (dict(short=1.5), ['short']),
+    (dict(dropout=0.1), ['dropout', 'whole']), (dict(lora_targets='query'), ['query', 'qkv'])])
+def test_impossible_settings_are_named(knobs, words):
+    with pytest.raises(ValueError) as e:
+        vae.Model(vae.Config(**{**SIZES, **knobs}))
+    assert all(word in str(e.value) for word in words)
+
+
+def test_what_a_vae_cannot_do_is_said():
+    net = random_model()
+    for knobs in (dict(rule='euler'), dict(top_k=3), dict(cfg=1.0)):
+        with pytest.raises(ValueError, match=next(iter(knobs))):
+            list(net.sample(torch.full((1, 8), V), **knobs))
