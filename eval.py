@@ -14,6 +14,9 @@ same windows. The standard error is over windows and holds both the noise of the
 the text. Bits per byte divide by the bytes the tokens stand for, perplexity per word by the words (what
 spaces separate) of the whole text, in proportion to the tokens scored.
 
+The windows of vae and latent are of their own length, and what stands before each is given: their figures
+compare with each other.
+
 gen_ppl: texts of the model end at its first <|endoftext|>, if its tokens have one; they are decoded, written
 in the judge's tokens (with its <|endoftext|> behind those that ended) and all scored, none dropped, in
 windows of the judge's block size, each on its own. Sure but dull texts have a low perplexity; so there stand
@@ -133,10 +136,10 @@ def rows_of(tokens, tokenizer, model, most, run):
         lines = packing.Lines(tokens, tokenizer.bos, common.PAD, *how)
         rows = [t.to(tokens.device) for t in lines.rows(T, most)]
         return rows, rows[1] >= 0
-    if len(tokens) < T:
+    cut = model.cut(tokens, tokenizer.end) if hasattr(model, 'cut') else None
+    if len(tokens) < T and not cut:  # no windows: sentences may be shorter
         fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
-    if hasattr(model, 'cut'):
-        cut = model.cut(tokens, tokenizer.end)
+    if cut:
         rows = cut.inputs(cut.spread(most), getattr(model.config, 'n_prev', 0))
     else:
         rows = [common.windows(tokens, T, most)]
@@ -327,6 +330,8 @@ def gen_ppl(config, checkpoint, model, tokenizer, judge, amp, device):
         label = f"{SWEEPS[config.rule][0]} {getattr(config, SWEEPS[config.rule][0])}"
     elif model.bound == 'exact' or config.rule == 'first_hitting':
         label = 'one token a call'
+    elif not hasattr(common.concept(checkpoint['objective']), 'RULES') and hasattr(model, 'unroll'):
+        label = 'z from the prior'
     row(name, label, calls, speed, judged(judge, texts, device))
 
 
@@ -344,7 +349,7 @@ def frontier_settings(config, rules):
     """(rule, its knob for the table, knobs) of every point."""
     shared = ('steps', 'rule', 'temperature', 'top_k', 'top_p', 'cfg', 'first', 'stagger')
     for rule in rules:
-        own = unmask.knobs_of(rule) if rule in unmask.RULES else ()
+        own = unmask.knobs_of(rule) if rule in unmask.RULES else ('eta', 'tau', 'context')
         given = {k: v for k, v in config.knobs().items() if k in shared or k in own}
         if rule in SWEEPS:
             name, values = SWEEPS[rule]
@@ -413,73 +418,89 @@ def plot(rows, path):
 # ---- latents ----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def reconstruction(encoder, x):
-    """What a VAE keeps of windows x (N, W), as rows of a table: (name, figure)."""
-    text, blank = x != encoder.blank, torch.full_like(x, encoder.blank)
-    mu, logvar = encoder.posterior(x)
-    z = mu + (logvar / 2).exp() * torch.randn_like(mu)
-    same = lambda again: f"{(again == x)[text].double().mean():.4f}"
-    again = encoder.write(mu, blank, blank)
-    whole = ((again == x) | ~text).all(-1)
+def reconstruction(encoder, x, rows):
+    """What a VAE keeps of windows x (N, W), `rows` at once, as rows of a table: (name, figure)."""
+    found = []
+    for part in x.split(rows):
+        blank, W = torch.full_like(part, encoder.blank), part.size(1)
+        mu, logvar = encoder.posterior(part)
+        z = mu + (logvar / 2).exp() * torch.randn_like(mu)
+        writes = [encoder.write(mu, blank, W, tau) for tau in (0.0, 0.1, 1.0)]
+        reads = [encoder.logits(latents, part, blank).argmax(-1) for latents in (mu, z)]
+        found.append((mu, logvar, z, *writes, *reads))
+    mu, logvar, z, *texts = map(torch.cat, zip(*found))
+    text, N = x != encoder.blank, min(len(x), 2048)
+    greedy, warm, hot, right, noisy = (f"{(ids == x)[text].double().mean():.4f}" for ids in texts)
+    whole = ((texts[0] == x) | ~text).all(-1).double().mean()
     kl = vae.kl_to_prior(mu, logvar).sum((1, 2))
-    noisy = {tau: same(encoder.write(mu, blank, blank, tau)) for tau in (0.1, 1.0)}
-    return [('tokens again, greedy (tau = 0)', same(again)), ('windows again', f"{whole.double().mean():.4f}"),
-            *((f'tokens again, tau = {tau}', share) for tau, share in noisy.items()),
-            ('tokens right, those before given', same(encoder.logits(mu, x, blank).argmax(-1))),
-            ('the same, z with its noise', same(encoder.logits(z, x, blank).argmax(-1))),
+    return [('tokens again, greedy (tau = 0)', greedy), ('windows again', f"{whole:.4f}"),
+            ('tokens again, tau = 0.1', warm), ('tokens again, tau = 1', hot),
+            ('tokens right, those before given', right), ('the same, z with its noise', noisy),
             ('KL, nats per window', f"{kl.mean():.1f} ± {kl.std() / len(x) ** 0.5:.1f}"),
             ('active units', f"{vae.active_units(mu):.0f} of {mu[0].numel()}"),
             ('variance of mu, the least of a dimension', f"{mu.var(0).min():.3f}"),
-            ('information, nats (at most log of the windows)',
-             f"{vae.mutual_information(z, mu, logvar):.2f} of {math.log(len(x)):.2f}")]
+            (f'information, nats, at most log {N}',
+             f"{vae.mutual_information(z[:N], mu[:N], logvar[:N]):.2f} of {math.log(N):.2f}")]
 
 
 @torch.no_grad()
-def condition_effect(model, x, before):
+def condition_effect(model, x, before, rows):
     """How often the prediction of the latents of windows x (N, W) from the windows `before` (N, n_prev, W),
     their mean under the model, is nearer in angle to the true ones than to those of another window: rows of
-    a table."""
-    seen, there = model.context(before)
-    noise = latent.HIGH * torch.randn(len(x), model.n, model.d, device=x.device)
-    guess = model.denoise(noise, torch.full((len(x),), latent.HIGH, device=x.device), seen, there).flatten(1)
-    z = model.vae.encode(x).flatten(1)
-    right = F.cosine_similarity(guess, z)
-    wrong = F.cosine_similarity(guess, z.roll(len(x) // 2, 0))
-    won, N = (right > wrong).double(), len(x) ** 0.5
-    return [('true next window nearer than another', f"{won.mean():.4f} ± {won.std() / N:.4f}"),
-            ('cosine with the true one', f"{right.mean():.4f} ± {right.std() / N:.4f}"),
-            ('cosine with another', f"{wrong.mean():.4f} ± {wrong.std() / N:.4f}")]
+    a table. Windows without any before are left out."""
+    kept = (before[:, -1] != model.blank).any(-1)
+    guesses, truths = [], []
+    for part, past in zip(x[kept].split(rows), before[kept].split(rows)):
+        sigma = torch.full((len(part),), latent.HIGH, device=x.device)
+        noise = latent.HIGH * torch.randn(len(part), model.n, model.d, device=x.device)
+        guesses.append(model.denoise(noise, sigma, *model.context(past)).flatten(1))
+        truths.append(model.vae.encode(part).flatten(1))
+    guess, z = torch.cat(guesses), torch.cat(truths)
+    right, wrong = F.cosine_similarity(guess, z), F.cosine_similarity(guess, z.roll(len(z) // 2, 0))
+    figure = lambda values: f"{values.mean():.4f} ± {values.std() / len(values) ** 0.5:.4f}"
+    return [('true next window nearer than another', figure((right > wrong).double())),
+            ('cosine with the true one', figure(right)), ('cosine with another', figure(wrong))]
 
 
-def latents(config, checkpoint, model, tokenizer, amp, device):
+@torch.no_grad()
+def window_texts(model, x, prefix, before, config):
+    """Windows x (N, W) and what becomes of them: name -> tokens (N, W). For latent diffusion (before is not
+    None) the windows it draws in their place, too."""
+    encoder, W = getattr(model, 'vae', model), x.size(1)
+    texts = {'validation windows': x,
+             'the same through the VAE': encoder.write(encoder.posterior(x)[0], prefix, W, config.tau)}
+    if before is not None:
+        rule, eta, (z, there) = config.rule or 'dpmpp_2m_sde', max(0, config.eta), model.context(before)
+        *_, drawn = model.draw(z, there, config.steps, rule, eta, config.cfg)
+        texts['next windows'] = encoder.write(encoder.raw(drawn), prefix, W, config.tau)
+        *_, drawn = model.draw(z, there & False, config.steps, rule, eta, 0.0)
+        nothing = torch.full_like(x, encoder.blank)
+        texts['windows out of nothing'] = encoder.write(encoder.raw(drawn), nothing, W, config.tau)
+    return texts
+
+
+def about_latents(config, checkpoint, model, tokenizer, amp, device):
     """Print what the latents of the validation windows tell."""
     if not hasattr(model, 'unroll'):
         fail(f"mode=latents is for vae and latent, not for {checkpoint['objective']}")
+    judge = judge_of(config, device) if config.judge else None
     common.seed_everything(config.seed)
     tokens = load_text(config, checkpoint, tokenizer, device)
-    rows, _ = rows_of(tokens, tokenizer, model, config.windows, checkpoint['run'])
-    encoder, x, prefix = getattr(model, 'vae', model), *rows[:2]
+    (x, prefix, *before), _ = rows_of(tokens, tokenizer, model, config.windows, checkpoint['run'])
+    rows = common.rows_at_once(x.size(1), tokenizer.vocab_size)
     with amp:
-        table = condition_effect(model, x, rows[2]) if len(rows) == 3 else reconstruction(model, x)
-    print(f"| {checkpoint['objective']}, {len(x)} windows | |\n|---|---|")
-    print('\n'.join(f"| {name} | {figure} |" for name, figure in table))
-    if not config.judge:
-        return
-    judge, blank = judge_of(config, device), torch.full_like(x, encoder.blank)
-    texts = {'validation windows': x}
-    with amp:
-        texts['the same through the VAE'] = encoder.write(encoder.posterior(x)[0], prefix, blank, config.tau)
-        if len(rows) == 3:
-            rule, eta, (before, there) = config.rule or 'dpmpp_2m_sde', max(0, config.eta), model.context(rows[2])
-            *_, z = model.draw(before, there, config.steps, rule, eta, config.cfg)
-            texts['next windows'] = encoder.write(encoder.raw(z), prefix, blank, config.tau)
-            *_, z = model.draw(before, there & False, config.steps, rule, eta, 0.0)
-            texts['windows out of nothing'] = encoder.write(encoder.raw(z), blank, blank, config.tau)
+        table = condition_effect(model, x, *before, rows) if before else reconstruction(model, x, rows)
+        print(f"| {checkpoint['objective']}, {len(x)} windows | |\n|---|---|")
+        print('\n'.join(f"| {name} | {figure} |" for name, figure in table))
+        if not judge:
+            return
+        past = before[0].split(rows) if before else itertools.repeat(None)
+        parts = [window_texts(model, *part, config) for part in zip(x.split(rows), prefix.split(rows), past)]
     print()
     head()
-    for name, ids in texts.items():
-        strings = [(tokenizer.decode(row[row != encoder.blank].tolist()), False) for row in ids]
-        row(name, '', 0, 0, judged(judge, strings, device))
+    for name in parts[0]:
+        ids = [text[text != model.blank].tolist() for part in parts for text in part[name]]
+        row(name, '', 0, 0, judged(judge, [(tokenizer.decode(text), False) for text in ids], device))
 
 
 def judge_of(config, device):
@@ -501,8 +522,13 @@ def main(argv):
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
     if config.mode == 'nll':
         return nll(config, checkpoint, model, tokenizer, amp)
+    if hasattr(model, 'unroll') and 'temperature' in files.keys() | flags.keys():
+        fail(f"temperature is not for {checkpoint['objective']}: take --tau")
     if config.mode == 'latents':
-        return latents(config, checkpoint, model, tokenizer, amp, device)
+        try:
+            return about_latents(config, checkpoint, model, tokenizer, amp, device)
+        except ValueError as e:  # of a sampler's knobs
+            fail(e)
     if (config.overlap or 1) >= model.config.block_size:
         fail(f"overlap={config.overlap} must be smaller than block_size={model.config.block_size}")
     judge = judge_of(config, device)

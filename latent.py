@@ -56,9 +56,9 @@ class Config(model.Config):
         if not 0 < self.sigma_low < self.sigma_high:
             raise ValueError(f"sigma_low={self.sigma_low} and sigma_high={self.sigma_high} must be "
                              f"0 < sigma_low < sigma_high")
-        for name in ('law_std', 'decode_sigma'):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.law_std <= 0 or not 0 < self.decode_sigma < self.sigma_high:
+            raise ValueError(f"law_std={self.law_std} must be positive, decode_sigma={self.decode_sigma} "
+                             f"in (0, sigma_high={self.sigma_high})")
         for name in ('n_prev', 'stride'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -122,12 +122,13 @@ def dpmpp_2m_sde(denoise, x, sigma, path, steps, eta=0.0):
 
 
 RULES = {f.__name__: f for f in (dpmpp_2m_sde, dpmpp_2m, euler, heun)}
-LOW, HIGH = 0.01, 100.0  # the noise levels of a sampler; training goes beyond both
+LOW, HIGH = 0.01, 100.0  # the noise levels of a sampler, unless training stays within
 WAVES = 64  # random Fourier features of the noise level
 
 
 # ---- latents on disk --------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def cached(encoder, windows, folder, rows=256):
     """Latents (N, n, d) float16 of all windows by the VAE `encoder`, computed once and kept in the folder,
     in a file whose name is a hash of both."""
@@ -141,12 +142,14 @@ def cached(encoder, windows, folder, rows=256):
         temporary = path.with_suffix(f'.{os.getpid()}.tmp')
         out = np.lib.format.open_memmap(temporary, 'w+', np.float16, (len(windows), n, d))
         parts = torch.arange(len(windows), device=device).split(rows)
-        with torch.no_grad():
+        try:
             for part in tqdm(parts, desc=f'latents of {len(windows)} windows', disable=None):
                 z = encoder.encode(windows.window(part))
                 out[part[0].item():part[-1].item() + 1] = z.half().cpu().numpy()
-        out.flush()
-        os.replace(temporary, path)
+            out.flush()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return torch.from_numpy(np.load(path))
 
 
@@ -175,7 +178,8 @@ class Model(nn.Module):
         self.vae = vae.Model(vae.Config(**json.loads(c.vae))).requires_grad_(False).eval()
         self.n, self.d = self.vae.config.n_latent, self.vae.config.d_latent
         slots = 1 + self.n * (c.n_prev + 1)
-        self.gpt = model.GPT(model.Config(c.vocab_size, slots, c.n_layer, c.n_head, c.n_embd, c.dropout),
+        self.gpt = model.GPT(model.Config(c.vocab_size, slots, c.n_layer, c.n_head, c.n_embd, c.dropout,
+                                          c.arch),
                              causal=False, tokens=False)
         self.project = nn.Linear(self.d, c.n_embd, bias=False)  # of all latents
         self.slot = nn.Parameter(torch.randn(slots, c.n_embd) * 0.3)
@@ -235,7 +239,8 @@ class Model(nn.Module):
         return self.vae.encode(windows.flatten(0, 1)).unflatten(0, there.shape), there
 
     def nats(self, x, n=1, prefix=None, before=None):
-        """An estimate, with n draws, of the upper bound on -log p(x | what comes before) in nats: (B,).
+        """An estimate of the upper bound on -log p(x | what comes before) in nats, (B,): one draw of the
+        decoder's latents, n of the integral.
         x (B, W); prefix (B, W) for the decoder and before (B, n_prev, W) for the diffusion, V where there is
         nothing.
 
@@ -254,7 +259,7 @@ class Model(nn.Module):
         total = text + end
         for i in range(n):
             share = (i + torch.rand(len(x), device=x.device)) / n
-            sigma = torch.expm1(-2 * (a + share * (b - a))).rsqrt()
+            sigma = torch.expm1(-2 * (a + share * (b - a))).clamp(min=high ** -2).rsqrt()
             noisy = z + sigma[:, None, None] * torch.randn_like(z)
             error = (z - self.denoise(noisy, sigma, *seen)).square().sum((1, 2))
             total = total + (b - a) / n * (1 + sigma ** -2) * error
@@ -264,7 +269,14 @@ class Model(nn.Module):
 
     def draw(self, before, there, steps, rule, eta, cfg):
         """Generator of denoised latents D (B, n, d), one a network call (with cfg: two); the last is a draw
-        of the next window's. before, there: as in `denoise`; cfg: D + cfg (D - D without what is before)."""
+        of the next window's. before, there: as in `denoise`; cfg: D + cfg (D - D without what is before).
+        Raises ValueError."""
+        if rule not in RULES:
+            raise ValueError(f"rule={rule!r} is not one of: {', '.join(RULES)}")
+        if eta and rule != 'dpmpp_2m_sde':
+            raise ValueError(f"eta={eta} is for rule=dpmpp_2m_sde, not for {rule}")
+        if cfg and not there.any():
+            raise ValueError("cfg guides towards the text before: give one with --start")
         B, device, nowhere = len(there), before.device, torch.zeros_like(there)
 
         def denoise(x, sigma):
@@ -272,31 +284,28 @@ class Model(nn.Module):
             if cfg:
                 D = D + cfg * (D - self.denoise(x, sigma[:, 0], before, nowhere))
             return D, D
-        levels = karras(steps, LOW, HIGH).to(device)
+        low, high = max(LOW, self.config.sigma_low), min(HIGH, self.config.sigma_high)
+        levels = karras(steps, low, high).to(device)
         path = lambda k, *_: levels[k].expand(B, self.n)
-        x = math.hypot(HIGH, 1) * torch.randn(B, self.n, self.d, device=device)
+        x = math.hypot(high, 1) * torch.randn(B, self.n, self.d, device=device)
         knobs = dict(eta=eta) if rule == 'dpmpp_2m_sde' else {}
         return RULES[rule](denoise, x, path(0), path, steps, **knobs)
 
     @torch.no_grad()
-    def unroll(self, xt, steps, rule='', eta=0.0, cfg=0.0, tau=0.0, context=0, trace=False, most=0):
+    def unroll(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, eta=0.0, cfg=0.0, tau=0.0,
+               context=0, trace=False, most=0, **others):
         """Generator of (canvas (B, T), start (B,) of the window being written): the latents of every next
         window are drawn from those of the windows before, then decoded with the text so far as prefix. xt: a
         canvas with prompts. context: how many tokens of a prompt's end are encoded (0: n_prev windows);
-        trace: decode what the sampler thinks at every step, too; tau, most: as for vae.Model. Raises
-        ValueError."""
+        trace: decode what the sampler thinks at every step, too; tau, most: as for vae.Model, tau stands for
+        temperature. Raises ValueError."""
+        vae.refuse('latent diffusion', top_k, top_p, others, ())
         W, k, rule = self.config.block_size, self.config.n_prev, rule or 'dpmpp_2m_sde'
-        if rule not in RULES:
-            raise ValueError(f"rule={rule!r} is not one of: {', '.join(RULES)}")
-        if eta and rule != 'dpmpp_2m_sde':
-            raise ValueError(f"eta={eta} is for rule=dpmpp_2m_sde, not for {rule}")
         if context > k * W:
             raise ValueError(f"context={context}: this model sees {k * W} tokens before a window "
                              f"(n_prev={k}, block_size={W})")
         prompts = [row[row != self.blank][-(context or k * W):] for row in xt]
         before, there = self.context(torch.stack([self.vae.windows_of(ids, k) for ids in prompts]))
-        if cfg and not there.any():
-            raise ValueError("cfg guides towards the text before: give one with --start")
 
         def latents():
             nonlocal before, there
@@ -307,12 +316,8 @@ class Model(nn.Module):
             there = F.pad(there[:, 1:], (0, 1), value=True)
             if not trace:
                 yield self.vae.raw(D)
-        yield from self.vae.unroll(xt, latents, tau, most)
+        return self.vae.write_all(xt, latents, tau, most)
 
-    def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, **knobs):
-        """Generator of canvases (B, T), a window each, or with trace a step each; the knobs are those of
-        `unroll`, whose tau stands for temperature."""
-        known = ('eta', 'cfg', 'tau', 'context', 'trace', 'most')
-        vae.refuse('latent diffusion', top_k, top_p, knobs, known)
-        for canvas, _ in self.unroll(xt, steps, rule, **knobs):
-            yield canvas
+    def sample(self, xt, steps, **knobs):
+        """Generator of canvases (B, T), a window each, or with trace a step each; knobs: of `unroll`."""
+        return (canvas for canvas, _ in self.unroll(xt, steps, **knobs))

@@ -12,8 +12,8 @@ Write text with any checkpoint: unmasking, infilling, left to right, and texts l
 The rules: RULES.
 
 A canvas is (num_samples, length) tokens with the id V where text is still to be written.
-`model.sample(canvas, ...)` yields it after every network call; what is printed, watched or saved as a page
-is that one sequence of canvases.
+`model.sample(canvas, ...)` yields it after every network call, those of vae.py and latent.py after every
+window; what is printed, watched or saved as a page is that one sequence of canvases.
 """
 import html
 import json
@@ -160,6 +160,25 @@ def ending(row, start, blank, stops, min_entropy, last=256):
     return 0
 
 
+def stream(model, canvas, config):
+    """Generator of (canvas, start (B,) of the window being written, or None)."""
+    block_size = model.config.block_size
+    if hasattr(model, 'unroll'):
+        most = config.sentences or (0 if config.length else SENTENCES)
+        yield from model.unroll(canvas, **config.knobs(), most=most)
+    else:
+        overlap = config.overlap or block_size // 2
+        for canvas in unmask.generate(model, canvas, block_size, overlap, **config.knobs()):
+            yield canvas, None
+
+
+def in_windows(row, starts, blank):
+    """A row's prompt and the windows behind it, which begin at `starts`; up to the first blank."""
+    row = row[:row.index(blank)] if blank in row else row
+    borders = [0, *starts, len(row)]
+    return [row[a:b] for a, b in zip(borders, borders[1:]) if a < b]
+
+
 def show(old, new, tokenizer):
     """Draw a canvas (L,) over the last one in the terminal: blanks dim, tokens new since `old` bright."""
     text = ''
@@ -216,50 +235,63 @@ def page(frames, tokenizer, title):
     return re.sub('|'.join(parts), lambda found: parts[found[0]], PAGE)
 
 
-def parts(row, start, W, ends):
-    """The windows that a model has written in row (ids) behind its first `start` tokens. ends (V,) bool."""
-    while start < len(row):
-        x = torch.tensor([row[start:start + W]])
-        length = int((~vae.beyond(x, ends)).sum())
-        yield row[start:start + length]
-        start += length
+def reconstruct(config, encoder, decode, windows, nearest):
+    """Lines: every window of the start, what comes back of it, and how much."""
+    x = torch.cat([windows(text) for text in starts(config.start)])
+    again = encoder.reconstruct(x.repeat_interleave(config.num_samples, 0), config.tau)
+    for row, copies in zip(x, again.split(config.num_samples)):
+        yield decode(row)
+        yield from (f"  -> {decode(copy)}" for copy in copies)
+        yield f"  {(copies == row)[:, row != encoder.blank].float().mean():.0%} of the tokens"
 
 
-def about_latents(config, model, tokenizer, dataset, folder):
-    """The lines that --interpolate, --nearest and --reconstruct print, of a model with a VAE."""
-    encoder, device = getattr(model, 'vae', model), model.mean.device
-    def windows_of(text, n=0):
-        return encoder.windows_of(torch.tensor(known(tokenizer, text), device=device), n)
+def interpolate(config, encoder, decode, windows, nearest):
+    """Lines: texts on the way from the latents of A to those of B."""
+    ends = config.interpolate.split('|')
+    if len(ends) != 2 or not all(ends):
+        fail("interpolate takes two texts: --interpolate='A|B'")
+    x = [windows(text) for text in ends]
+    if any(len(rows) > 1 for rows in x):
+        fail(f"interpolate is between two windows, of at most {x[0].size(1)} tokens each")
+    a, b = encoder.encode(x := torch.cat(x))
+    z = torch.stack([vae.slerp(a, b, i / (config.points - 1)) for i in range(config.points)])
+    blank = torch.full((len(z), x.size(1)), encoder.blank, device=x.device)
+    longer = int((x != encoder.blank).sum(-1).max())
+    return map(decode, encoder.write(encoder.raw(z), blank, longer, config.tau))
+
+
+def neighbours(config, encoder, decode, windows, nearest):
+    """Lines: every window of the start and the training windows nearest to it, with their cosines."""
+    x = torch.cat([windows(text) for text in starts(config.start)])
+    for row, found in zip(x, nearest(encoder.encode(x))):
+        yield decode(row)
+        yield from (f"  {cosine:.3f}  {decode(window)}" for cosine, window in found)
+
+
+def about_latents(tool, config, encoder, tokenizer, checkpoint, folder):
+    """The lines that a tool prints."""
+    device = encoder.mean.device
+    if tool != interpolate and not config.start:
+        fail("reconstruct and nearest are about a text: give one with --start")
 
     def decode(row):
         return tokenizer.decode(row[row != encoder.blank].tolist())
 
-    if config.interpolate:
-        ends = config.interpolate.split('|')
-        if len(ends) != 2 or not all(ends):
-            fail("interpolate takes two texts: --interpolate='A|B'")
-        a, b = encoder.encode(x := torch.cat([windows_of(text, 1) for text in ends]))
-        z = torch.stack([vae.slerp(a, b, i / (config.points - 1)) for i in range(config.points)])
-        blank = torch.full((len(z), x.size(1)), encoder.blank, device=device)
-        length = int((x != encoder.blank).sum(-1).max())
-        return [decode(row) for row in encoder.write(encoder.raw(z), blank, blank[:, :length], config.tau)]
-    if not config.start:
-        fail("reconstruct and nearest are about a text: give one with --start")
-    x = torch.cat([windows_of(text) for text in starts(config.start)])
-    lines = []
-    if config.reconstruct:
-        again = encoder.reconstruct(x.repeat_interleave(config.num_samples, 0), config.tau)
-        for row, copies in zip(x, again.split(config.num_samples)):
-            same = f"{(copies == row)[:, row != encoder.blank].float().mean():.0%} of the tokens"
-            lines += [decode(row), *(f"  -> {decode(copy)}" for copy in copies), f"  {same}"]
-    if config.nearest:
+    def windows(text):
+        return encoder.windows_of(torch.tensor(known(tokenizer, text), device=device))
+
+    def nearest(z):
+        """Of latents z (K, n, d): lists of (cosine, training window)."""
+        dataset = checkpoint['run']['dataset']
+        if common.load_meta(dataset) != checkpoint['tokenizer']:
+            fail(f"data/{dataset} has been prepared anew from another text: its windows cannot be compared")
         tokens = common.load_tokens(dataset, 'train', tokenizer.vocab_size, device)
-        windows = encoder.cut(tokens, tokenizer.end)
-        known_z = F.normalize(latent.cached(encoder, windows, folder).to(device).flatten(1).float(), dim=-1)
-        for row, z in zip(x, F.normalize(encoder.encode(x).flatten(1), dim=-1)):
-            cosine, i = (known_z @ z).topk(min(config.nearest, len(known_z)))
-            lines += [decode(row), *(f"  {c:.3f}  {decode(w)}" for c, w in zip(cosine, windows.window(i)))]
-    return lines
+        cut = encoder.cut(tokens, tokenizer.end)
+        there = latent.cached(encoder, cut, folder).to(device).flatten(1).float()
+        cosine = F.normalize(z.flatten(1), dim=-1) @ F.normalize(there, dim=-1).T
+        best = cosine.topk(min(config.nearest, len(there)))
+        return [zip(c.tolist(), cut.window(i)) for c, i in zip(best.values, best.indices)]
+    return tool(config, encoder, decode, windows, nearest)
 
 
 def main(argv):
@@ -274,26 +306,29 @@ def main(argv):
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     block_size, blank = model.config.block_size, tokenizer.vocab_size
     window = block_size if hasattr(model, 'unroll') else 0
-    tools = [name for name in ('reconstruct', 'interpolate', 'nearest') if getattr(config, name)]
-    if not window and (tools or config.sentences):
-        fail(f"{(tools or ['sentences'])[0]} is for vae and latent, not for {checkpoint['objective']}")
-    if window and 'temperature' in files.keys() | flags.keys():
-        fail(f"the temperature of {checkpoint['objective']} is --tau")
-    if tools:
+    tools = dict(reconstruct=reconstruct, interpolate=interpolate, nearest=neighbours)
+    asked, given = [name for name in tools if getattr(config, name)], files.keys() | flags.keys()
+    others = {'temperature', 'overlap'} if window else {*tools, 'sentences', 'joined', 'points'}
+    for name in given & others:
+        instead = dict(temperature='take --tau', overlap='every window sees the one before')
+        fail(f"{name} is not for {checkpoint['objective']}: {instead.get(name, 'it is for vae and latent')}")
+    for name in asked:
+        common.seed_everything(config.seed)
         with torch.no_grad(), common.autocast(device, common.pick_dtype(config.dtype, device)):
-            common.seed_everything(config.seed)
-            dataset = checkpoint['run']['dataset']
-            return print('\n'.join(about_latents(config, model, tokenizer, dataset, path.parent)))
-    overlap = config.overlap or block_size // 2
-    if overlap >= block_size:
-        fail(f"overlap={overlap} must be smaller than block_size={block_size}")
+            encoder = getattr(model, 'vae', model)
+            print('\n'.join(about_latents(tools[name], config, encoder, tokenizer, checkpoint, path.parent)))
+    if asked:
+        return
+    if config.overlap >= block_size:
+        fail(f"overlap={config.overlap} must be smaller than block_size={block_size}")
     prompts = [prompt for prompt in starts(config.start) for _ in range(config.num_samples)]
     canvas = [make_canvas(config, p, tokenizer, block_size, window) for p in prompts]
     canvas = torch.nn.utils.rnn.pad_sequence(canvas, batch_first=True, padding_value=blank).to(device)
     begin, stops = (canvas != blank).long().cumprod(-1).sum(-1).tolist(), stop_ids(config, tokenizer)
     revises = model.revises or config.trace
     if config.min_entropy and revises:
-        fail(f"min_entropy ends a text while it is written: {checkpoint['objective']} writes all at once")
+        fail(f"min_entropy ends a text while it is written: {checkpoint['objective']} writes all at once, "
+             f"and so does trace")
 
     def found(canvas):
         """Where each text ends, 0: nowhere yet."""
@@ -302,13 +337,13 @@ def main(argv):
     ends = [0] * len(prompts)
 
     common.seed_everything(config.seed)
-    calls, frames, began = 0, [canvas], time.time()
+    calls, frames, cuts, began = 0, [canvas], [], time.time()
     try:
         with common.autocast(device, common.pick_dtype(config.dtype, device)):
-            most = dict(most=config.sentences or SENTENCES) if window and not config.length else {}
-            whole = canvas.size(1) if window else block_size  # a model of windows takes any length
-            for canvas in unmask.generate(model, canvas, whole, overlap, **config.knobs(), **most):
+            for canvas, start in stream(model, canvas, config):
                 calls += 1
+                if start is not None and start.tolist() not in cuts[-1:]:
+                    cuts.append(start.tolist())
                 if config.trace and not config.watch:
                     print(f"{calls:5d}  {tokenizer.decode(canvas[0, begin[0]:].tolist(), '')}")
                 if config.watch:
@@ -326,15 +361,11 @@ def main(argv):
     except KeyboardInterrupt:
         sys.exit(130)
     ends = [end or new for end, new in zip(ends, found(canvas))]
-    rows = [[i for i in row[:end or None] if i != blank] if window else row[:end or None]
-            for row, end in zip(canvas.tolist(), ends)]
-    texts = [tokenizer.decode(row) for row in rows]
-    if window:
-        stops = getattr(model, 'vae', model).ends
-        texts = []
-        for row, start in zip(rows, begin):
-            written = [row[:start]] * (start > 0) + list(parts(row, start, window, stops))
-            texts.append(config.joined.join(map(tokenizer.decode, written)))
+    texts = []
+    for i, (row, end) in enumerate(zip(canvas.tolist(), ends)):
+        row = row[:end or None]
+        pieces = in_windows(row, [cut[i] for cut in cuts], blank) if window else [row]
+        texts.append(config.joined.join(map(tokenizer.decode, pieces)))
     seconds = time.time() - began
     print(('\n' + '-' * 60 + '\n').join(texts))
     print(f"[{path}, iteration {checkpoint['iter']}: {calls} network calls, {seconds:.2f} s, "

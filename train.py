@@ -109,10 +109,12 @@ def settings(argv):
         fail(f"objective={knobs['objective']}: the run to resume is of {checkpoint['objective']}, "
              f"that cannot change")
     concept = common.concept(knobs.get('objective', Config.objective))
+    if checkpoint and 'base' in flags:
+        fail(f"base is for a new run: init_from={source} holds all it needs")
     base = built_on(concept, knobs) if not checkpoint else None
     if base:
         inherited = concept.inherited(base['config'])
-        for name in inherited.keys() & flags.keys():
+        for name in inherited.keys() & knobs.keys():
             fail(f"{name} is the base's, {knobs['base']}: leave it out")
         knobs |= inherited
     meta = common.load_meta(knobs.get('dataset', Config.dataset))
@@ -137,9 +139,10 @@ def built_on(concept, knobs):
     make = f"`python train.py config/train_{kind}.py` makes one, --base=FOLDER names it"
     if not path:
         fail(f"objective={concept.__name__} is built on a checkpoint of {kind}: {make}")
-    if not Path(path).exists():
+    path = common.find_checkpoint(path) if Path(path).is_dir() else Path(path)
+    if not path.exists():
         fail(f"base={path} does not exist; {make}")
-    checkpoint = common.load(common.find_checkpoint(path) if Path(path).is_dir() else path)
+    checkpoint = common.load(path)
     if checkpoint['objective'] != kind:
         fail(f"base={path} is of {checkpoint['objective']}, it must be of {kind}: {make}")
     return checkpoint
@@ -185,12 +188,12 @@ class State:
     def __init__(self, run, config, meta, checkpoint, device, base=None):
         common.seed_everything(run.seed)
         self.run, self.config, self.meta, self.device = run, config, meta, device
-        self.model = common.concept(run.objective).Model(config).to(device)
-        if base:
-            try:
+        try:
+            self.model = common.concept(run.objective).Model(config).to(device)
+            if base:
                 self.model.inherit(base['ema'], common.Tokenizer(meta).pieces)
-            except (ValueError, RuntimeError) as e:
-                fail(f"the weights of base={run.base} do not fit: {str(e)[:200]}")
+        except ValueError as e:
+            fail(e)
         self.iter, self.tokens, self.best, self.val = 0, 0, float('inf'), None
         if checkpoint:
             try:
@@ -212,7 +215,8 @@ class State:
                 optimizer.load_state_dict(state)
             self.iter, self.tokens, self.best = checkpoint['iter'], checkpoint['tokens'], checkpoint['best']
         self.peak = [run.lr, run.muon_lr]
-        self.gauge = None  # training windows by which a VAE measures its scale
+        self.gauge = None      # training windows by which a VAE measures its scale
+        self.evaluated = None  # iteration of self.val
 
     def step(self, loss_fn, batch, rank, world, amp):
         """One optimizer step over world * grad_accum micro-batches; returns the loss and the metrics (of the
@@ -250,12 +254,12 @@ class State:
         rows = common.rows_at_once(self.config.block_size, self.config.vocab_size)
         nats = lambda x, *others: self.ema.nats(x, self.run.eval_draws, *others)
         with amp:
-            self.val = common.evaluate(nats, inputs, text, rows)
+            self.val, self.evaluated = common.evaluate(nats, inputs, text, rows), self.iter
         return self.val
 
     def save(self):
         """last.pt with everything, and best.pt when this is the best so far (of a VAE: always)."""
-        for net in filter(None, (self.ema, self.slow)):
+        for net in filter(None, (self.model, self.ema, self.slow)):
             if hasattr(net, 'measure'):
                 net.measure(self.gauge)
         state = dict(objective=self.run.objective, config=asdict(self.config), run=asdict(self.run),
@@ -263,7 +267,7 @@ class State:
                      ema=self.ema.state_dict())
         if self.slow:
             state |= dict(slow=self.slow.state_dict())
-        always = not getattr(self.model, 'selects', True)
+        always = not getattr(self.model, 'selects', True) and self.evaluated == self.iter
         improved = self.val is not None and (always or self.val[0] < self.best)
         self.best = min(self.best, self.val[0]) if self.val else self.best
         state |= dict(best=self.best, model=self.model.state_dict())

@@ -10,11 +10,12 @@ own that attend to the window in every layer; what becomes of query k is h_k. Th
 and the decoder writes p(x | z, prefix) = prod_i p(x_i | [w_d z_1 ... w_d z_n] prefix [BOS] x_<i). Query k
 has the position of the middle of the k-th of n equal stretches of the window, latent k of its beginning.
 
-The loss is E -log p(x | z, prefix) + beta KL(q(z | x) || N(0, I)): at beta = 1 the negative ELBO
-(1312.6114), an upper bound on -log p(x | prefix); n draws weighted by importance bound it more tightly
-(1509.00519). With the variance fixed the KL is |mu|^2 / 2. A decoder that is a language model can do without
-z, and then z tells nothing (posterior collapse, 1511.06349); so the prefix is dropped in half of the rows,
-and beta is small. V (the base's [BOS]) stands wherever there is no token.
+The loss is E -log p(x | z, prefix) + beta KL(q(z | x) || N(0, I)): at beta = 1 and with nothing hidden from
+the decoder the negative ELBO (1312.6114), an upper bound on -log p(x | prefix); n draws weighted by
+importance bound it more tightly (1509.00519). With the variance fixed the KL is |mu|^2 / 2. A decoder that
+is a language model can do without z, and then z tells nothing (posterior collapse, 1511.06349); so the
+prefix is dropped in half of the rows, tokens are hidden, and beta is small. V (the base's [BOS]) stands
+wherever there is no token.
 """
 import copy
 import math
@@ -28,7 +29,7 @@ import lora
 import model
 from ar import prompt_length, token_nats
 from unmask import draw
-from windows import Windows, last, sentence_ends
+from windows import Windows, begins, last, sentence_ends
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Config(model.Config):
     kl_warmup: int = 1000        # optimizer steps in which it rises from 0, as a sine squared
     free_bits: float = 0.0       # nats that each dimension may tell at no cost (1606.04934)
     prefix_drop: float = 0.5     # training only: share of rows that do not see the prefix
-    word_dropout: float = 0.0    # training only: share of tokens that the decoder does not see (1511.06349)
+    word_dropout: float = 1.0    # training only: largest share of a row hidden from the decoder (1511.06349)
     latent_noise: float = 0.0    # training only: standard deviation of further noise on z
     short: float = 0.0           # training only: share of windows cut to a random length
 
@@ -107,7 +108,7 @@ def mutual_information(z, mu, logvar):
     z, mu, logvar = (t.flatten(1) for t in (z, mu, logvar))
     inverse = (-logvar).exp()
     with torch.autocast(z.device.type, enabled=False):  # large numbers of which differences count
-        pairs = z @ (mu * inverse).T - z.square() @ inverse.T / 2  # (B, B), up to a constant: log N(z_i; mu_j)
+        pairs = z @ (mu * inverse).T - z.square() @ inverse.T / 2  # (B, B): log N(z_i; mu_j) + const
     pairs = pairs - (mu.square() * inverse + logvar).sum(1) / 2
     return (pairs.diagonal() - pairs.logsumexp(1) + math.log(len(z))).mean()
 
@@ -156,12 +157,6 @@ def refuse(who, top_k, top_p, knobs, known):
         raise ValueError(f"{', '.join(wrong)} is not for {who}")
 
 
-def beyond(x, ends):
-    """Which tokens of windows x (B, L) are behind the first that ends a sentence. ends (V,) bool."""
-    ended = ends[x.clamp(max=len(ends) - 1)].long()
-    return ended.cumsum(-1) - ended > 0
-
-
 class Model(nn.Module):
     bound, packs, revises = 'upper', False, False
     built_on = 'ar'    # objective of the checkpoint that --base names
@@ -196,7 +191,7 @@ class Model(nn.Module):
         self.register_buffer('steps', torch.zeros(()))   # of the optimizer so far, see train.py
         self.register_buffer('mean', torch.zeros(n, d))  # of mu, see `measure`
         self.register_buffer('std', torch.ones(n, d))
-        self.register_buffer('ends', torch.zeros(c.vocab_size, dtype=torch.bool))  # of sentences
+        self.register_buffer('ends', torch.zeros(c.vocab_size, dtype=torch.int8))  # see windows.py
 
     @property
     def gpt(self):
@@ -205,8 +200,7 @@ class Model(nn.Module):
     def inherit(self, base, pieces):
         """Take over the weights of the base, a state dict of ar.Model. pieces: the bytes of every token.
         Raises ValueError."""
-        if self.config.sentences:
-            self.ends.copy_(sentence_ends(pieces))
+        self.ends.copy_(sentence_ends(pieces))
         weights = {name.removeprefix('gpt.'): p for name, p in base.items()}
         lora.load_base(self.encoder, weights)
         lora.load_base(self.decoder, weights)
@@ -253,7 +247,8 @@ class Model(nn.Module):
     def encode(self, x):
         """Windows x (B, W) -> latents (B, n, d), of mean 0 and variance 1 in each dimension over the windows
         that `measure` saw."""
-        return (self.posterior(x)[0] - self.mean) / self.std
+        with torch.autocast(x.device.type, enabled=False):  # a small std makes small errors large
+            return (self.posterior(x)[0] - self.mean) / self.std
 
     def raw(self, latents):
         """Latents as `encode` gives them -> z as the decoder takes it."""
@@ -261,10 +256,13 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def measure(self, x):
-        """Set the scale of `encode` by windows x (N, W)."""
+        """Set the scale of `encode` by windows x (N, W); dimensions that hardly vary stay small."""
+        training = self.training
+        self.eval()
         mu = torch.cat([self.posterior(part)[0] for part in x.split(256)])
         self.mean.copy_(mu.mean(0))
-        self.std.copy_(mu.std(0).clamp(min=1e-6))
+        self.std.copy_(mu.std(0).clamp(min=0.05))
+        self.train(training)
 
     # ---- decoder ----
 
@@ -291,26 +289,28 @@ class Model(nn.Module):
         return (nats * (x != self.blank)).sum(-1)
 
     @torch.no_grad()
-    def write(self, z, prefix, given, tau=0.0):
-        """A window for z (B, n, d): (B, L) int64, V behind a token that ends it. given (B, L): V where to
-        write. Noise of variance tau is added to z, tokens are drawn at temperature tau; 0: neither."""
+    def write(self, z, prefix, length, tau=0.0):
+        """A window of `length` tokens for z (B, n, d) behind prefix (B, P): (B, length) int64, V behind the
+        end of a sentence if windows are sentences. Noise of variance tau is added to z, tokens are drawn at
+        temperature tau; 0: neither."""
         z = z + tau ** 0.5 * torch.randn_like(z)
         h, seen, where = self.opening(z, prefix)
-        cache, x = model.Cache(self.config.n_layer), given.clone()
-        new = torch.full_like(x[:, :1], self.blank)
-        for i in range(given.size(1)):
+        cache, new, x = model.Cache(self.config.n_layer), torch.full_like(prefix[:, :1], self.blank), []
+        for i in range(length):
             h = torch.cat([h, self.decoder.embed(new)], 1)
             seen, where = F.pad(seen, (0, 1), value=True), F.pad(where, (0, 1), value=prefix.size(1) + i)
             h = self.decoder.trunk(h, seen[:, None, None], cache, where=where)
-            drawn = draw(self.decoder.logits(h[:, -1:]).float().log_softmax(-1)[:, 0], tau)
-            x[:, i] = torch.where(given[:, i] == self.blank, drawn, given[:, i])
-            h, where, new = h[:, :0], where[:0], x[:, i:i + 1]
-        return x.masked_fill(beyond(x, self.ends), self.blank)
+            new = draw(self.decoder.logits(h[:, -1:]).float().log_softmax(-1), tau)
+            h, where = h[:, :0], where[:0]
+            x.append(new)
+        x = torch.cat(x, 1)
+        if self.config.sentences:
+            x = x.masked_fill(begins(self.ends[x]).cumsum(-1) > 0, self.blank)
+        return x
 
     def reconstruct(self, x, tau=0.0):
         """Windows x (B, W) -> latents -> windows again, without a prefix; tau as in `write`."""
-        nothing = torch.full_like(x, self.blank)
-        again = self.write(self.posterior(x)[0], nothing, nothing, tau)
+        again = self.write(self.posterior(x)[0], torch.full_like(x, self.blank), x.size(1), tau)
         return again.masked_fill(x == self.blank, self.blank)
 
     # ---- the objective ----
@@ -318,7 +318,7 @@ class Model(nn.Module):
     def forward(self, x, prefix=None):
         """Windows x (B, W) and what comes before them, prefix (B, W), V where there is nothing -> (loss in
         nats per token, metrics: `nats` of the reconstruction per token; of a window `kl` in nats, `active`
-        units, `information` in nats; `accuracy` of the tokens, those before them given)."""
+        units, `information` in nats; `accuracy` of the tokens, given what the decoder sees)."""
         c, B, device = self.config, len(x), x.device
         if c.short:
             length = 1 + (torch.rand(B, 1, device=device) * x.size(1)).long()
@@ -329,9 +329,8 @@ class Model(nn.Module):
         mu, logvar = self.posterior(x)
         z = mu + (logvar / 2).exp() * torch.randn_like(mu)
         noisy = z + c.latent_noise * torch.randn_like(mu) if c.latent_noise else z
-        read = x
-        if c.word_dropout:
-            read = x.masked_fill(torch.rand(x.shape, device=device) < c.word_dropout, self.blank)
+        hidden = c.word_dropout * torch.rand(B, 1, device=device)  # so that none and many are both known
+        read = x.masked_fill(torch.rand(x.shape, device=device) < hidden, self.blank)
         logits = self.logits(noisy, read, prefix)
         text = x != self.blank
         count = text.sum().clamp(min=1)
@@ -359,7 +358,7 @@ class Model(nn.Module):
     # ---- texts ----
 
     @torch.no_grad()
-    def unroll(self, xt, latents, tau=0.0, most=0):
+    def write_all(self, xt, latents, tau=0.0, most=0):
         """Generator of (canvas (B, T), start (B,) of the window being written): window after window of the
         blanks (= V) behind every row's prompt, `most` windows or (0) until all is full. latents(): a
         generator of z (B, n, d), called for each window; each z is written out, the last one stays."""
@@ -369,16 +368,19 @@ class Model(nn.Module):
             start = (xt != blank).sum(-1)
             prefix = before(xt, start, W, blank)
             for z in latents():
-                window = self.write(z, prefix, torch.full_like(prefix, blank), tau)
+                window = self.write(z, prefix, W, tau)
                 new = place(xt, start, window, blank)
                 yield new, start
             xt, k = new, k + 1
 
-    def sample(self, xt, steps=0, rule='', temperature=1.0, top_k=0, top_p=1.0, tau=0.0, most=0, **knobs):
-        """Generator of canvases, a window each, z from the prior. xt (B, T) as for ar.Model; any T. (Unless
-        beta is near 1 the prior is not where the encoder puts texts; latent.py learns where that is.)"""
+    def unroll(self, xt, steps=0, rule='', temperature=1.0, top_k=0, top_p=1.0, tau=0.0, most=0, **knobs):
+        """`write_all` with z from the prior. (Unless beta is near 1 that is not where the encoder puts
+        texts; latent.py learns where.) tau stands for temperature, which is there for the contract."""
         refuse('a VAE', top_k, top_p, dict(knobs, rule=rule) if rule else knobs, ())
         shape = len(xt), self.config.n_latent, self.config.d_latent
         prior = lambda: iter([torch.randn(shape, device=xt.device)])
-        for canvas, _ in self.unroll(xt, prior, tau, most):
-            yield canvas
+        return self.write_all(xt, prior, tau, most)
+
+    def sample(self, xt, steps=0, **knobs):
+        """Generator of canvases, a window each. xt (B, T) as for ar.Model, any T; knobs: of `unroll`."""
+        return (canvas for canvas, _ in self.unroll(xt, steps, **knobs))

@@ -1,31 +1,49 @@
 """
 A text as windows: what a sentence VAE encodes, and what comes before.
 
-A stream of tokens is cut into windows of at most W tokens, either all of W, a `stride` apart, or sentences:
-they end behind a token that ends a sentence, or when W tokens are full, and never cross a document's end.
-The blank id V stands where there is no token: behind a short window, and before a prefix that has fewer
-than W tokens.
+A stream of tokens is cut into windows of at most W tokens, either all of W, a `stride` apart, or sentences.
+A sentence ends behind . ! ? or a line break, with the closing marks and the space that follow, or when W
+tokens are full; none crosses a document's end. The blank id V stands where there is no token: behind a short
+window, and before a prefix that has fewer than W tokens.
 """
 import torch
 
+OTHER, END, SPACE = range(3)  # what a token is to a sentence
+
 
 def sentence_ends(pieces):
-    """Which tokens end a sentence: . ! or ? before any quotes or brackets, or a line break. (V,) bool of the
-    pieces (bytes)."""
-    last = [piece.rstrip(b' "\')]\r') for piece in pieces]
-    return torch.tensor([piece.endswith((b'.', b'!', b'?', b'\n')) for piece in last])
+    """What every token of the vocabulary is, from its bytes: (V,) int8."""
+    kinds = torch.zeros(len(pieces), dtype=torch.int8)
+    for i, piece in enumerate(pieces):
+        if piece.rstrip(b' "\')]\r').endswith((b'.', b'!', b'?', b'\n')):
+            kinds[i] = END
+        elif piece and not piece.strip():
+            kinds[i] = SPACE
+    return kinds
+
+
+def begins(kinds):
+    """Where a new sentence begins: at a token that is neither END nor SPACE and whose last neighbour before
+    that is no SPACE is an END. kinds (..., L) -> (..., L) bool, the first False."""
+    place = torch.arange(kinds.size(-1), device=kinds.device)
+    solid = torch.where(kinds != SPACE, place, 0).cummax(-1).values  # the last token that is no space
+    after = kinds.gather(-1, solid) == END
+    new = torch.zeros_like(after)
+    new[..., 1:] = after[..., :-1] & (kinds[..., 1:] == OTHER)
+    return new
 
 
 def sentences(tokens, W, ends, end):
     """Starts, lengths and documents (N,) of the sentences in tokens (L,): of at most W tokens, none empty.
 
-    ends (V,) bool: tokens that end a sentence. end: the id between documents, which is in no window, or
-    None.
+    ends (V,): what every token is, see `sentence_ends`. end: the id between documents, which is in no
+    window, or None.
     """
     place = torch.arange(len(tokens), device=tokens.device)
     apart = tokens == end if end is not None else torch.zeros_like(tokens, dtype=torch.bool)
-    first = torch.ones_like(apart)
-    first[1:] = ends[tokens[:-1]] & ~ends[tokens[1:]] | apart[:-1] | apart[1:]
+    first = begins(ends[tokens].where(~apart, OTHER))
+    first[:1] = True
+    first[1:] |= apart[:-1] | apart[1:]
     begun = torch.where(first, place, 0).cummax(0).values  # where the sentence of every token began
     first = (place - begun) % W == 0
     start = place[first]
@@ -37,19 +55,27 @@ def sentences(tokens, W, ends, end):
 
 class Windows:
     """tokens: of a dataset, int16 or int64 (`common.load_tokens`). Window i: tokens start[i] up to
-    start[i] + length[i]; `back` windows before it is the one that ends where it starts."""
+    start[i] + length[i], in a document that begins at origin[i]; `back` windows before it is the one that
+    ends where it starts."""
 
     def __init__(self, tokens, W, blank, stride=1, ends=None, end=None):
-        self.tokens, self.W, self.blank = tokens.long() & 0xFFFF, W, blank
+        self.tokens, self.W, self.blank = tokens, W, blank
         if ends is None:
             if W % stride:
                 raise ValueError(f"stride={stride} must divide {W}, the tokens of a window")
             self.start = torch.arange(0, max(0, len(tokens) - W + 1), stride, device=tokens.device)
             self.back = W // stride
-            self.length, self.document = torch.full_like(self.start, W), torch.zeros_like(self.start)
+            self.length = torch.tensor(W, device=tokens.device).expand(self.start.shape)
+            self.origin = torch.tensor(0, device=tokens.device).expand(self.start.shape)
         else:
-            self.start, self.length, self.document = sentences(self.tokens, W, ends.to(tokens.device), end)
+            ids = self.ids(torch.arange(len(tokens), device=tokens.device))
+            self.start, self.length, document = sentences(ids, W, ends.to(tokens.device), end)
+            self.origin = self.start[torch.searchsorted(document, document)]
             self.back = 1
+
+    def ids(self, at):
+        """The tokens at positions `at` (...), int64: int16 holds the large ones as negative numbers."""
+        return self.tokens[at].long() & 0xFFFF
 
     def __len__(self):
         return len(self.start)
@@ -59,19 +85,18 @@ class Windows:
         place = torch.arange(self.W, device=i.device)
         at = (self.start[i][..., None] + place).clamp(max=len(self.tokens) - 1)
         inside = (place < self.length[i][..., None]) & (i >= 0)[..., None]
-        return torch.where(inside, self.tokens[at], self.blank)
+        return torch.where(inside, self.ids(at), self.blank)
 
     def before(self, i, n):
         """The indices (B, n) of the n windows before windows i (B,), the nearest last; -1: there is none."""
         j = i[:, None] - self.back * torch.arange(n, 0, -1, device=i.device)
-        same = self.document[j.clamp(min=0)] == self.document[i][:, None]
+        same = self.origin[j.clamp(min=0)] == self.origin[i][:, None]
         return torch.where((j >= 0) & same, j, -1)
 
     def prefix(self, i):
-        """The W tokens before windows i (B,) in their document, (B, W), V where there are fewer."""
+        """The W tokens before windows i (B,), sentences: in their document; (B, W), V if there are fewer."""
         at = self.start[i][:, None] + torch.arange(-self.W, 0, device=i.device)
-        first = self.start[torch.searchsorted(self.document, self.document[i])]
-        return torch.where(at >= first[:, None], self.tokens[at.clamp(min=0)], self.blank)
+        return torch.where(at >= self.origin[i][:, None], self.ids(at.clamp(min=0)), self.blank)
 
     def batch(self, B):
         return self.inputs(torch.randint(len(self), (B,), device=self.start.device))

@@ -29,7 +29,8 @@ def config_of(concept, **knobs):
 def random_model(concept, **knobs):
     torch.manual_seed(0)
     model = concept.Model(config_of(concept, **knobs))
-    for p in model.parameters():
+    head = model.gpt.head or model.head  # score.py has its own
+    for p in model.parameters() if hasattr(model, 'unroll') else [head.weight]:
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.1)
     return model

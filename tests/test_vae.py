@@ -9,6 +9,7 @@ import ar
 import model
 import train
 import vae
+from windows import END, SPACE, sentences
 
 SIZES = dict(vocab_size=7, block_size=8, base_context=16, n_layer=2, n_head=2, n_embd=16, n_latent=2,
              d_latent=4, lora_rank=2)
@@ -143,7 +144,7 @@ def test_writing_with_the_cache_is_writing_without(knobs):
     z, prefix = torch.randn(4, net.config.n_latent, 4), text(seed=2)
     prefix[1, :5] = V
     prefix[2] = V
-    cached = net.write(z, prefix, torch.full((4, 8), V))
+    cached = net.write(z, prefix, 8)
     x = torch.full((4, 8), V)
     for i in range(8):
         x[:, i] = net.logits(z, x, prefix)[:, i].argmax(-1)
@@ -156,7 +157,7 @@ def test_at_tau_zero_writing_is_greedy_and_the_same_every_time_and_else_it_is_no
     greedy = {tuple(net.reconstruct(x).flatten().tolist()) for _ in range(3)}
     assert len(greedy) == 1
     assert len({tuple(net.reconstruct(x, 0.5).flatten().tolist()) for _ in range(3)}) == 3
-    assert torch.equal(net.reconstruct(x), net.write(net.posterior(x)[0], blank, blank))
+    assert torch.equal(net.reconstruct(x), net.write(net.posterior(x)[0], blank, 8))
 
 
 def test_tau_is_the_variance_of_the_noise_and_the_temperature_of_the_tokens(monkeypatch):
@@ -165,25 +166,21 @@ def test_tau_is_the_variance_of_the_noise_and_the_temperature_of_the_tokens(monk
     monkeypatch.setattr(net, 'opening', lambda z, prefix: seen.append(z) or opening(z, prefix))
     monkeypatch.setattr(vae, 'draw', lambda logp, t: heat.append(t) or logp.argmax(-1))
     z, blank = torch.zeros(5000, 2, 4), torch.full((5000, 1), V)
-    net.write(z, blank, blank, 0.3)
-    assert abs(seen[0].var() - 0.3) < 0.01 and heat == [0.3]  # 40,000 numbers: 5 standard errors
+    net.write(z, blank, 1, 0.3)
+    assert abs(seen[0].var() - 0.3) < 0.011 and heat == [0.3]  # 40,000 numbers: 5 standard errors
 
 
-def test_given_tokens_stay_and_the_others_follow_them():
-    net = random_model().eval()
-    z, prefix, given = torch.randn(4, 2, 4), text(seed=2), torch.full((4, 8), V)
-    given[:, 2] = 3
-    x = net.write(z, prefix, given)
-    assert (x[:, 2] == 3).all()
-    assert torch.equal(x[:, 4], net.logits(z, x, prefix)[:, 4].argmax(-1))
-
-
-def test_windows_that_are_sentences_end_behind_the_token_that_ends_one():
+def test_windows_that_are_sentences_end_where_windows_py_ends_them(monkeypatch):
     net = random_model(sentences=True).eval()
-    net.ends[3] = True
-    given = torch.tensor([[0, 3, 1, 2, 3, 0, 0, 0], [0] * 8, [3] * 8])
-    x = net.write(torch.randn(3, 2, 4), torch.full((3, 8), V), given)
-    assert x.tolist() == [[0, 3] + [V] * 6, [0] * 8, [3] + [V] * 7]
+    net.ends[3], net.ends[4], net.ends[5] = END, END, SPACE
+    x = torch.randint(V, (300, 8), generator=torch.Generator().manual_seed(0))
+    queue = iter(x.T)
+    monkeypatch.setattr(vae, 'draw', lambda logp, tau: next(queue)[:, None])
+    written = net.write(torch.randn(300, 2, 4), torch.full((300, 8), V), 8)
+    for row, ids in zip(written, x):
+        _, length, _ = sentences(ids, 8, net.ends, None)
+        assert row.tolist() == ids[:length[0]].tolist() + [V] * (8 - length[0])
+    assert len(set((written == V).sum(-1).tolist())) > 4
 
 
 # ---- base and adapters
@@ -216,7 +213,7 @@ def test_encoder_and_decoder_stand_on_the_same_tensors_and_the_copies_of_whole_d
 def test_a_base_of_another_size_is_refused_by_the_name_of_the_tensor():
     base = ar.Model(ar.Config(vocab_size=V, block_size=16, n_layer=2, n_head=2, n_embd=32))
     with pytest.raises(ValueError, match='embed.weight'):
-        vae.Model(vae.Config(**SIZES)).inherit(base.state_dict(), [])
+        vae.Model(vae.Config(**SIZES)).inherit(base.state_dict(), [b'a'] * V)
 
 
 # ---- the objective
@@ -270,7 +267,7 @@ def test_the_encoder_sees_in_training_the_very_window_that_is_scored():
 
 
 def test_the_loss_is_the_mean_over_the_tokens_that_there_are():
-    net = random_model(prefix_drop=0.0)
+    net = random_model(prefix_drop=0.0, word_dropout=0.0)
     net.steps.fill_(10 ** 6)
     x, prefix = text(), text(seed=2)
     x[0, 3:] = V
@@ -299,16 +296,19 @@ def test_free_bits_take_the_gradient_from_dimensions_that_tell_less():
     assert torch.allclose(grad, torch.autograd.grad(plain(text())[0], plain.w_e.weight)[0], atol=1e-5)
 
 
-def test_word_dropout_hides_tokens_from_the_decoder_alone():
-    net, seen = random_model(word_dropout=0.3), []
-    logits = net.logits
+def test_word_dropout_hides_any_share_of_a_row_from_the_decoder_alone():
+    net, seen, encoded = random_model(word_dropout=0.6), [], []
+    logits, posterior = net.logits, net.posterior
     net.logits = lambda z, x, prefix: seen.append(x) or logits(z, x, prefix)
+    net.posterior = lambda x: encoded.append(x) or posterior(x)
     x = text(4000)
-    torch.manual_seed(0)
-    _, metrics = net(x)
+    net(x)
     hidden = seen[0] == V
-    assert abs(hidden.float().mean() - 0.3) < 0.015 and torch.equal(seen[0][~hidden], x[~hidden])  # 5 errors
-    assert metrics['nats'] > 0
+    share = hidden.float().mean(-1)
+    assert torch.equal(seen[0][~hidden], x[~hidden]) and torch.equal(encoded[0], x)
+    assert abs(share.mean() - 0.3) < 0.02  # 5 standard errors
+    # binomial of 8 with a chance uniform in [0, 0.6]: variance p(1 - p) / 8 + 0.6^2 / 12, on the average
+    assert abs(share.var() - (0.3 - 0.12) / 8 - 0.03) < 0.006
 
 
 def test_short_windows_are_cut_for_encoder_and_decoder_alike():
@@ -375,12 +375,13 @@ def exact(net, x, prefix):
 @pytest.mark.parametrize('learned', [False, True])
 def test_the_bound_is_above_the_truth_and_falls_to_it_with_more_draws(learned):
     net = random_model(n_latent=1, d_latent=1, learned_variance=learned, std=0.5)
+    torch.nn.init.normal_(net.w_d.bias)  # without it the decoder's first norm leaves of z its sign alone
     net.eval().requires_grad_(False)
     x, prefix = text(3), text(3, seed=2)
     true = exact(net, x, prefix)
     torch.manual_seed(0)
     one = torch.stack([net.nats(x, 1, prefix) for _ in range(300)])
-    many = torch.stack([net.nats(x, 30, prefix) for _ in range(30)])
+    many = torch.stack([net.nats(x, 300, prefix) for _ in range(10)])
     error = one.std(0) / 300 ** 0.5
     assert (one.mean(0) > true).all() and (one.mean(0) > many.mean(0) - error).all()
     assert torch.allclose(many.mean(0), true, atol=0.15) and (many.mean(0) > true - 0.02).all()
@@ -425,8 +426,8 @@ def test_prompts_of_different_lengths_are_continued_each_from_its_own_end():
     xt[0, :5], xt[1, :2] = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([5, 6])
     z = [torch.randn(2, 2, 4) for _ in range(2)]
     queue = iter(z)
-    *_, (canvas, start) = net.unroll(xt, lambda: iter([next(queue)]), most=1)
-    alone = net.write(z[0][1:], torch.tensor([[V] * 6 + [5, 6]]), torch.full((1, 8), V))
+    *_, (canvas, start) = net.write_all(xt, lambda: iter([next(queue)]), most=1)
+    alone = net.write(z[0][1:], torch.tensor([[V] * 6 + [5, 6]]), 8)
     assert start.tolist() == [5, 2] and canvas[1, 2:10].tolist() == alone[0].tolist()
     assert (canvas[0] < V).all() and (canvas[1, 10:] == V).all()
 

@@ -5,18 +5,27 @@ import numpy as np
 import pytest
 import torch
 
-from windows import Windows, last, sentence_ends, sentences
+from windows import END, OTHER, SPACE, Windows, last, sentence_ends, sentences
 
 V = 7  # six tokens of text and one, 6, between documents
-ENDS = torch.tensor([i in (1, 4) for i in range(V)])
+ENDS = torch.tensor([END if i in (1, 4) else SPACE if i == 3 else OTHER for i in range(V)])
 
 
 def text(seed, L, sides=V):
     return torch.randint(sides, (L,), generator=torch.Generator().manual_seed(seed))
 
 
-def slow_sentences(tokens, W, ends, end):
+def slow_sentences(tokens, W, kinds, end):
     """[(start, length, document)], by the rules: token after token."""
+    def over(i):
+        """Is a sentence over before token i, by the tokens before it in its document?"""
+        if kinds[tokens[i]] != OTHER:
+            return False
+        while i and tokens[i - 1] != end:
+            i -= 1
+            if kinds[tokens[i]] != SPACE:
+                return kinds[tokens[i]] == END
+        return False
     found, document, i = [], 0, 0
     while i < len(tokens):
         if tokens[i] == end:
@@ -24,7 +33,7 @@ def slow_sentences(tokens, W, ends, end):
             continue
         k = 1
         while k < W and i + k < len(tokens) and tokens[i + k] != end:
-            if tokens[i + k - 1] in ends and tokens[i + k] not in ends:
+            if over(i + k):
                 break
             k += 1
         found.append((i, k, document))
@@ -38,7 +47,8 @@ def streams():
     for seed, (W, ends, end) in enumerate(itertools.product([1, 2, 3, 5, 40], laws, [None, 6])):
         for L, sides in ((seed % 3, V), (60, V), (60, 3 * V)):
             t = text(seed, L, sides)
-            yield torch.where(t < V, t, 2), W, torch.tensor([i in ends for i in range(V)]), end
+            kinds = [END if i in ends else SPACE if i == 5 and seed % 2 else OTHER for i in range(V)]
+            yield torch.where(t < V, t, 2), W, torch.tensor(kinds), end
 
 
 def cases():
@@ -61,10 +71,11 @@ def spans(windows):
 def test_a_token_ends_a_sentence_if_it_stops_before_any_quotes_and_brackets_or_breaks_the_line():
     yes = [b'.', b'!', b'?', b'\n', b'end.', b' end.', b'."', b".'", b'.)', b'.]', b'?!")] ', b'. ', b'...',
            b'\r\n', b'.\r', b'\n ', b' \n', b'a\n', b'\n\n', b'said."\n']
-    no = [b'', b' ', b'a', b',', b';', b':', b'"', b')', b"'", b'\r', b'3.14', b'.a', b'?,', b'\na', b'\t',
-          b'.-', b'\xe2\x80', b'(', b'.(', b'[UNK]']
-    found = sentence_ends(yes + no)
-    assert found.dtype == torch.bool and found.tolist() == [True] * len(yes) + [False] * len(no)
+    no = [b'', b'a', b',', b';', b':', b'"', b')', b"'", b'3.14', b'.a', b'?,', b'\na', b'.-', b'\xe2\x80', b'(',
+          b'.(', b'[UNK]']
+    space = [b' ', b'  ', b'\r', b'\t']
+    found = sentence_ends(yes + no + space)
+    assert found.tolist() == [END] * len(yes) + [OTHER] * len(no) + [SPACE] * len(space)
 
 
 def test_sentences_of_a_text_read_by_eye():
@@ -80,7 +91,7 @@ def test_sentences_of_a_text_read_by_eye():
 def test_sentences_are_those_of_a_loop_over_the_tokens():
     for tokens, W, ends, end in streams():
         found = sentences(tokens, W, ends, end)
-        expected = slow_sentences(tokens.tolist(), W, set(ends.nonzero().flatten().tolist()), end)
+        expected = slow_sentences(tokens.tolist(), W, ends.tolist(), end)
         assert list(zip(*(t.tolist() for t in found))) == expected, (tokens, W, ends, end)
         assert all(t.dtype == torch.int64 for t in found)
 
@@ -244,7 +255,7 @@ def test_the_last_sentences_of_a_prompt_are_those_of_the_same_text_as_windows():
         prompt = text(L, L, 6)
         windows = Windows(prompt, 3, V, ends=ENDS)
         rows = windows.window(torch.arange(len(windows))).tolist()
-        assert len(rows) == len(slow_sentences(prompt.tolist(), 3, {1, 4}, None))
+        assert len(rows) == len(slow_sentences(prompt.tolist(), 3, ENDS.tolist(), None))
         for n in range(5):
             found = last(prompt, n, 3, V, ENDS)
             expected = [[V] * 3] * (n - len(rows)) + rows[-n:] if n else rows
