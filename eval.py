@@ -349,7 +349,7 @@ def frontier_settings(config, rules):
     """(rule, its knob for the table, knobs) of every point."""
     shared = ('steps', 'rule', 'temperature', 'top_k', 'top_p', 'cfg', 'first', 'stagger')
     for rule in rules:
-        own = unmask.knobs_of(rule) if rule in unmask.RULES else ('eta', 'tau', 'context')
+        own = unmask.knobs_of(rule) if rule in unmask.RULES else ('eta', 'tau', 'doubt', 'context')
         given = {k: v for k, v in config.knobs().items() if k in shared or k in own}
         if rule in SWEEPS:
             name, values = SWEEPS[rule]
@@ -472,10 +472,11 @@ def window_texts(model, x, prefix, before, config):
     if before is not None:
         rule, eta, (z, there) = config.rule or 'dpmpp_2m_sde', max(0, config.eta), model.context(before)
         *_, drawn = model.draw(z, there, config.steps, rule, eta, config.cfg)
-        texts['next windows'] = encoder.write(encoder.raw(drawn), prefix, W, config.tau)
+        doubt = latent.DOUBT if config.doubt < 0 else config.doubt
+        texts['next windows'] = encoder.write(encoder.raw(drawn), prefix, W, config.tau, doubt)
         *_, drawn = model.draw(z, there & False, config.steps, rule, eta, 0.0)
         nothing = torch.full_like(x, encoder.blank)
-        texts['windows out of nothing'] = encoder.write(encoder.raw(drawn), nothing, W, config.tau)
+        texts['windows out of nothing'] = encoder.write(encoder.raw(drawn), nothing, W, config.tau, doubt)
     return texts
 
 

@@ -46,7 +46,7 @@ class Config(model.Config):
     error_weight: str = 'edm'    # training only: lambda: edm, (s^2 + 1) / s^2 | eps, 1 / s^2 | x0, 1
     condition_drop: float = 0.2  # training only: share of rows that do not see the windows before
     stride: int = 12             # training only: tokens between the starts of windows; not for sentences
-    decode_sigma: float = 0.2    # sigma_0 of the bound
+    decode_sigma: float = 1.0    # sigma_0 of the bound
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,6 +123,7 @@ def dpmpp_2m_sde(denoise, x, sigma, path, steps, eta=0.0):
 
 RULES = {f.__name__: f for f in (dpmpp_2m_sde, dpmpp_2m, euler, heun)}
 LOW, HIGH = 0.01, 100.0  # the noise levels of a sampler, unless training stays within
+DOUBT = 2.5              # what the decoder is told of the noise on latents that were drawn (NOTES.md)
 WAVES = 64  # random Fourier features of the noise level
 
 
@@ -253,7 +254,9 @@ class Model(nn.Module):
         seen = self.context(before)
         z, low, high = self.vae.encode(x), self.config.decode_sigma, self.config.sigma_high
         noisy = z + low * torch.randn_like(z)
-        text = self.vae.window_nats(self.vae.raw(noisy), x, prefix)
+        # the noise in the VAE's units, beyond the posterior's 1
+        doubt = (low * low * self.vae.std.square().mean() - 1).clamp(min=0).sqrt()
+        text = self.vae.window_nats(self.vae.raw(noisy), x, prefix, doubt)
         end = (math.log1p(high ** -2) + (z.square() - 1) / (high ** 2 + 1)).sum((1, 2)) / 2
         a, b = (-0.5 * math.log1p(s ** -2) for s in (low, high))
         total = text + end
@@ -293,12 +296,12 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def unroll(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, eta=0.0, cfg=0.0, tau=0.0,
-               context=0, trace=False, most=0, **others):
+               doubt=DOUBT, context=0, trace=False, most=0, **others):
         """Generator of (canvas (B, T), start (B,) of the window being written): the latents of every next
         window are drawn from those of the windows before, then decoded with the text so far as prefix. xt: a
         canvas with prompts. context: how many tokens of a prompt's end are encoded (0: n_prev windows);
-        trace: decode what the sampler thinks at every step, too; tau, most: as for vae.Model, tau stands for
-        temperature. Raises ValueError."""
+        trace: decode what the sampler thinks at every step, too; tau, doubt, most: as for vae.Model, tau
+        stands for temperature. Raises ValueError."""
         vae.refuse('latent diffusion', top_k, top_p, others, ())
         W, k, rule = self.config.block_size, self.config.n_prev, rule or 'dpmpp_2m_sde'
         if context > k * W:
@@ -316,7 +319,7 @@ class Model(nn.Module):
             there = F.pad(there[:, 1:], (0, 1), value=True)
             if not trace:
                 yield self.vae.raw(D)
-        return self.vae.write_all(xt, latents, tau, most)
+        return self.vae.write_all(xt, latents, tau, doubt, most)
 
     def sample(self, xt, steps, **knobs):
         """Generator of canvases (B, T), a window each, or with trace a step each; knobs: of `unroll`."""

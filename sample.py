@@ -238,7 +238,7 @@ def page(frames, tokenizer, title):
 def reconstruct(config, encoder, decode, windows, nearest):
     """Lines: every window of the start, what comes back of it, and how much."""
     x = torch.cat([windows(text) for text in starts(config.start)])
-    again = encoder.reconstruct(x.repeat_interleave(config.num_samples, 0), config.tau)
+    again = encoder.reconstruct(x.repeat_interleave(config.num_samples, 0), config.tau, max(0, config.doubt))
     for row, copies in zip(x, again.split(config.num_samples)):
         yield decode(row)
         yield from (f"  -> {decode(copy)}" for copy in copies)
@@ -257,7 +257,7 @@ def interpolate(config, encoder, decode, windows, nearest):
     z = torch.stack([vae.slerp(a, b, i / (config.points - 1)) for i in range(config.points)])
     blank = torch.full((len(z), x.size(1)), encoder.blank, device=x.device)
     longer = int((x != encoder.blank).sum(-1).max())
-    return map(decode, encoder.write(encoder.raw(z), blank, longer, config.tau))
+    return map(decode, encoder.write(encoder.raw(z), blank, longer, config.tau, max(0, config.doubt)))
 
 
 def neighbours(config, encoder, decode, windows, nearest):

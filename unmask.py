@@ -52,6 +52,7 @@ class Config:
     first: str = ''            # score: which tokens lose their noise first: sure | random | left | together
     stagger: float = 3.0       # score: how far apart they lose it; each takes 1 / (1 + stagger) of the steps
     tau: float = 0.0           # vae, latent: variance of noise on z and temperature of tokens; 0: greedy
+    doubt: float = -1.0        # vae, latent: noise on z that the decoder is told of; -1: vae 0, latent 2.5
     context: int = 0           # latent: tokens of the start's end that are encoded; 0: all it can see
     trace: bool = False        # latent: decode the latents at every step, as they come out of the noise
 
@@ -60,8 +61,9 @@ class Config:
                      'context'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.eta < 0 and self.eta != -1:
-            raise ValueError(f"eta={self.eta} must not be negative (-1: the rule's own)")
+        for name in ('eta', 'doubt'):
+            if getattr(self, name) < 0 and getattr(self, name) != -1:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative (-1: the default)")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
         if not 0 < self.top_p <= 1:

@@ -9,6 +9,9 @@ own that attend to the window in every layer; what becomes of query k is h_k. Th
 
 and the decoder writes p(x | z, prefix) = prod_i p(x_i | [w_d z_1 ... w_d z_n] prefix [BOS] x_<i). Query k
 has the position of the middle of the k-th of n equal stretches of the window, latent k of its beginning.
+In half of the rows of training z gets further noise, of standard deviation s, and the decoder is told s. So
+it learns to doubt: at s = 0 it spells out what z says, at a large s it writes what a language model would,
+with z as a hint. latent.py needs that, whose z are never quite those of a text.
 
 The loss is E -log p(x | z, prefix) + beta KL(q(z | x) || N(0, I)): at beta = 1 and with nothing hidden from
 the decoder the negative ELBO (1312.6114), an upper bound on -log p(x | prefix); n draws weighted by
@@ -51,7 +54,7 @@ class Config(model.Config):
     free_bits: float = 0.0       # nats that each dimension may tell at no cost (1606.04934)
     prefix_drop: float = 0.5     # training only: share of rows that do not see the prefix
     word_dropout: float = 1.0    # training only: largest share of a row hidden from the decoder (1511.06349)
-    latent_noise: float = 0.0    # training only: standard deviation of further noise on z
+    latent_noise: float = 4.0    # training only: most further noise on z, in half of the rows; 0: none
     short: float = 0.0           # training only: share of windows cut to a random length
 
     def __post_init__(self):
@@ -179,6 +182,7 @@ class Model(nn.Module):
         self.queries = nn.Parameter(torch.randn(n, C) * (C ** -0.5 if c.pooled else 1))
         self.w_e, self.w_d = nn.Linear(C, d), nn.Linear(d, C)
         self.w_var = nn.Linear(C, d) if c.learned_variance else None
+        self.told = nn.Parameter(torch.zeros(C))  # of the noise on z
         nn.init.orthogonal_(self.w_e.weight)
         with torch.no_grad():
             self.w_d.weight.copy_(self.w_e.weight.T)
@@ -266,35 +270,37 @@ class Model(nn.Module):
 
     # ---- decoder ----
 
-    def opening(self, z, prefix):
+    def opening(self, z, prefix, doubt=0.0):
         """What the decoder reads before the window: embeddings (B, n + P, C), which of them are there
-        (B, n + P), and their positions (n + P,). z (B, n, d), prefix (B, P)."""
-        P = prefix.size(1)
-        h = torch.cat([self.w_d(z), self.decoder.embed(prefix)], 1)
+        (B, n + P), and their positions (n + P,). z (B, n, d), prefix (B, P); doubt: s, a number or
+        (B, 1, 1)."""
+        P, s = prefix.size(1), torch.as_tensor(doubt, device=z.device)
+        h = self.w_d(z * (1 + s * s).rsqrt()) + s / (1 + s) * self.told
+        h = torch.cat([h, self.decoder.embed(prefix)], 1)
         where = torch.cat([P + self.stretches, torch.arange(P, device=z.device)])
         return h, F.pad(prefix != self.blank, (z.size(1), 0), value=True), where
 
-    def logits(self, z, x, prefix):
+    def logits(self, z, x, prefix, doubt=0.0):
         """What z (B, n, d), prefix (B, P) and x_<i predict for x_i: (B, T, V). x (B, T)."""
-        h, seen, where = self.opening(z, prefix)
+        h, seen, where = self.opening(z, prefix, doubt)
         seen = F.pad(seen, (0, x.size(1)), value=True)
         h = torch.cat([h, self.decoder.embed(F.pad(x[:, :-1], (1, 0), value=self.blank))], 1)
         where = torch.cat([where, prefix.size(1) + torch.arange(x.size(1), device=x.device)])
         h = self.decoder.trunk(h, seen[:, None, None], where=where)
         return self.decoder.logits(h[:, -x.size(1):])
 
-    def window_nats(self, z, x, prefix):
+    def window_nats(self, z, x, prefix, doubt=0.0):
         """-log p(x | z, prefix) in nats, (B,), of the tokens that x (B, W) holds."""
-        nats = token_nats(self.logits(z, x, prefix), x.clamp(max=self.blank - 1))
+        nats = token_nats(self.logits(z, x, prefix, doubt), x.clamp(max=self.blank - 1))
         return (nats * (x != self.blank)).sum(-1)
 
     @torch.no_grad()
-    def write(self, z, prefix, length, tau=0.0):
+    def write(self, z, prefix, length, tau=0.0, doubt=0.0):
         """A window of `length` tokens for z (B, n, d) behind prefix (B, P): (B, length) int64, V behind the
         end of a sentence if windows are sentences. Noise of variance tau is added to z, tokens are drawn at
-        temperature tau; 0: neither."""
+        temperature tau; 0: neither. doubt: the s that the decoder is told."""
         z = z + tau ** 0.5 * torch.randn_like(z)
-        h, seen, where = self.opening(z, prefix)
+        h, seen, where = self.opening(z, prefix, doubt)
         cache, new, x = model.Cache(self.config.n_layer), torch.full_like(prefix[:, :1], self.blank), []
         for i in range(length):
             h = torch.cat([h, self.decoder.embed(new)], 1)
@@ -308,9 +314,9 @@ class Model(nn.Module):
             x = x.masked_fill(begins(self.ends[x]).cumsum(-1) > 0, self.blank)
         return x
 
-    def reconstruct(self, x, tau=0.0):
-        """Windows x (B, W) -> latents -> windows again, without a prefix; tau as in `write`."""
-        again = self.write(self.posterior(x)[0], torch.full_like(x, self.blank), x.size(1), tau)
+    def reconstruct(self, x, tau=0.0, doubt=0.0):
+        """Windows x (B, W) -> latents -> windows again, without a prefix; tau, doubt as in `write`."""
+        again = self.write(self.posterior(x)[0], torch.full_like(x, self.blank), x.size(1), tau, doubt)
         return again.masked_fill(x == self.blank, self.blank)
 
     # ---- the objective ----
@@ -328,10 +334,12 @@ class Model(nn.Module):
         prefix = prefix.masked_fill(torch.rand(B, 1, device=device) < c.prefix_drop, self.blank)
         mu, logvar = self.posterior(x)
         z = mu + (logvar / 2).exp() * torch.randn_like(mu)
-        noisy = z + c.latent_noise * torch.randn_like(mu) if c.latent_noise else z
+        s = c.latent_noise * torch.rand(B, 1, 1, device=device) * (torch.rand(B, 1, 1, device=device) < 0.5)
+        # the encoder does not learn from noisy rows: it would only speak up
+        noisy = torch.where(s > 0, z.detach(), z) + s * torch.randn_like(mu)
         hidden = c.word_dropout * torch.rand(B, 1, device=device)  # so that none and many are both known
         read = x.masked_fill(torch.rand(x.shape, device=device) < hidden, self.blank)
-        logits = self.logits(noisy, read, prefix)
+        logits = self.logits(noisy, read, prefix, s)
         text = x != self.blank
         count = text.sum().clamp(min=1)
         nats = (token_nats(logits, x.clamp(max=self.blank - 1)) * text).sum() / count
@@ -358,7 +366,7 @@ class Model(nn.Module):
     # ---- texts ----
 
     @torch.no_grad()
-    def write_all(self, xt, latents, tau=0.0, most=0):
+    def write_all(self, xt, latents, tau=0.0, doubt=0.0, most=0):
         """Generator of (canvas (B, T), start (B,) of the window being written): window after window of the
         blanks (= V) behind every row's prompt, `most` windows or (0) until all is full. latents(): a
         generator of z (B, n, d), called for each window; each z is written out, the last one stays."""
@@ -368,18 +376,19 @@ class Model(nn.Module):
             start = (xt != blank).sum(-1)
             prefix = before(xt, start, W, blank)
             for z in latents():
-                window = self.write(z, prefix, W, tau)
+                window = self.write(z, prefix, W, tau, doubt)
                 new = place(xt, start, window, blank)
                 yield new, start
             xt, k = new, k + 1
 
-    def unroll(self, xt, steps=0, rule='', temperature=1.0, top_k=0, top_p=1.0, tau=0.0, most=0, **knobs):
+    def unroll(self, xt, steps=0, rule='', temperature=1.0, top_k=0, top_p=1.0, tau=0.0, doubt=0.0, most=0,
+               **knobs):
         """`write_all` with z from the prior. (Unless beta is near 1 that is not where the encoder puts
         texts; latent.py learns where.) tau stands for temperature, which is there for the contract."""
         refuse('a VAE', top_k, top_p, dict(knobs, rule=rule) if rule else knobs, ())
         shape = len(xt), self.config.n_latent, self.config.d_latent
         prior = lambda: iter([torch.randn(shape, device=xt.device)])
-        return self.write_all(xt, prior, tau, most)
+        return self.write_all(xt, prior, tau, doubt, most)
 
     def sample(self, xt, steps=0, **knobs):
         """Generator of canvases, a window each. xt (B, T) as for ar.Model, any T; knobs: of `unroll`."""

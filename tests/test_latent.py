@@ -168,7 +168,7 @@ def test_the_bound_is_that_of_a_normal_prior_when_the_denoiser_is_exact_for_it()
     torch.manual_seed(0)
     model = latent.Model(latent.Config(**SIZES, decode_sigma=0.3)).eval()  # its head is zero: D is exact
     x = torch.randint(7, (6, 8))
-    model.vae.window_nats = lambda z, x, prefix: torch.zeros(len(x))
+    model.vae.window_nats = lambda z, x, prefix, doubt: torch.zeros(len(x))
     z = model.vae.encode(x).detach()
     known = (math.log((1 + 0.3 ** 2) / 0.3 ** 2) + (0.3 ** 2 + z ** 2) / (1 + 0.3 ** 2) - 1).sum((1, 2)) / 2
     draws = torch.stack([model.nats(x, 50).detach() for _ in range(40)]).double()
@@ -179,12 +179,13 @@ def test_the_bound_is_that_of_a_normal_prior_when_the_denoiser_is_exact_for_it()
 
 def test_the_decoder_reads_latents_with_the_noise_of_decode_sigma_in_its_own_units():
     model = random_model(decode_sigma=0.5)
-    model.vae.mean.fill_(3.0), model.vae.std.fill_(2.0)
+    model.vae.mean.fill_(3.0), model.vae.std.fill_(4.0)
     x, seen = torch.randint(7, (2000, 8)), []
-    model.vae.window_nats = lambda z, x, prefix: seen.append(z) or torch.zeros(len(x))
+    model.vae.window_nats = lambda z, x, prefix, s: seen.append((z, s)) or torch.zeros(len(x))
     model.nats(x, 1)
-    noise = seen[0] - model.vae.posterior(x)[0]
-    assert abs(noise.std() - 0.5 * 2.0) < 0.03 and abs(noise.mean()) < 0.05  # 16,000 numbers
+    noise = seen[0][0] - model.vae.posterior(x)[0]
+    assert abs(noise.std() - 0.5 * 4.0) < 0.06 and abs(noise.mean()) < 0.1  # 16,000 numbers
+    assert 1 + seen[0][1] ** 2 == pytest.approx(0.5 ** 2 * 4.0 ** 2)  # told beside the 1
 
 
 # ---- texts

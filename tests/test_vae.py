@@ -128,8 +128,8 @@ def test_a_base_without_adapters_and_latents_that_are_hidden_is_the_autoregressi
     net.inherit(base.state_dict(), [b'a'] * V)
     opening = net.opening
 
-    def hidden(z, prefix):
-        h, seen, where = opening(z, prefix)
+    def hidden(z, prefix, doubt):
+        h, seen, where = opening(z, prefix, doubt)
         seen[:, :2] = False
         return h, seen, where
     net.opening = hidden
@@ -163,7 +163,7 @@ def test_at_tau_zero_writing_is_greedy_and_the_same_every_time_and_else_it_is_no
 def test_tau_is_the_variance_of_the_noise_and_the_temperature_of_the_tokens(monkeypatch):
     net, seen, heat = random_model(), [], []
     opening = net.opening
-    monkeypatch.setattr(net, 'opening', lambda z, prefix: seen.append(z) or opening(z, prefix))
+    monkeypatch.setattr(net, 'opening', lambda z, *others: seen.append(z) or opening(z, *others))
     monkeypatch.setattr(vae, 'draw', lambda logp, t: heat.append(t) or logp.argmax(-1))
     z, blank = torch.zeros(5000, 2, 4), torch.full((5000, 1), V)
     net.write(z, blank, 1, 0.3)
@@ -251,7 +251,7 @@ def test_beta_counts_optimizer_steps_however_many_forwards_one_takes():
 def test_the_prefix_is_dropped_in_half_of_the_rows():
     net, seen = random_model(), []
     logits = net.logits
-    net.logits = lambda z, x, prefix: seen.append(prefix) or logits(z, x, prefix)
+    net.logits = lambda z, x, prefix, s: seen.append(prefix) or logits(z, x, prefix, s)
     net(text(4000), text(4000, seed=2))
     dropped = (seen[0] == V).all(-1)
     assert abs(dropped.float().mean() - 0.5) < 0.04  # 5 standard errors
@@ -267,7 +267,7 @@ def test_the_encoder_sees_in_training_the_very_window_that_is_scored():
 
 
 def test_the_loss_is_the_mean_over_the_tokens_that_there_are():
-    net = random_model(prefix_drop=0.0, word_dropout=0.0)
+    net = random_model(prefix_drop=0.0, word_dropout=0.0, latent_noise=0.0)
     net.steps.fill_(10 ** 6)
     x, prefix = text(), text(seed=2)
     x[0, 3:] = V
@@ -299,7 +299,7 @@ def test_free_bits_take_the_gradient_from_dimensions_that_tell_less():
 def test_word_dropout_hides_any_share_of_a_row_from_the_decoder_alone():
     net, seen, encoded = random_model(word_dropout=0.6), [], []
     logits, posterior = net.logits, net.posterior
-    net.logits = lambda z, x, prefix: seen.append(x) or logits(z, x, prefix)
+    net.logits = lambda z, x, prefix, s: seen.append(x) or logits(z, x, prefix, s)
     net.posterior = lambda x: encoded.append(x) or posterior(x)
     x = text(4000)
     net(x)
@@ -320,14 +320,34 @@ def test_short_windows_are_cut_for_encoder_and_decoder_alike():
     assert abs((length < 8).float().mean() - 0.5 * 7 / 8) < 0.04 and length.min() == 1
 
 
-def test_latent_noise_reaches_the_decoder_but_not_the_kl():
-    net, seen = random_model(latent_noise=2.0), []
-    net.logits = lambda z, x, prefix: seen.append(z) or torch.zeros(*x.shape, V, requires_grad=True)
+def test_half_of_the_rows_have_further_noise_of_which_the_decoder_is_told_and_the_encoder_learns_nothing():
+    net, seen = random_model(latent_noise=4.0), []
+    logits = net.logits
+    net.logits = lambda z, x, prefix, doubt: seen.append((z, doubt)) or logits(z, x, prefix, doubt)
     x = text(4000)
-    _, metrics = net(x)
-    mu, _ = net.posterior(x)
-    assert abs((seen[0] - mu).var() - (1 + 4)) < 0.2  # 32,000 numbers: 5 standard errors
+    loss, metrics = net(x)
+    (z, s), mu = seen[0], net.posterior(x)[0]
+    noise, noisy = (z - mu)[:, 0, 0], s[:, 0, 0] > 0
+    assert abs(noisy.float().mean() - 0.5) < 0.04  # 5 standard errors
+    # s uniform in [0, 4]: of the noisy rows the variance is 1 + E s^2 = 1 + 16 / 3
+    assert abs(noise[noisy].var() - 19 / 3) < 0.9 and abs(noise[~noisy].var() - 1) < 0.16
+    scaled = noise / (1 + s[:, 0, 0] ** 2).sqrt()
+    assert abs(scaled[noisy].var() - 1) < 0.16  # it is told what there is
     assert metrics['kl'].item() == pytest.approx(mu.square().sum().item() / 2 / 4000, rel=1e-4)
+    grad = torch.autograd.grad(z[noisy].sum(), net.w_e.weight, retain_graph=True, allow_unused=True)[0]
+    assert grad is None or not grad.any()
+    assert torch.autograd.grad(z[~noisy].sum(), net.w_e.weight)[0].any()
+
+
+def test_what_the_decoder_is_told_changes_what_it_says():
+    net = random_model()
+    torch.nn.init.normal_(net.told)
+    z, x, prefix = torch.randn(4, 2, 4), text(), text(seed=2)
+    assert not torch.allclose(net.logits(z, x, prefix, 0.0), net.logits(z, x, prefix, 2.0), atol=1e-3)
+    each = torch.tensor([0.0, 0.0, 2.0, 2.0])[:, None, None]
+    both = net.logits(z, x, prefix, each)
+    assert torch.allclose(both[:2], net.logits(z, x, prefix, 0.0)[:2], atol=1e-5)
+    assert torch.allclose(both[2:], net.logits(z, x, prefix, 2.0)[2:], atol=1e-5)
 
 
 def test_a_learned_variance_begins_at_one_and_gets_a_gradient():
