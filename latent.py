@@ -123,7 +123,7 @@ def dpmpp_2m_sde(denoise, x, sigma, path, steps, eta=0.0):
 
 RULES = {f.__name__: f for f in (dpmpp_2m_sde, dpmpp_2m, euler, heun)}
 LOW, HIGH = 0.01, 100.0  # the noise levels of a sampler, unless training stays within
-DOUBT = 2.5              # what the decoder is told of the noise on latents that were drawn (NOTES.md)
+DOUBT = 3.0              # what the decoder is told of the noise on latents that were drawn (NOTES.md)
 WAVES = 64  # random Fourier features of the noise level
 
 

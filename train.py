@@ -371,7 +371,7 @@ def main(argv):
     state = State(run, config, meta, checkpoint, device, base)
     batch, val, text = examples(run, config, meta, device, rank, state.model)
     if hasattr(state.model, 'measure'):
-        state.gauge = torch.cat([batch()[0][0] for _ in range(-(-2048 // run.batch_size))])
+        state.gauge = torch.cat([batch()[0][0] for _ in range(-(-1024 // run.batch_size))])
     if rank == 0:
         n = sum(p.numel() for p in state.params)
         print(f"{run.objective}: {n / 1e6:.2f}M parameters, "

@@ -54,7 +54,7 @@ class Config(model.Config):
     free_bits: float = 0.0       # nats that each dimension may tell at no cost (1606.04934)
     prefix_drop: float = 0.5     # training only: share of rows that do not see the prefix
     word_dropout: float = 1.0    # training only: largest share of a row hidden from the decoder (1511.06349)
-    latent_noise: float = 4.0    # training only: most further noise on z, in half of the rows; 0: none
+    latent_noise: float = 4.0    # training only: most further noise on z, in half of the rows, after warm-up
     short: float = 0.0           # training only: share of windows cut to a random length
 
     def __post_init__(self):
@@ -334,10 +334,14 @@ class Model(nn.Module):
         prefix = prefix.masked_fill(torch.rand(B, 1, device=device) < c.prefix_drop, self.blank)
         mu, logvar = self.posterior(x)
         z = mu + (logvar / 2).exp() * torch.randn_like(mu)
-        s = c.latent_noise * torch.rand(B, 1, 1, device=device) * (torch.rand(B, 1, 1, device=device) < 0.5)
-        # the encoder does not learn from noisy rows: it would only speak up
+        # no noise before beta is full, or z never gets to tell anything; and the encoder does not learn from
+        # noisy rows: it could only speak up
+        which = (torch.rand(B, 1, 1, device=device) < 0.5) & (self.steps >= c.kl_warmup)
+        s = c.latent_noise * torch.rand(B, 1, 1, device=device) * which
         noisy = torch.where(s > 0, z.detach(), z) + s * torch.randn_like(mu)
-        hidden = c.word_dropout * torch.rand(B, 1, device=device)  # so that none and many are both known
+        # any share, so that none hidden and many are both known; none where z is in doubt: there the decoder
+        # is to be a language model
+        hidden = c.word_dropout * torch.rand(B, 1, device=device) * (s == 0)[:, 0]
         read = x.masked_fill(torch.rand(x.shape, device=device) < hidden, self.blank)
         logits = self.logits(noisy, read, prefix, s)
         text = x != self.blank

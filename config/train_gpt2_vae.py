@@ -8,7 +8,7 @@ base = 'out-gpt2-ar'
 dataset = 'wikitext2'
 
 block_size, sentences, n_latent, d_latent = 64, True, 8, 128
-kl_weight, short = 0.02, 0.1
+short = 0.1
 batch_size, grad_accum, max_iters = 64, 2, 20000
 lr, muon_lr, kl_warmup, warmup_iters = 1e-3, 0.01, 5000, 300
 eval_interval = 1000

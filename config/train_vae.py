@@ -7,7 +7,7 @@ base = 'out-ar'
 dataset = 'shakespeare_char'
 
 block_size, n_latent, d_latent = 48, 8, 64
-kl_weight, short = 0.02, 0.1
+short = 0.1
 batch_size, max_iters = 64, 20000
 
-cpu = dict(batch_size=32, max_iters=2600)
+cpu = dict(batch_size=32, max_iters=2400)

@@ -30,8 +30,8 @@ def stop_after(monkeypatch, iteration):
     """Deliver SIGTERM to this process in the middle of the given iteration."""
     original = train.update_ema
 
-    def update_and_signal(ema, params, decay, it):
-        original(ema, params, decay, it)
+    def update_and_signal(ema, params, decay, it, *more):
+        original(ema, params, decay, it, *more)
         if it + 1 == iteration:
             signal.raise_signal(signal.SIGTERM)
     monkeypatch.setattr(train, 'update_ema', update_and_signal)
@@ -162,9 +162,9 @@ def test_weights_that_an_update_made_infinite_are_not_saved(workdir, monkeypatch
     train.main(TINY)
     original = train.update_ema
 
-    def overflow(ema, params, decay, it):
+    def overflow(ema, params, decay, it, *more):
         params[0].data.view(-1)[0] = float('inf')
-        original(ema, params, decay, it)
+        original(ema, params, decay, it, *more)
     monkeypatch.setattr(train, 'update_ema', overflow)
     with pytest.raises(SystemExit) as exit:
         train.main(['--init_from=resume', '--max_iters=5'])  # one iteration: a finite loss, infinite weights
