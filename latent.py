@@ -241,9 +241,8 @@ class Model(nn.Module):
 
     def nats(self, x, n=1, prefix=None, before=None):
         """An estimate of the upper bound on -log p(x | what comes before) in nats, (B,): one draw of the
-        decoder's latents, n of the integral.
-        x (B, W); prefix (B, W) for the decoder and before (B, n_prev, W) for the diffusion, V where there is
-        nothing.
+        decoder's latents, n of the integral. x (B, W); prefix (B, W) for the decoder and before (B, n_prev, W)
+        for the diffusion, V where there is nothing.
 
         Of n draws, one is in each n-th of the range of log c_out, over which the integrand is |z - D|^2 /
         c_out^2: constant, were the latents normal.
@@ -302,7 +301,7 @@ class Model(nn.Module):
         canvas with prompts. context: how many tokens of a prompt's end are encoded (0: n_prev windows);
         trace: decode what the sampler thinks at every step, too; tau, doubt, most: as for vae.Model, tau
         stands for temperature. Raises ValueError."""
-        vae.refuse('latent diffusion', top_k, top_p, others, ())
+        vae.refuse('latent diffusion', top_k, top_p, others)
         W, k, rule = self.config.block_size, self.config.n_prev, rule or 'dpmpp_2m_sde'
         if context > k * W:
             raise ValueError(f"context={context}: this model sees {k * W} tokens before a window "

@@ -152,10 +152,9 @@ def place(xt, start, window, blank):
     return new[:, :-1]
 
 
-def refuse(who, top_k, top_p, knobs, known):
-    """Raise ValueError for knobs of a sampler that are not known."""
-    wrong = [name for name in knobs if name not in known]
-    wrong += ['top_k'] * (top_k != 0) + ['top_p'] * (top_p != 1)
+def refuse(who, top_k, top_p, knobs):
+    """Raise ValueError for knobs of other samplers."""
+    wrong = list(knobs) + ['top_k'] * (top_k != 0) + ['top_p'] * (top_p != 1)
     if wrong:
         raise ValueError(f"{', '.join(wrong)} is not for {who}")
 
@@ -389,7 +388,7 @@ class Model(nn.Module):
                **knobs):
         """`write_all` with z from the prior. (Unless beta is near 1 that is not where the encoder puts
         texts; latent.py learns where.) tau stands for temperature, which is there for the contract."""
-        refuse('a VAE', top_k, top_p, dict(knobs, rule=rule) if rule else knobs, ())
+        refuse('a VAE', top_k, top_p, dict(knobs, rule=rule) if rule else knobs)
         shape = len(xt), self.config.n_latent, self.config.d_latent
         prior = lambda: iter([torch.randn(shape, device=xt.device)])
         return self.write_all(xt, prior, tau, doubt, most)
