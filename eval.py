@@ -28,7 +28,7 @@ frontier: the same for every rule and number of steps.
 
 latents: of a VAE, how much of a window comes back, and what it costs; of latent diffusion, how near its
 prediction of the next window comes to the true one, and (with a judge) how its texts compare with real
-windows that went through the VAE.
+windows that went through the VAE, and how much of the latents they were written from they say.
 """
 import csv
 import itertools
@@ -451,9 +451,7 @@ def condition_effect(model, x, before, rows):
     kept = (before[:, -1] != model.blank).any(-1)
     guesses, truths = [], []
     for part, past in zip(x[kept].split(rows), before[kept].split(rows)):
-        sigma = torch.full((len(part),), latent.HIGH, device=x.device)
-        noise = latent.HIGH * torch.randn(len(part), model.n, model.d, device=x.device)
-        guesses.append(model.denoise(noise, sigma, *model.context(past)).flatten(1))
+        guesses.append(model.expected(*model.context(past)).flatten(1))
         truths.append(model.vae.encode(part).flatten(1))
     guess, z = torch.cat(guesses), torch.cat(truths)
     right, wrong = F.cosine_similarity(guess, z), F.cosine_similarity(guess, z.roll(len(z) // 2, 0))
@@ -464,19 +462,26 @@ def condition_effect(model, x, before, rows):
 
 @torch.no_grad()
 def window_texts(model, x, prefix, before, config):
-    """Windows x (N, W) and what becomes of them: name -> tokens (N, W). For latent diffusion (before is not
-    None) the windows it draws in their place, too."""
-    encoder, W = getattr(model, 'vae', model), x.size(1)
-    texts = {'validation windows': x,
-             'the same through the VAE': encoder.write(encoder.posterior(x)[0], prefix, W, config.tau)}
+    """What becomes of windows x (N, W): name -> tokens (N, W), and two cosines (N,): of their latents with
+    those they were written from, and with those of another window. For latent diffusion (before is not None)
+    the windows it draws in their place, too, and what the decoder makes of pure noise, told the same
+    doubt."""
+    encoder, (rule, eta) = getattr(model, 'vae', model), (config.rule or 'dpmpp_2m_sde', max(0, config.eta))
+    texts = {}
+
+    def write(name, z, prefix, doubt):
+        ids = encoder.write(encoder.raw(z), prefix, x.size(1), config.tau, doubt)
+        again, z = encoder.encode(ids).flatten(1), z.flatten(1)
+        texts[name] = ids, *(F.cosine_similarity(again, other) for other in (z, z.roll(1, 0)))
+    write('the same through the VAE', encoder.encode(x), prefix, 0.0)
     if before is not None:
-        rule, eta, (z, there) = config.rule or 'dpmpp_2m_sde', max(0, config.eta), model.context(before)
-        *_, drawn = model.draw(z, there, config.steps, rule, eta, config.cfg)
+        z, there = model.context(before)
         doubt = latent.DOUBT if config.doubt < 0 else config.doubt
-        texts['next windows'] = encoder.write(encoder.raw(drawn), prefix, W, config.tau, doubt)
+        *_, drawn = model.draw(z, there, config.steps, rule, eta, config.cfg)
+        write('next windows', drawn, prefix, doubt)
+        write('noise in place of their latents', torch.randn_like(drawn), prefix, doubt)
         *_, drawn = model.draw(z, there & False, config.steps, rule, eta, 0.0)
-        nothing = torch.full_like(x, encoder.blank)
-        texts['windows out of nothing'] = encoder.write(encoder.raw(drawn), nothing, W, config.tau, doubt)
+        write('windows out of nothing', drawn, torch.full_like(x, encoder.blank), doubt)
     return texts
 
 
@@ -497,11 +502,16 @@ def about_latents(config, checkpoint, model, tokenizer, amp, device):
             return
         past = before[0].split(rows) if before else itertools.repeat(None)
         parts = [window_texts(model, *part, config) for part in zip(x.split(rows), prefix.split(rows), past)]
+        texts = {name: list(map(torch.cat, zip(*(part[name] for part in parts)))) for name in parts[0]}
     print()
     head()
-    for name in parts[0]:
-        ids = [text[text != model.blank].tolist() for part in parts for text in part[name]]
+    for name, (ids, *_) in {'validation windows': (x,), **texts}.items():
+        ids = [text[text != model.blank].tolist() for text in ids]
         row(name, '', 0, 0, judged(judge, [(tokenizer.decode(text), False) for text in ids], device))
+    print('\n| texts | cosine of their latents with those they were written from | with another\'s |')
+    print('|---|---|---|')
+    for name, (_, own, other) in texts.items():
+        print(f"| {name} | {own.mean():.3f} | {other.mean():.3f} |")
 
 
 def judge_of(config, device):

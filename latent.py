@@ -241,8 +241,8 @@ class Model(nn.Module):
 
     def nats(self, x, n=1, prefix=None, before=None):
         """An estimate of the upper bound on -log p(x | what comes before) in nats, (B,): one draw of the
-        decoder's latents, n of the integral. x (B, W); prefix (B, W) for the decoder and before (B, n_prev, W)
-        for the diffusion, V where there is nothing.
+        decoder's latents, n of the integral. x (B, W); prefix (B, W) for the decoder and before
+        (B, n_prev, W) for the diffusion, V where there is nothing.
 
         Of n draws, one is in each n-th of the range of log c_out, over which the integrand is |z - D|^2 /
         c_out^2: constant, were the latents normal.
@@ -269,6 +269,17 @@ class Model(nn.Module):
 
     # ---- texts ----
 
+    def extremes(self):
+        """The lowest and the highest noise level of a sampler: within those of training."""
+        return max(LOW, self.config.sigma_low), min(HIGH, self.config.sigma_high)
+
+    def expected(self, before, there):
+        """The mean of the next window's latents, (B, n, d): what x tells at the highest level is nothing.
+        Arguments as in `denoise`."""
+        sigma = before.new_full((len(there),), self.extremes()[1])
+        noise = torch.randn(len(there), self.n, self.d, device=before.device)
+        return self.denoise(sigma[:, None, None] * noise, sigma, before, there)
+
     def draw(self, before, there, steps, rule, eta, cfg):
         """Generator of denoised latents D (B, n, d), one a network call (with cfg: two); the last is a draw
         of the next window's. before, there: as in `denoise`; cfg: D + cfg (D - D without what is before).
@@ -286,7 +297,7 @@ class Model(nn.Module):
             if cfg:
                 D = D + cfg * (D - self.denoise(x, sigma[:, 0], before, nowhere))
             return D, D
-        low, high = max(LOW, self.config.sigma_low), min(HIGH, self.config.sigma_high)
+        low, high = self.extremes()
         levels = karras(steps, low, high).to(device)
         path = lambda k, *_: levels[k].expand(B, self.n)
         x = math.hypot(high, 1) * torch.randn(B, self.n, self.d, device=device)

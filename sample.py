@@ -294,33 +294,10 @@ def about_latents(tool, config, encoder, tokenizer, checkpoint, folder):
     return tool(config, encoder, decode, windows, nearest)
 
 
-def main(argv):
-    files, _, flags = read(argv)
-    if 'help' in flags:
-        rules = (f"{', '.join(unmask.RULES)}; of score.py: {', '.join(score.RULES)}; "
-                 f"of latent.py: {', '.join(latent.RULES)}")
-        return print(help_text(__doc__.replace('RULES', rules), Config))
-    config, = build({**files, **flags}, Config)
-    device = common.pick_device(config.device)
-    checkpoint = common.load(path := common.find_checkpoint(config.out_dir, config.which))
-    model, tokenizer = common.load_model(checkpoint, device, config.weights)
+def write(config, path, checkpoint, model, tokenizer, device):
+    """Write the texts, show them on the way, print them."""
     block_size, blank = model.config.block_size, tokenizer.vocab_size
     window = block_size if hasattr(model, 'unroll') else 0
-    tools = dict(reconstruct=reconstruct, interpolate=interpolate, nearest=neighbours)
-    asked, given = [name for name in tools if getattr(config, name)], files.keys() | flags.keys()
-    others = {'temperature', 'overlap'} if window else {*tools, 'sentences', 'joined', 'points'}
-    for name in given & others:
-        instead = dict(temperature='take --tau', overlap='every window sees the one before')
-        fail(f"{name} is not for {checkpoint['objective']}: {instead.get(name, 'it is for vae and latent')}")
-    for name in asked:
-        common.seed_everything(config.seed)
-        with torch.no_grad(), common.autocast(device, common.pick_dtype(config.dtype, device)):
-            encoder = getattr(model, 'vae', model)
-            print('\n'.join(about_latents(tools[name], config, encoder, tokenizer, checkpoint, path.parent)))
-    if asked:
-        return
-    if config.overlap >= block_size:
-        fail(f"overlap={config.overlap} must be smaller than block_size={block_size}")
     prompts = [prompt for prompt in starts(config.start) for _ in range(config.num_samples)]
     canvas = [make_canvas(config, p, tokenizer, block_size, window) for p in prompts]
     canvas = torch.nn.utils.rnn.pad_sequence(canvas, batch_first=True, padding_value=blank).to(device)
@@ -336,30 +313,23 @@ def main(argv):
                 for start, row in zip(begin, canvas.tolist())]
     ends = [0] * len(prompts)
 
-    common.seed_everything(config.seed)
     calls, frames, cuts, began = 0, [canvas], [], time.time()
-    try:
-        with common.autocast(device, common.pick_dtype(config.dtype, device)):
-            for canvas, start in stream(model, canvas, config):
-                calls += 1
-                if start is not None and start.tolist() not in cuts[-1:]:
-                    cuts.append(start.tolist())
-                if config.trace and not config.watch:
-                    print(f"{calls:5d}  {tokenizer.decode(canvas[0, begin[0]:].tolist(), '')}")
-                if config.watch:
-                    show(frames[-1][0].tolist(), canvas[0].tolist(), tokenizer)
-                    time.sleep(PAUSE)
-                    began += PAUSE
-                if config.watch or config.html:
-                    frames.append(canvas)
-                if (stops or config.min_entropy) and not revises:
-                    ends = [end or new for end, new in zip(ends, found(canvas))]
-                    if all(ends):
-                        break
-    except ValueError as e:  # what this model cannot do
-        fail(f"{path}: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    for canvas, start in stream(model, canvas, config):
+        calls += 1
+        if start is not None and start.tolist() not in cuts[-1:]:
+            cuts.append(start.tolist())
+        if config.trace and not config.watch:
+            print(f"{calls:5d}  {tokenizer.decode(canvas[0, begin[0]:].tolist(), '')}")
+        if config.watch:
+            show(frames[-1][0].tolist(), canvas[0].tolist(), tokenizer)
+            time.sleep(PAUSE)
+            began += PAUSE
+        if config.watch or config.html:
+            frames.append(canvas)
+        if (stops or config.min_entropy) and not revises:
+            ends = [end or new for end, new in zip(ends, found(canvas))]
+            if all(ends):
+                break
     ends = [end or new for end, new in zip(ends, found(canvas))]
     texts = []
     for i, (row, end) in enumerate(zip(canvas.tolist(), ends)):
@@ -374,6 +344,40 @@ def main(argv):
         title = f"{checkpoint['objective']}, {calls} network calls"
         Path(config.html).write_text(page(frames, tokenizer, title), encoding='utf-8')
         print(f"[{config.html}: {len(frames)} frames]", file=sys.stderr)
+
+
+def main(argv):
+    files, _, flags = read(argv)
+    if 'help' in flags:
+        rules = (f"{', '.join(unmask.RULES)}; of score.py: {', '.join(score.RULES)}; "
+                 f"of latent.py: {', '.join(latent.RULES)}")
+        return print(help_text(__doc__.replace('RULES', rules), Config))
+    config, = build({**files, **flags}, Config)
+    device = common.pick_device(config.device)
+    checkpoint = common.load(path := common.find_checkpoint(config.out_dir, config.which))
+    model, tokenizer = common.load_model(checkpoint, device, config.weights)
+    tools = dict(reconstruct=reconstruct, interpolate=interpolate, nearest=neighbours)
+    latents = hasattr(model, 'unroll')
+    others = {'temperature', 'overlap'} if latents else {*tools, 'sentences', 'joined', 'points'}
+    for name in (files.keys() | flags.keys()) & others:
+        instead = dict(temperature='take --tau', overlap='every window sees the one before')
+        fail(f"{name} is not for {checkpoint['objective']}: {instead.get(name, 'it is for vae and latent')}")
+    asked = [tool for name, tool in tools.items() if getattr(config, name)]
+    if not asked and config.overlap >= model.config.block_size:
+        fail(f"overlap={config.overlap} must be smaller than block_size={model.config.block_size}")
+    try:
+        with torch.no_grad(), common.autocast(device, common.pick_dtype(config.dtype, device)):
+            common.seed_everything(config.seed)
+            for tool in asked:
+                encoder = getattr(model, 'vae', model)
+                lines = about_latents(tool, config, encoder, tokenizer, checkpoint, path.parent)
+                print('\n'.join(lines))
+            if not asked:
+                write(config, path, checkpoint, model, tokenizer, device)
+    except ValueError as e:  # what this model cannot do
+        fail(f"{path}: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == '__main__':

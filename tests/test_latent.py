@@ -136,6 +136,23 @@ def test_more_steps_bring_every_solver_to_the_same_point():
         assert (run(rule, 500, x, two) - best).abs().max() < 0.02, rule
 
 
+def test_the_expected_latents_are_what_the_highest_noise_level_of_training_tells():
+    """The exact denoiser of N(m, 1) is (sigma^2 m + x) / (sigma^2 + 1)."""
+    model, seen = random_model(sigma_high=50.0), []
+    before, there = context(model, 400)
+    mean = torch.tensor([0.0, 2.0, 0.0, -3.0])
+
+    def denoise(x, sigma, *_):
+        seen.append(sigma)
+        variance = sigma[:, None, None].square()
+        return (variance * mean + x) / (variance + 1)
+    model.denoise = denoise
+    found = model.expected(before, there)
+    assert found.shape == (400, 2, 4) and (torch.cat(seen) == 50).all()
+    # what is left of x has a standard deviation of 1 / 50; 6 of them for 3,200 numbers
+    assert (found - mean).abs().max() < 6 / 50
+
+
 def test_guidance_of_weight_zero_is_plain_and_any_other_is_not():
     model = random_model()
     before, there = context(model, 3)

@@ -219,8 +219,26 @@ def test_a_judge_compares_next_windows_with_real_ones(both, capsys):
     evaluation.main(['--out_dir=out-latent', '--mode=latents', '--windows=10', '--judge=out-ar',
                      '--steps=2'])
     out = capsys.readouterr().out
-    for name in ('validation windows', 'the same through the VAE', 'next windows', 'windows out of nothing'):
-        assert f'\n| {name} | ' in out
+    for name in ('the same through the VAE', 'next windows', 'noise in place of their latents',
+                 'windows out of nothing'):
+        assert out.count(f'\n| {name} | ') == 2
+    assert out.count('\n| validation windows | ') == 1
+
+
+def test_what_a_text_says_of_its_latents_is_all_if_it_is_the_text_they_are_of_and_else_nothing(both):
+    model, _ = common.load_model(common.load('out-latent/last.pt'), torch.device('cpu'))
+    x = torch.randint(20, (64, 16), generator=torch.Generator().manual_seed(0))
+    nothing = torch.full_like(x, model.blank)
+    model.vae.write = lambda *_: x
+    texts = evaluation.window_texts(model, x, nothing, x[:, None], evaluation.Config(steps=2))
+    _, own, other = texts['the same through the VAE']
+    assert torch.allclose(own, torch.ones(64), atol=1e-5)
+    z = model.vae.encode(x).flatten(1).double()
+    z = z / z.norm(dim=1, keepdim=True)
+    assert torch.allclose(other.double(), (z @ z.T)[torch.arange(64), torch.arange(64) - 1], atol=1e-5)
+    _, own, _ = texts['noise in place of their latents']
+    # 64 cosines of 8 dimensions with noise: a standard error of 1 / 8^0.5 / 8
+    assert abs(own.mean()) < 5 / 8 ** 0.5 / 8
 
 
 MISTAKES = [
