@@ -44,7 +44,6 @@ import torch
 import torch.nn.functional as F
 
 import common
-import latent
 import packing
 import unmask
 import vae
@@ -137,9 +136,9 @@ def rows_of(tokens, tokenizer, model, most, run):
         rows = [t.to(tokens.device) for t in lines.rows(T, most)]
         return rows, rows[1] >= 0
     cut = model.cut(tokens, tokenizer.end) if hasattr(model, 'cut') else None
-    if len(tokens) < T and not cut:  # no windows: sentences may be shorter
+    if not len(cut if cut is not None else tokens[T - 1:]):  # sentences may be shorter than T
         fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
-    if cut:
+    if cut is not None:
         rows = cut.inputs(cut.spread(most), getattr(model.config, 'n_prev', 0))
     else:
         rows = [common.windows(tokens, T, most)]
@@ -462,21 +461,19 @@ def condition_effect(model, x, before, rows):
 
 @torch.no_grad()
 def window_texts(model, x, prefix, before, config):
-    """What becomes of windows x (N, W): name -> tokens (N, W), and two cosines (N,): of their latents with
-    those they were written from, and with those of another window. For latent diffusion (before is not None)
-    the windows it draws in their place, too, and what the decoder makes of pure noise, told the same
-    doubt."""
+    """What becomes of windows x (N, W): name -> tokens (N, W), their latents and those that they were
+    written from (N, n d). For latent diffusion (before is not None) the windows it draws in their place, too,
+    and what the decoder makes of pure noise, told the same doubt."""
     encoder, (rule, eta) = getattr(model, 'vae', model), (config.rule or 'dpmpp_2m_sde', max(0, config.eta))
     texts = {}
 
     def write(name, z, prefix, doubt):
         ids = encoder.write(encoder.raw(z), prefix, x.size(1), config.tau, doubt)
-        again, z = encoder.encode(ids).flatten(1), z.flatten(1)
-        texts[name] = ids, *(F.cosine_similarity(again, other) for other in (z, z.roll(1, 0)))
+        texts[name] = ids, encoder.encode(ids).flatten(1), z.flatten(1)
     write('the same through the VAE', encoder.encode(x), prefix, 0.0)
     if before is not None:
         z, there = model.context(before)
-        doubt = latent.DOUBT if config.doubt < 0 else config.doubt
+        doubt = model.doubt if config.doubt < 0 else config.doubt
         *_, drawn = model.draw(z, there, config.steps, rule, eta, config.cfg)
         write('next windows', drawn, prefix, doubt)
         write('noise in place of their latents', torch.randn_like(drawn), prefix, doubt)
@@ -510,8 +507,9 @@ def about_latents(config, checkpoint, model, tokenizer, amp, device):
         row(name, '', 0, 0, judged(judge, [(tokenizer.decode(text), False) for text in ids], device))
     print('\n| texts | cosine of their latents with those they were written from | with another\'s |')
     print('|---|---|---|')
-    for name, (_, own, other) in texts.items():
-        print(f"| {name} | {own.mean():.3f} | {other.mean():.3f} |")
+    for name, (_, again, z) in texts.items():
+        own, other = (F.cosine_similarity(again, of).mean() for of in (z, z.roll(len(z) // 2, 0)))
+        print(f"| {name} | {own:.3f} | {other:.3f} |")
 
 
 def judge_of(config, device):

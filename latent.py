@@ -104,7 +104,7 @@ def karras(steps, low, high, rho=7.0):
 def dpmpp_2m_sde(denoise, x, sigma, path, steps, eta=0.0):
     """DPM++ 2M SDE (arXiv 2211.01095, k-diffusion's midpoint form): eta: share of the noise that is drawn
     anew; 0: dpmpp_2m. Arguments as in score.py, one level for all."""
-    before, h_before = None, 1.0
+    D_before, h_before = None, 1.0
     for k in range(1, steps + 1):
         D, _ = denoise(x, sigma)
         yield D
@@ -114,16 +114,17 @@ def dpmpp_2m_sde(denoise, x, sigma, path, steps, eta=0.0):
         h = (sigma / lower).log()[..., None]
         gone = -torch.expm1(-(1 + eta) * h)  # share of x's distance to D that this step covers
         x_next = (lower / sigma)[..., None] * (-eta * h).exp() * x + gone * D
-        if before is not None:
-            x_next = x_next + gone * h / (2 * h_before) * (D - before)
+        if D_before is not None:
+            x_next = x_next + gone * h / (2 * h_before) * (D - D_before)
         if eta:
             x_next = x_next + lower[..., None] * (-torch.expm1(-2 * eta * h)).sqrt() * torch.randn_like(x)
-        x, sigma, before, h_before = x_next, lower, D, h
+        x, sigma, D_before, h_before = x_next, lower, D, h
 
 
 RULES = {f.__name__: f for f in (dpmpp_2m_sde, dpmpp_2m, euler, heun)}
 LOW, HIGH = 0.01, 100.0  # the noise levels of a sampler, unless training stays within
-DOUBT = 3.0              # what the decoder is told of the noise on latents that were drawn (NOTES.md)
+DOUBT = 3.0              # what the decoder is told of the noise on latents that were drawn (NOTES.md), at most
+                         # what it was told in training
 WAVES = 64  # random Fourier features of the noise level
 
 
@@ -178,6 +179,7 @@ class Model(nn.Module):
         self.config, self.blank, c = config, config.vocab_size, config
         self.vae = vae.Model(vae.Config(**json.loads(c.vae))).requires_grad_(False).eval()
         self.n, self.d = self.vae.config.n_latent, self.vae.config.d_latent
+        self.doubt = min(DOUBT, self.vae.config.latent_noise)
         slots = 1 + self.n * (c.n_prev + 1)
         self.gpt = model.GPT(model.Config(c.vocab_size, slots, c.n_layer, c.n_head, c.n_embd, c.dropout,
                                           c.arch),
@@ -239,22 +241,23 @@ class Model(nn.Module):
         there = (windows != self.blank).any(-1)
         return self.vae.encode(windows.flatten(0, 1)).unflatten(0, there.shape), there
 
-    def nats(self, x, n=1, prefix=None, before=None):
+    def nats(self, x, n=1, prefix=None, past=None):
         """An estimate of the upper bound on -log p(x | what comes before) in nats, (B,): one draw of the
-        decoder's latents, n of the integral. x (B, W); prefix (B, W) for the decoder and before
-        (B, n_prev, W) for the diffusion, V where there is nothing.
+        decoder's latents, n of the integral. x (B, W); prefix (B, W) for the decoder and past
+        (B, n_prev, W), the windows before, for the diffusion, V where there is nothing.
 
         Of n draws, one is in each n-th of the range of log c_out, over which the integrand is |z - D|^2 /
         c_out^2: constant, were the latents normal.
         """
         nothing = torch.full_like(x, self.blank)
         prefix = nothing if prefix is None else prefix
-        before = nothing[:, None].expand(-1, self.config.n_prev, -1) if before is None else before
-        seen = self.context(before)
+        past = nothing[:, None].expand(-1, self.config.n_prev, -1) if past is None else past
+        seen = self.context(past)
         z, low, high = self.vae.encode(x), self.config.decode_sigma, self.config.sigma_high
         noisy = z + low * torch.randn_like(z)
-        # the noise in the VAE's units, beyond the posterior's 1
+        # the noise in the VAE's units, beyond the posterior's 1, at most what training told the decoder
         doubt = (low * low * self.vae.std.square().mean() - 1).clamp(min=0).sqrt()
+        doubt = doubt.clamp(max=self.vae.config.latent_noise)
         text = self.vae.window_nats(self.vae.raw(noisy), x, prefix, doubt)
         end = (math.log1p(high ** -2) + (z.square() - 1) / (high ** 2 + 1)).sum((1, 2)) / 2
         a, b = (-0.5 * math.log1p(s ** -2) for s in (low, high))
@@ -306,18 +309,18 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def unroll(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, eta=0.0, cfg=0.0, tau=0.0,
-               doubt=DOUBT, context=0, trace=False, most=0, **others):
+               doubt=None, context=0, trace=False, most=0, **others):
         """Generator of (canvas (B, T), start (B,) of the window being written): the latents of every next
         window are drawn from those of the windows before, then decoded with the text so far as prefix. xt: a
         canvas with prompts. context: how many tokens of a prompt's end are encoded (0: n_prev windows);
-        trace: decode what the sampler thinks at every step, too; tau, doubt, most: as for vae.Model, tau
-        stands for temperature. Raises ValueError."""
+        trace: decode what the sampler thinks at every step, too; tau, doubt (None: the model's), most: as for
+        vae.Model, tau stands for temperature. Raises ValueError."""
         vae.refuse('latent diffusion', top_k, top_p, others)
         W, k, rule = self.config.block_size, self.config.n_prev, rule or 'dpmpp_2m_sde'
         if context > k * W:
             raise ValueError(f"context={context}: this model sees {k * W} tokens before a window "
                              f"(n_prev={k}, block_size={W})")
-        prompts = [row[row != self.blank][-(context or k * W):] for row in xt]
+        prompts = [row[row != self.blank][-context:] for row in xt]
         before, there = self.context(torch.stack([self.vae.windows_of(ids, k) for ids in prompts]))
 
         def latents():
@@ -329,7 +332,7 @@ class Model(nn.Module):
             there = F.pad(there[:, 1:], (0, 1), value=True)
             if not trace:
                 yield self.vae.raw(D)
-        return self.vae.write_all(xt, latents, tau, doubt, most)
+        return self.vae.write_all(xt, latents, tau, self.doubt if doubt is None else doubt, most)
 
     def sample(self, xt, steps, **knobs):
         """Generator of canvases (B, T), a window each, or with trace a step each; knobs: of `unroll`."""

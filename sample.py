@@ -176,7 +176,7 @@ def in_windows(row, starts, blank):
     """A row's prompt and the windows behind it, which begin at `starts`; up to the first blank."""
     row = row[:row.index(blank)] if blank in row else row
     borders = [0, *starts, len(row)]
-    return [row[a:b] for a, b in zip(borders, borders[1:]) if a < b]
+    return [row[a:b] for a, b in zip(borders, borders[1:]) if row[a:b]]
 
 
 def show(old, new, tokenizer):
@@ -195,7 +195,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>unmask</title>
 color:#222;background:#fff}
 pre{white-space:pre-wrap;border-top:1px solid #ccc;padding-top:1em}input{width:100%}.m{color:#bbb}
 .n{background:#0072b2;color:#fff}</style>
-<p>TITLE<p><label>network call <output id="o"></output> <input id="s" type="range" min="0" value="0"></label>
+<p>TITLE<p><label>step <output id="o"></output> <input id="s" type="range" min="0" value="0"></label>
 <button id="b">play</button><div id="t"></div><script>
 const frames = FRAMES, text = TEXT, blank = BLANK,
   s = document.getElementById('s'), t = document.getElementById('t')
@@ -288,7 +288,8 @@ def about_latents(tool, config, encoder, tokenizer, checkpoint, folder):
         tokens = common.load_tokens(dataset, 'train', tokenizer.vocab_size, device)
         cut = encoder.cut(tokens, tokenizer.end)
         there = latent.cached(encoder, cut, folder).to(device).flatten(1).float()
-        cosine = F.normalize(z.flatten(1), dim=-1) @ F.normalize(there, dim=-1).T
+        with torch.autocast(device.type, enabled=False):  # bfloat16 has three digits
+            cosine = F.normalize(z.flatten(1), dim=-1) @ F.normalize(there, dim=-1).T
         best = cosine.topk(min(config.nearest, len(there)))
         return [zip(c.tolist(), cut.window(i)) for c, i in zip(best.values, best.indices)]
     return tool(config, encoder, decode, windows, nearest)
@@ -303,6 +304,7 @@ def write(config, path, checkpoint, model, tokenizer, device):
     canvas = torch.nn.utils.rnn.pad_sequence(canvas, batch_first=True, padding_value=blank).to(device)
     begin, stops = (canvas != blank).long().cumprod(-1).sum(-1).tolist(), stop_ids(config, tokenizer)
     revises = model.revises or config.trace
+    unit = 'steps' if config.trace else 'windows' if window else 'network calls'
     if config.min_entropy and revises:
         fail(f"min_entropy ends a text while it is written: {checkpoint['objective']} writes all at once, "
              f"and so does trace")
@@ -338,10 +340,10 @@ def write(config, path, checkpoint, model, tokenizer, device):
         texts.append(config.joined.join(map(tokenizer.decode, pieces)))
     seconds = time.time() - began
     print(('\n' + '-' * 60 + '\n').join(texts))
-    print(f"[{path}, iteration {checkpoint['iter']}: {calls} network calls, {seconds:.2f} s, "
+    print(f"[{path}, iteration {checkpoint['iter']}: {calls} {unit}, {seconds:.2f} s, "
           f"{canvas.numel() / seconds:,.0f} tokens/s]", file=sys.stderr)
     if config.html:
-        title = f"{checkpoint['objective']}, {calls} network calls"
+        title = f"{checkpoint['objective']}, {calls} {unit}"
         Path(config.html).write_text(page(frames, tokenizer, title), encoding='utf-8')
         print(f"[{config.html}: {len(frames)} frames]", file=sys.stderr)
 

@@ -13,9 +13,9 @@ In half of the rows of training z gets further noise, of standard deviation s, a
 it learns to doubt: at s = 0 it spells out what z says, at a large s it writes what a language model would,
 with z as a hint. latent.py needs that, whose z are never quite those of a text.
 
-The loss is E -log p(x | z, prefix) + beta KL(q(z | x) || N(0, I)): at beta = 1 and with nothing hidden from
-the decoder the negative ELBO (1312.6114), an upper bound on -log p(x | prefix); n draws weighted by
-importance bound it more tightly (1509.00519). With the variance fixed the KL is |mu|^2 / 2. A decoder that
+The loss is E -log p(x | z, prefix) + beta KL(q(z | x) || N(0, I)): at beta = 1, with nothing hidden from the
+decoder and no further noise, the negative ELBO (1312.6114), an upper bound on -log p(x | prefix); n draws
+weighted by importance bound it more tightly (1509.00519). With the variance fixed the KL is |mu|^2 / 2. A decoder that
 is a language model can do without z, and then z tells nothing (posterior collapse, 1511.06349); so the
 prefix is dropped in half of the rows, tokens are hidden, and beta is small. V (the base's [BOS]) stands
 wherever there is no token.
@@ -32,7 +32,7 @@ import lora
 import model
 from ar import prompt_length, token_nats
 from unmask import draw
-from windows import Windows, begins, last, sentence_ends
+from windows import OTHER, Windows, begins, last, sentence_ends
 
 
 @dataclass
@@ -198,6 +198,7 @@ class Model(nn.Module):
 
     @property
     def gpt(self):
+        """The network whose calls a report counts."""
         return self.decoder
 
     def inherit(self, base, pieces):
@@ -288,17 +289,28 @@ class Model(nn.Module):
         h = self.decoder.trunk(h, seen[:, None, None], where=where)
         return self.decoder.logits(h[:, -x.size(1):])
 
+    def scored(self, logits, x):
+        """-log p in nats, (B, W), of the tokens that windows x (B, W) hold, from logits (B, W, V). Behind a
+        window that ends since its sentence does: of the tokens that would begin another."""
+        text, x = x != self.blank, x.clamp(max=self.blank - 1)
+        nats = token_nats(logits, x) * text
+        if self.config.sentences:
+            others = logits.masked_fill(self.ends != OTHER, -math.inf).float().logsumexp(-1)
+            over = begins(self.ends[x].where(text, OTHER))
+            nats = torch.where(over, logits.float().logsumexp(-1) - others, nats)
+        return nats
+
     def window_nats(self, z, x, prefix, doubt=0.0):
-        """-log p(x | z, prefix) in nats, (B,), of the tokens that x (B, W) holds."""
-        nats = token_nats(self.logits(z, x, prefix, doubt), x.clamp(max=self.blank - 1))
-        return (nats * (x != self.blank)).sum(-1)
+        """-log p(x | z, prefix) in nats, (B,), of windows x (B, W)."""
+        return self.scored(self.logits(z, x, prefix, doubt), x).sum(-1)
 
     @torch.no_grad()
     def write(self, z, prefix, length, tau=0.0, doubt=0.0):
         """A window of `length` tokens for z (B, n, d) behind prefix (B, P): (B, length) int64, V behind the
         end of a sentence if windows are sentences. Noise of variance tau is added to z, tokens are drawn at
         temperature tau; 0: neither. doubt: the s that the decoder is told."""
-        z = z + tau ** 0.5 * torch.randn_like(z)
+        if tau:  # without, no random number is drawn: what is only shown must not change what follows
+            z = z + tau ** 0.5 * torch.randn_like(z)
         h, seen, where = self.opening(z, prefix, doubt)
         cache, new, x = model.Cache(self.config.n_layer), torch.full_like(prefix[:, :1], self.blank), []
         for i in range(length):
@@ -333,8 +345,8 @@ class Model(nn.Module):
         prefix = prefix.masked_fill(torch.rand(B, 1, device=device) < c.prefix_drop, self.blank)
         mu, logvar = self.posterior(x)
         z = mu + (logvar / 2).exp() * torch.randn_like(mu)
-        # no noise before beta is full, or z never gets to tell anything; and the encoder does not learn from
-        # noisy rows: it could only speak up
+        # no noise before beta is full, or z never gets to tell anything; and the decoder's errors in noisy
+        # rows do not reach the encoder: it could only speak up. The KL of these rows does: beta counts double
         which = (torch.rand(B, 1, 1, device=device) < 0.5) & (self.steps >= c.kl_warmup)
         s = c.latent_noise * torch.rand(B, 1, 1, device=device) * which
         noisy = torch.where(s > 0, z.detach(), z) + s * torch.randn_like(mu)
@@ -345,7 +357,7 @@ class Model(nn.Module):
         logits = self.logits(noisy, read, prefix, s)
         text = x != self.blank
         count = text.sum().clamp(min=1)
-        nats = (token_nats(logits, x.clamp(max=self.blank - 1)) * text).sum() / count
+        nats = self.scored(logits, x).sum() / count
         kl = kl_to_prior(mu, logvar)
         charged = kl.mean(0).clamp(min=c.free_bits).sum() if c.free_bits else kl.sum() / B
         loss = nats + beta(self.steps, c.kl_weight, c.kl_warmup) * charged * B / count

@@ -177,7 +177,40 @@ def test_guidance_of_weight_zero_is_plain_and_any_other_is_not():
     assert torch.allclose(last(cfg=-1.0), without, atol=1e-5)  # D + (-1)(D - D0) = D0
 
 
+# ---- the network
+
+def test_the_denoiser_is_the_network_behind_edm_s_preconditioning_and_knows_the_noise_level():
+    """c_in, c_skip, c_out and the network's input, written out again."""
+    model = random_model()
+    before, there = context(model, 3)
+    x, sigma, seen = torch.randn(3, 2, 4), torch.tensor([0.2, 1.0, 9.0]), []
+    trunk = model.gpt.trunk
+    model.gpt.trunk = lambda h, *others: seen.append(h) or trunk(h, *others)
+    D = model.denoise(x, sigma, before, there)
+    variance = sigma.square()[:, None, None] + 1
+    assert torch.allclose(seen[0][:, -2:] - model.slot[-2:], model.project(x / variance.sqrt()), atol=1e-5)
+    F = trunk(seen[0], torch.ones(3, 1, 1, 5, dtype=torch.bool))[:, -2:] @ model.head.weight.T
+    assert F.abs().max() > 0.1
+    assert torch.allclose(D, x / variance + sigma[:, None, None] / variance.sqrt() * F, atol=1e-5)
+    assert (torch.pdist(seen[0][:, 0]) > 0.1).all()
+
+
 # ---- the bound
+
+def test_the_bound_hangs_on_the_window_before_by_the_diffusion_and_on_the_prefix_by_the_decoder():
+    model, x = random_model(), torch.randint(7, (4, 8), generator=torch.Generator().manual_seed(0))
+    read, window_nats = [], model.vae.window_nats
+
+    def nats(prefix, past):
+        torch.manual_seed(0)
+        return model.nats(x, 4, prefix, past)
+    model.vae.window_nats = lambda z, x, prefix, s: read.append(prefix) or window_nats(z, x, prefix, s)
+    plain = nats(None, None)
+    nothing = torch.full_like(x, 7)
+    assert (read.pop() == 7).all() and torch.equal(plain, nats(nothing, nothing[:, None]))
+    assert ((nats(x, None) - plain).abs() > 1e-3).all() and torch.equal(read.pop(), x)
+    assert ((nats(None, x[:, None]) - plain).abs() > 1e-3).all() and (read.pop() == 7).all()
+
 
 def test_the_bound_is_that_of_a_normal_prior_when_the_denoiser_is_exact_for_it():
     """With D = x / (1 + sigma^2) the diffusion's prior at sigma_0 is N(0, 1 + sigma_0^2), so the bound
@@ -244,14 +277,43 @@ def test_windows_are_drawn_in_turn_each_from_the_latents_before_and_decoded_afte
     assert [prefix.tolist() for _, prefix in writes[::2]] == [[[7] * 5 + [6] * 3], [[2] * 8]]
 
 
-def test_trace_decodes_what_the_sampler_thinks_at_every_step_and_ends_in_the_same_text():
-    model, ids = random_model(), torch.full((2, 16), 7)
-    torch.manual_seed(0)
-    traced = list(model.sample(ids, 5, trace=True))
-    torch.manual_seed(0)
-    plain = list(model.sample(ids, 5))
-    assert len(traced) == 10 and len(plain) == 2 and torch.equal(traced[-1], plain[-1])
-    assert torch.equal(traced[4], plain[0])
+def test_trace_decodes_what_the_sampler_thinks_at_every_step_and_changes_nothing():
+    model, ids, texts, handed = random_model(), torch.full((2, 16), 7), [], []
+    write = model.vae.write
+    for trace in (True, False):
+        latents = []
+        model.vae.write = lambda z, *others: latents.append(z) or write(z, *others)
+        torch.manual_seed(0)
+        texts.append(list(model.sample(ids, 5, trace=trace)))
+        handed.append(torch.stack(latents))
+    assert [len(canvases) for canvases in texts] == [10, 2]
+    prompt = [0, 3, *[1] * 9, 2, 2]  # of the 11 tokens of its second sentence 8 fill a window, 3 are left
+    assert not torch.allclose(handed[0][3], handed[0][4], atol=1e-3)
+    assert torch.equal(texts[0][4], texts[1][0]) and torch.equal(texts[0][9], texts[1][1])
+
+
+def test_of_a_prompt_in_sentences_the_last_ones_are_encoded_as_training_would_cut_them():
+    config = dataclasses.replace(VAE, sentences=True)
+    model, seen = random_model(vae=json.dumps(dataclasses.asdict(config))), []
+    model.vae.ends[3] = windows.END
+    encode = model.vae.encode
+    model.vae.encode = lambda x: seen.append(x) or encode(x)
+    prompt = [0, 3, *[1] * 9, 2, 2]  # of the 11 tokens of its second sentence 8 fill a window, then 3
+    list(model.sample(torch.tensor([prompt + [7] * 8]), 2, most=1))
+    assert seen[0].tolist() == [[1, 2, 2] + [7] * 5]
+
+
+def test_the_decoder_is_told_no_more_doubt_than_in_training():
+    for noise, doubt in ((4.0, latent.DOUBT), (1.5, 1.5), (0.0, 0.0)):
+        config = json.dumps(dataclasses.asdict(dataclasses.replace(VAE, latent_noise=noise)))
+        model, told = random_model(vae=config, decode_sigma=100.0), []
+        model.vae.write = lambda z, prefix, length, tau, s: told.append(s) or torch.zeros(1, 8).long()
+        list(model.sample(torch.full((1, 8), 7), 2))
+        assert told == [doubt]
+        window_nats = model.vae.window_nats
+        model.vae.window_nats = lambda z, x, prefix, s: told.append(s) or window_nats(z, x, prefix, s)
+        model.nats(torch.zeros(1, 8).long())
+        assert told[1] == noise
 
 
 @pytest.mark.parametrize('knobs, words', [

@@ -1,5 +1,6 @@
 """vae.py: encoder, decoder, bound and metrics, against answers known otherwise."""
 import contextlib
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import ar
 import model
 import train
 import vae
-from windows import END, SPACE, sentences
+from windows import END, SPACE, begins, sentences
 
 SIZES = dict(vocab_size=7, block_size=8, base_context=16, n_layer=2, n_head=2, n_embd=16, n_latent=2,
              d_latent=4, lora_rank=2)
@@ -87,6 +88,37 @@ def test_latents_leave_encode_with_mean_0_and_variance_1_over_the_windows_they_w
     again = vae.Model(net.config)
     again.load_state_dict(net.state_dict())  # the scale is in the checkpoint
     assert torch.allclose(again.encode(x), z)
+
+
+def test_a_dimension_that_never_varies_stays_small_and_dropout_is_off_while_the_scale_is_measured():
+    net, x = random_model(lora_dropout=0.5), text(300)
+    for layer in net.encoder.modules():
+        if hasattr(layer, 'B'):
+            torch.nn.init.normal_(layer.B)
+    with torch.no_grad():
+        net.w_e.weight[1] = 0
+    net.train()
+    net.measure(x)
+    mu = net.eval().posterior(x)[0]
+    assert torch.allclose(net.mean, mu.mean(0), atol=1e-5)
+    assert torch.allclose(net.std[:, [0, 2, 3]], mu.std(0)[:, [0, 2, 3]], atol=1e-5)
+    assert (net.std[:, 1] == 0.05).all() and net.encode(x).isfinite().all()
+
+
+@pytest.mark.parametrize('n, starts, middles', [(1, [0], [4]), (2, [0, 4], [2, 6]),
+                                                (4, [0, 2, 4, 6], [1, 3, 5, 7])])
+def test_queries_stand_in_the_middle_of_their_stretches_and_latents_where_these_begin(n, starts, middles):
+    """What NOTES.md found to decide: by the positions that the two networks are called with."""
+    net, seen = random_model(n_latent=n), {}
+    for name in ('encoder', 'decoder'):
+        part = getattr(net, name)
+        def trunk(h, *others, name=name, trunk=part.trunk, **knobs):
+            seen[name] = knobs['where'].tolist()
+            return trunk(h, *others, **knobs)
+        part.trunk = trunk
+    net.logits(net.posterior(text())[0], text(), text()[:, :3])
+    assert seen['encoder'] == [*range(8), *middles]
+    assert seen['decoder'] == [*(3 + i for i in starts), 0, 1, 2, *range(3, 11)]
 
 
 # ---- decoder
@@ -432,6 +464,38 @@ def test_one_draw_is_the_negative_elbo_whose_kl_is_known():
     known = rec.mean(0) + vae.kl_to_prior(mu, logvar).sum((1, 2))
     error = (draws.var(0) / 2000 + rec.var(0) / 2000).sqrt()
     assert ((draws.mean(0) - known).abs() < 5 * error).all()  # 3 rows at 5 standard errors
+
+
+def test_the_probabilities_of_all_windows_that_are_sentences_sum_to_one():
+    """A window is W tokens, or fewer if it ends a sentence: that it ends has its probability, too."""
+    W, vocab = 4, 3
+    net = random_model(vocab_size=vocab, block_size=W, sentences=True).eval().requires_grad_(False)
+    net.ends[1], net.ends[2] = END, SPACE
+    windows = []
+    for k in range(1, W + 1):
+        x = torch.tensor(list(itertools.product(range(vocab), repeat=k)))
+        over = begins(torch.nn.functional.pad(net.ends[x], (0, 1)))  # were the next token a word
+        kept = ~over[:, :-1].any(-1) & (over[:, -1] | (k == W))
+        windows.append(torch.nn.functional.pad(x[kept], (0, W - k), value=vocab))
+    x = torch.cat(windows)
+    assert 10 < len(windows[-1]) < len(x)
+    z, prefix = torch.randn(1, 2, 4).expand(len(x), -1, -1), torch.tensor([[0, 2, 1]]).expand(len(x), -1)
+    assert (-net.window_nats(z, x, prefix)).exp().sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_training_on_sentences_counts_their_ends_as_the_bound_does():
+    net, seen = random_model(sentences=True, word_dropout=0.0, kl_weight=0.0), []
+    net.ends[1] = END
+    logits = net.logits
+    net.logits = lambda z, x, *others: seen.append(z) or logits(z, x, *others)
+    x = torch.tensor([[2, 3, 1, V, V, V, V, V], [2, 3, 4, V, V, V, V, V]])  # the second: a text's end
+    loss, _ = net(x)
+    net.logits = logits
+    rows = net.window_nats(seen[0], x, torch.full_like(x, V))
+    assert loss.item() == pytest.approx(rows.sum().item() / 6, rel=1e-4)
+    net.ends[1] = 0
+    assert torch.allclose(net.window_nats(seen[0], x, torch.full_like(x, V))[1], rows[1])
+    assert net.window_nats(seen[0], x, torch.full_like(x, V))[0] < rows[0] - 0.01
 
 
 def test_padding_costs_nothing():
