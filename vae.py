@@ -295,9 +295,9 @@ class Model(nn.Module):
         text, x = x != self.blank, x.clamp(max=self.blank - 1)
         nats = token_nats(logits, x) * text
         if self.config.sentences:
-            others = logits.masked_fill(self.ends != OTHER, -math.inf).float().logsumexp(-1)
+            others = (logits.float() - 1e9 * (self.ends != OTHER)).logsumexp(-1)
             over = begins(self.ends[x].where(text, OTHER))
-            nats = torch.where(over, logits.float().logsumexp(-1) - others, nats)
+            nats = nats + over * (logits.float().logsumexp(-1) - others)
         return nats
 
     def window_nats(self, z, x, prefix, doubt=0.0):

@@ -28,9 +28,7 @@ def begins(kinds):
     place = torch.arange(kinds.size(-1), device=kinds.device)
     solid = torch.where(kinds != SPACE, place, 0).cummax(-1).values  # the last token that is no space
     after = kinds.gather(-1, solid) == END
-    new = torch.zeros_like(after)
-    new[..., 1:] = after[..., :-1] & (kinds[..., 1:] == OTHER)
-    return new
+    return after.roll(1, -1) & (kinds == OTHER) & (place > 0)
 
 
 def sentences(tokens, W, ends, end):
