@@ -255,8 +255,8 @@ class Model(nn.Module):
         seen = self.context(past)
         z, low, high = self.vae.encode(x), self.config.decode_sigma, self.config.sigma_high
         noisy = z + low * torch.randn_like(z)
-        # the noise in the VAE's units, beyond the posterior's 1, at most what training told the decoder
-        doubt = (low * low * self.vae.std.square().mean() - 1).clamp(min=0).sqrt()
+        # the noise in the VAE's units, beyond the posterior's, at most what training told the decoder
+        doubt = (low * low * self.vae.std.square() - self.vae.blur.square()).mean().clamp(min=0).sqrt()
         doubt = doubt.clamp(max=self.vae.config.latent_noise)
         text = self.vae.window_nats(self.vae.raw(noisy), x, prefix, doubt)
         end = (math.log1p(high ** -2) + (z.square() - 1) / (high ** 2 + 1)).sum((1, 2)) / 2

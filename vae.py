@@ -5,20 +5,23 @@ Encoder and decoder are one frozen base under two adapters (AdaVAE arXiv 2205.05
 reads the window x (at most W tokens) without the causal mask, and with it n learned queries, tokens of their
 own that attend to the window in every layer; what becomes of query k is h_k. Then
 
-    mu_k = w_e h_k,    z = mu + sqrt(tau) eps, tau = 1 in training,    (n, d), the latents of the window,
+    mu_k = w_e h_k,    z = mu + sqrt(tau) b eps, tau = 1 in training,    (n, d), the latents of the window,
 
-and the decoder writes p(x | z, prefix) = prod_i p(x_i | [w_d z_1 ... w_d z_n] prefix [BOS] x_<i). Query k
-has the position of the middle of the k-th of n equal stretches of the window, latent k of its beginning.
-In half of the rows of training z gets further noise, of standard deviation s, and the decoder is told s. So
-it learns to doubt: at s = 0 it spells out what z says, at a large s it writes what a language model would,
-with z as a hint. latent.py needs that, whose z are never quite those of a text.
+where b, the posterior's standard deviation, is 1 or learned, and the decoder writes
+
+    p(x | z, prefix) = prod_i p(x_i | [w_d z_1 ... w_d z_n] prefix [BOS] x_<i).
+
+Query k has the position of the middle of the k-th of n equal stretches of the window, latent k of its
+beginning. In half of the rows of training z gets further noise, of standard deviation s, and the decoder is
+told s. So it learns to doubt: at s = 0 it spells out what z says, at a large s it writes what a language
+model would, with z as a hint. latent.py needs that, whose z are never quite those of a text.
 
 The loss is E -log p(x | z, prefix) + beta KL(q(z | x) || N(0, I)): at beta = 1, with nothing hidden from the
 decoder and no further noise, the negative ELBO (1312.6114), an upper bound on -log p(x | prefix); n draws
-weighted by importance bound it more tightly (1509.00519). With the variance fixed the KL is |mu|^2 / 2. A decoder that
-is a language model can do without z, and then z tells nothing (posterior collapse, 1511.06349); so the
-prefix is dropped in half of the rows, tokens are hidden, and beta is small. V (the base's [BOS]) stands
-wherever there is no token.
+weighted by importance bound it more tightly (1509.00519). With the variance fixed the KL is |mu|^2 / 2. A
+decoder that is a language model can do without z, and then z tells nothing (posterior collapse, 1511.06349);
+so the prefix is dropped in half of the rows, tokens are hidden, and beta is small. V (the base's [BOS])
+stands wherever there is no token.
 """
 import copy
 import math
@@ -194,6 +197,7 @@ class Model(nn.Module):
         self.register_buffer('steps', torch.zeros(()))   # of the optimizer so far, see train.py
         self.register_buffer('mean', torch.zeros(n, d))  # of mu, see `measure`
         self.register_buffer('std', torch.ones(n, d))
+        self.register_buffer('blur', torch.ones(n, d))   # standard deviation of q(z | x)
         self.register_buffer('ends', torch.zeros(c.vocab_size, dtype=torch.int8))  # see windows.py
 
     @property
@@ -263,9 +267,10 @@ class Model(nn.Module):
         """Set the scale of `encode` by windows x (N, W); dimensions that hardly vary stay small."""
         training = self.training
         self.eval()
-        mu = torch.cat([self.posterior(part)[0] for part in x.split(256)])
+        mu, logvar = map(torch.cat, zip(*(self.posterior(part) for part in x.split(256))))
         self.mean.copy_(mu.mean(0))
         self.std.copy_(mu.std(0).clamp(min=0.05))
+        self.blur.copy_(logvar.exp().mean(0).sqrt())
         self.train(training)
 
     # ---- decoder ----
@@ -307,10 +312,10 @@ class Model(nn.Module):
     @torch.no_grad()
     def write(self, z, prefix, length, tau=0.0, doubt=0.0):
         """A window of `length` tokens for z (B, n, d) behind prefix (B, P): (B, length) int64, V behind the
-        end of a sentence if windows are sentences. Noise of variance tau is added to z, tokens are drawn at
-        temperature tau; 0: neither. doubt: the s that the decoder is told."""
+        end of a sentence if windows are sentences. To z comes noise of tau times the posterior's mean
+        variance, tokens are drawn at temperature tau; 0: neither. doubt: the s that the decoder is told."""
         if tau:  # without, no random number is drawn: what is only shown must not change what follows
-            z = z + tau ** 0.5 * torch.randn_like(z)
+            z = z + tau ** 0.5 * self.blur * torch.randn_like(z)
         h, seen, where = self.opening(z, prefix, doubt)
         cache, new, x = model.Cache(self.config.n_layer), torch.full_like(prefix[:, :1], self.blank), []
         for i in range(length):

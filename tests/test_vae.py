@@ -202,6 +202,19 @@ def test_tau_is_the_variance_of_the_noise_and_the_temperature_of_the_tokens(monk
     assert abs(seen[0].var() - 0.3) < 0.011 and heat == [0.3]  # 40,000 numbers: 5 standard errors
 
 
+def test_of_a_learned_variance_tau_takes_its_share(monkeypatch):
+    net, seen = random_model(learned_variance=True).eval().requires_grad_(False), []
+    net.w_var.weight.zero_()
+    net.w_var.bias.copy_(torch.tensor([0.0, -1.0, -2.0, 1.0]))
+    net.measure(text(20))
+    assert torch.allclose(net.blur ** 2, torch.tensor([0.0, -1.0, -2.0, 1.0]).exp().expand(2, 4))
+    opening = net.opening
+    monkeypatch.setattr(net, 'opening', lambda z, *others: seen.append(z) or opening(z, *others))
+    net.write(torch.zeros(5000, 2, 4), torch.full((5000, 1), V), 1, 0.3)
+    # 10,000 numbers each: 5 standard errors are 7%
+    assert torch.allclose(seen[0].var((0, 1)), 0.3 * net.blur[0] ** 2, rtol=0.07)
+
+
 def test_windows_that_are_sentences_end_where_windows_py_ends_them(monkeypatch):
     net = random_model(sentences=True).eval()
     net.ends[3], net.ends[4], net.ends[5] = END, END, SPACE
