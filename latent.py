@@ -255,9 +255,9 @@ class Model(nn.Module):
         seen = self.context(past)
         z, low, high = self.vae.encode(x), self.config.decode_sigma, self.config.sigma_high
         noisy = z + low * torch.randn_like(z)
-        # the noise in the VAE's units, beyond the posterior's, at most what training told the decoder
+        # the noise in the VAE's units, beyond the posterior's, if training told the decoder of any
         doubt = (low * low * self.vae.std.square() - self.vae.blur.square()).mean().clamp(min=0).sqrt()
-        doubt = doubt.clamp(max=self.vae.config.latent_noise)
+        doubt = doubt * (self.vae.config.latent_noise > 0)
         text = self.vae.window_nats(self.vae.raw(noisy), x, prefix, doubt)
         end = (math.log1p(high ** -2) + (z.square() - 1) / (high ** 2 + 1)).sum((1, 2)) / 2
         a, b = (-0.5 * math.log1p(s ** -2) for s in (low, high))
@@ -321,7 +321,9 @@ class Model(nn.Module):
             raise ValueError(f"context={context}: this model sees {k * W} tokens before a window "
                              f"(n_prev={k}, block_size={W})")
         prompts = [row[row != self.blank][-context:] for row in xt]
-        before, there = self.context(torch.stack([self.vae.windows_of(ids, k) for ids in prompts]))
+        # a prompt shorter than a window stands where the end of a long one would (NOTES.md)
+        right = not self.vae.config.sentences
+        before, there = self.context(torch.stack([self.vae.windows_of(ids, k, right) for ids in prompts]))
 
         def latents():
             nonlocal before, there

@@ -219,9 +219,10 @@ class Model(nn.Module):
         W, ends = self.config.block_size, self.ends if self.config.sentences else None
         return Windows(tokens, W, self.blank, stride or W, ends, end)
 
-    def windows_of(self, ids, n=0):
-        """The last n windows (0: all) of a text's ids (L,): (n, W)."""
-        return last(ids, n, self.config.block_size, self.blank, self.ends if self.config.sentences else None)
+    def windows_of(self, ids, n=0, right=False):
+        """The last n windows (0: all) of a text's ids (L,): (n, W); right: see `windows.last`."""
+        ends = self.ends if self.config.sentences else None
+        return last(ids, n, self.config.block_size, self.blank, ends, right)
 
     def source(self, tokens, end, folder):
         """What train.py draws batches from."""

@@ -112,9 +112,9 @@ class Windows:
         return torch.arange(most, device=device) * (N - 1) // max(1, most - 1)
 
 
-def last(tokens, n, W, blank, ends=None):
+def last(tokens, n, W, blank, ends=None, right=False):
     """The last n windows (0: all) of a prompt (L,) as Windows cuts them, but from its end: (n, W), V where
-    there is nothing."""
+    there is nothing. right: short ones stand at the end of theirs, as if their text began before them."""
     if ends is None:
         parts = [tokens[max(0, i - W):i] for i in range(len(tokens), 0, -W)][::-1]
     else:
@@ -123,5 +123,5 @@ def last(tokens, n, W, blank, ends=None):
     parts = parts[-n:]
     rows = torch.full((n or len(parts), W), blank, device=tokens.device)
     for row, part in zip(rows[len(rows) - len(parts):], parts):
-        row[:len(part)] = part
+        row[W - len(part) if right else 0:][:len(part)] = part
     return rows

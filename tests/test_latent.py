@@ -245,7 +245,7 @@ def test_a_prompt_s_end_is_what_is_encoded_and_context_says_how_much_of_it():
     encode = model.vae.encode
     model.vae.encode = lambda x: seen.append(x.clone()) or encode(x)
     ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3] + [7] * 5])
-    for context, expected in ((0, [3, 4, 5, 6, 0, 1, 2, 3]), (3, [1, 2, 3] + [7] * 5)):
+    for context, expected in ((0, [3, 4, 5, 6, 0, 1, 2, 3]), (3, [7] * 5 + [1, 2, 3])):
         seen.clear()
         list(model.sample(ids, 2, context=context))
         assert seen[0].tolist() == [expected]
@@ -303,7 +303,7 @@ def test_of_a_prompt_in_sentences_the_last_ones_are_encoded_as_training_would_cu
     assert seen[0].tolist() == [[1, 2, 2] + [7] * 5]
 
 
-def test_the_decoder_is_told_no_more_doubt_than_in_training():
+def test_a_sampler_tells_the_decoder_no_more_doubt_than_training_did():
     for noise, doubt in ((4.0, latent.DOUBT), (1.5, 1.5), (0.0, 0.0)):
         config = json.dumps(dataclasses.asdict(dataclasses.replace(VAE, latent_noise=noise)))
         model, told = random_model(vae=config, decode_sigma=100.0), []
@@ -313,7 +313,7 @@ def test_the_decoder_is_told_no_more_doubt_than_in_training():
         window_nats = model.vae.window_nats
         model.vae.window_nats = lambda z, x, prefix, s: told.append(s) or window_nats(z, x, prefix, s)
         model.nats(torch.zeros(1, 8).long())
-        assert told[1] == noise
+        assert (told[1] > 50) == (noise > 0)  # the bound's: the truth, if the decoder knows what that is
 
 
 @pytest.mark.parametrize('knobs, words', [

@@ -250,6 +250,12 @@ def test_the_last_fixed_windows_of_a_prompt_are_cut_from_its_end():
             assert found.tolist() == expected
 
 
+def test_a_short_window_of_a_prompt_can_stand_at_the_end_of_its_place():
+    ids = torch.arange(7)
+    assert last(ids, 3, 5, 9, right=True).tolist() == [[9] * 5, [9, 9, 9, 0, 1], [2, 3, 4, 5, 6]]
+    assert last(ids[:0], 1, 5, 9, right=True).tolist() == [[9] * 5]
+
+
 def test_the_last_sentences_of_a_prompt_are_those_of_the_same_text_as_windows():
     for L in range(16):
         prompt = text(L, L, 6)
