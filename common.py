@@ -273,7 +273,9 @@ def load(path, device='cpu'):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        fail(f"there is no checkpoint {path}: `python train.py config/train_mdlm.py` makes one")
+        own = Path('config', f"train_{Path(path).parent.name.removeprefix('out-').replace('-', '_')}.py")
+        fail(f"there is no checkpoint {path}: `python train.py "
+             f"{own if own.exists() else 'config/train_mdlm.py'}` makes one")
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as e:
         fail(f"{path} is not a checkpoint of this repository, or is damaged ({type(e).__name__})")
     needed = {'objective', 'config', 'run', 'tokenizer', 'model', 'ema', 'iter', 'tokens'}

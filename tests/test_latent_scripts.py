@@ -249,6 +249,15 @@ def test_what_a_text_says_of_its_latents_is_all_if_it_is_the_text_they_are_of_an
     assert abs(torch.cosine_similarity(again, noise).mean()) < 5 / 8 ** 0.5 / 8
 
 
+def test_a_missing_checkpoint_is_named_with_the_run_that_makes_it(workdir, capsys):
+    (workdir / 'config').mkdir()
+    (workdir / 'config/train_gpt2_vae.py').touch()
+    for folder, name in (('out-gpt2-vae', 'train_gpt2_vae.py'), ('out-mine', 'train_mdlm.py')):
+        with pytest.raises(SystemExit) as e:
+            sample.main([f'--out_dir={folder}'])
+        assert e.value.code == 2 and f'`python train.py config/{name}`' in capsys.readouterr().err
+
+
 MISTAKES = [
     (train, [*VAE, '--base='], ['base', 'config/train_ar.py']),
     (train, [*VAE, '--base=nowhere'], ['nowhere', 'config/train_ar.py']),
