@@ -123,8 +123,8 @@ def dpmpp_2m_sde(denoise, x, sigma, path, steps, eta=0.0):
 
 RULES = {f.__name__: f for f in (dpmpp_2m_sde, dpmpp_2m, euler, heun)}
 LOW, HIGH = 0.01, 100.0  # the noise levels of a sampler, unless training stays within
-DOUBT = 3.0              # what the decoder is told of the noise on latents that were drawn (NOTES.md), at most
-                         # what it was told in training
+DOUBT = 3.0              # what the decoder is told of the noise on latents that were drawn (NOTES.md), or
+                         # less, if training told it less
 WAVES = 64  # random Fourier features of the noise level
 
 
@@ -313,14 +313,14 @@ class Model(nn.Module):
         """Generator of (canvas (B, T), start (B,) of the window being written): the latents of every next
         window are drawn from those of the windows before, then decoded with the text so far as prefix. xt: a
         canvas with prompts. context: how many tokens of a prompt's end are encoded (0: n_prev windows);
-        trace: decode what the sampler thinks at every step, too; tau, doubt (None: the model's), most: as for
-        vae.Model, tau stands for temperature. Raises ValueError."""
+        trace: decode what the sampler thinks at every step, too; tau, doubt (None: the model's), most: as
+        for vae.Model, tau stands for temperature. Raises ValueError."""
         vae.refuse('latent diffusion', top_k, top_p, others)
         W, k, rule = self.config.block_size, self.config.n_prev, rule or 'dpmpp_2m_sde'
         if context > k * W:
             raise ValueError(f"context={context}: this model sees {k * W} tokens before a window "
                              f"(n_prev={k}, block_size={W})")
-        prompts = [row[row != self.blank][-context:] for row in xt]
+        prompts = [row[row != self.blank][-context:] for row in xt]  # -0: all
         # a prompt shorter than a window stands where the end of a long one would (NOTES.md)
         right = not self.vae.config.sentences
         before, there = self.context(torch.stack([self.vae.windows_of(ids, k, right) for ids in prompts]))

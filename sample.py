@@ -309,13 +309,12 @@ def write(config, path, checkpoint, model, tokenizer, device):
         fail(f"min_entropy ends a text while it is written: {checkpoint['objective']} writes all at once, "
              f"and so does trace")
 
-    def found(canvas):
-        """Where each text ends, 0: nowhere yet."""
-        return [ending(row, start, blank, stops, config.min_entropy)
-                for start, row in zip(begin, canvas.tolist())]
-    ends = [0] * len(prompts)
+    def ended(ends, canvas):
+        """Where each text ends, 0: nowhere yet; those of `ends` stay."""
+        return [end or ending(row, start, blank, stops, config.min_entropy)
+                for end, start, row in zip(ends, begin, canvas.tolist())]
 
-    calls, frames, cuts, began = 0, [canvas], [], time.time()
+    ends, calls, frames, cuts, began = [0] * len(prompts), 0, [canvas], [], time.time()
     for canvas, start in stream(model, canvas, config):
         calls += 1
         if start is not None and start.tolist() not in cuts[-1:]:
@@ -329,12 +328,11 @@ def write(config, path, checkpoint, model, tokenizer, device):
         if config.watch or config.html:
             frames.append(canvas)
         if (stops or config.min_entropy) and not revises:
-            ends = [end or new for end, new in zip(ends, found(canvas))]
+            ends = ended(ends, canvas)
             if all(ends):
                 break
-    ends = [end or new for end, new in zip(ends, found(canvas))]
     texts = []
-    for i, (row, end) in enumerate(zip(canvas.tolist(), ends)):
+    for i, (row, end) in enumerate(zip(canvas.tolist(), ended(ends, canvas))):
         row = row[:end or None]
         pieces = in_windows(row, [cut[i] for cut in cuts], blank) if window else [row]
         texts.append(config.joined.join(map(tokenizer.decode, pieces)))

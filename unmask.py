@@ -51,8 +51,8 @@ class Config:
     eta: float = -1.0          # remdm: how much to remask (-1: 0.02); latent: share of new noise (-1: 0)
     first: str = ''            # score: which tokens lose their noise first: sure | random | left | together
     stagger: float = 3.0       # score: how far apart they lose it; each takes 1 / (1 + stagger) of the steps
-    tau: float = 0.0           # vae, latent: of the posterior's noise, and of the tokens; 0: neither
-    doubt: float = -1.0        # vae, latent: noise on z that the decoder is told of; -1: vae 0, latent 3
+    tau: float = 0.0           # vae, latent: share of the noise on z, temperature of tokens; 0: neither
+    doubt: float = -1.0        # vae, latent: noise on z the decoder is told of; -1: vae 0, latent up to 3
     context: int = 0           # latent: tokens of the start's end that are encoded; 0: all it can see
     trace: bool = False        # latent: decode the latents at every step, as they come out of the noise
 

@@ -352,7 +352,7 @@ class Model(nn.Module):
         mu, logvar = self.posterior(x)
         z = mu + (logvar / 2).exp() * torch.randn_like(mu)
         # no noise before beta is full, or z never gets to tell anything; and the decoder's errors in noisy
-        # rows do not reach the encoder: it could only speak up. The KL of these rows does: beta counts double
+        # rows do not reach the encoder: it could only speak up. Their KL does: beta counts double
         which = (torch.rand(B, 1, 1, device=device) < 0.5) & (self.steps >= c.kl_warmup)
         s = c.latent_noise * torch.rand(B, 1, 1, device=device) * which
         noisy = torch.where(s > 0, z.detach(), z) + s * torch.randn_like(mu)

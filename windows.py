@@ -3,8 +3,8 @@ A text as windows: what a sentence VAE encodes, and what comes before.
 
 A stream of tokens is cut into windows of at most W tokens, either all of W, a `stride` apart, or sentences.
 A sentence ends behind . ! ? or a line break, with the closing marks in the same token and the space that
-follow, or when W tokens are full; it does not cross a document's end, windows of W tokens do. The blank id V stands where there is no token: behind a short
-window, and before a prefix that has fewer than W tokens.
+follow, or when W tokens are full; it does not cross a document's end, windows of W tokens do. The blank id V
+stands where there is no token: behind a short window, and before a prefix that has fewer than W tokens.
 """
 import torch
 
