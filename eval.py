@@ -462,7 +462,7 @@ def condition_effect(model, x, before, rows):
 @torch.no_grad()
 def window_texts(model, x, prefix, before, config):
     """What becomes of windows x (N, W): name -> tokens (N, W), their latents and those that they were
-    written from (N, n d). For latent diffusion (before is not None) also the windows it draws in their place,
+    written from (N, n d). For latent diffusion (before is not None) also the windows drawn in their place,
     and what the decoder makes of pure noise, told the same doubt."""
     encoder, rule, eta = getattr(model, 'vae', model), config.rule or 'dpmpp_2m_sde', max(0, config.eta)
     texts = {}
