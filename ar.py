@@ -6,16 +6,33 @@ The autoregressive objective: the baseline of every table.
 One forward scores all T positions at once, exactly.
 Row V of the embedding, [MASK] in the twin, is [BOS] here.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import lora
 import model
 from packing import apart, of_text, starts
 from unmask import draw
 
 
-Config = model.Config  # nothing but the transformer's
+@dataclass
+class Config(model.Config):
+    lora_rank: int = 0             # of adapters on a frozen network (lora.py); 0: none, all is trained
+    lora_alpha: float = 32.0       # their scale is lora_alpha / lora_rank
+    lora_dropout: float = 0.0      # on what enters them
+    lora_targets: str = 'qkv,proj,fc'  # the matrices that have one
+    lora_embed: bool = True        # train the embedding too; a tied head goes with it
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_rank < 0 or self.lora_alpha < 0 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_rank={self.lora_rank} and lora_alpha={self.lora_alpha} must not be "
+                             f"negative, lora_dropout={self.lora_dropout} in [0, 1)")
+        if self.lora_rank and self.dropout:
+            raise ValueError(f"dropout={self.dropout}: a frozen network has none, adapters have lora_dropout")
 
 
 def token_nats(logits, x):
@@ -42,7 +59,7 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.blank = config, config.vocab_size
-        self.gpt = model.GPT(config, causal=True)
+        self.gpt = lora.by_config(model.GPT(config, causal=True), config)
 
     def shifted(self, x):
         """[BOS] x_1 ... x_{T-1}: what predicts x_1 ... x_T."""
@@ -55,14 +72,15 @@ class Model(nn.Module):
             before = before.where(~starts(segment), self.blank)
         return self.gpt(before, **apart(segment))
 
-    def forward(self, x, segment=None):
-        """x (B, T) -> (nats per token, metrics). segment (B, T): of packed texts."""
-        count = of_text(torch.ones_like(x), segment).sum().clamp(min=1)
-        return self.nats(x, 1, segment).sum() / count, {}
+    def forward(self, x, segment=None, given=None):
+        """x (B, T) -> (nats per token, metrics). segment (B, T): of packed texts. given (B, T) bool: tokens
+        that are not scored, a prompt."""
+        count = of_text(torch.ones_like(x), segment, given).sum().clamp(min=1)
+        return self.nats(x, 1, segment, given).sum() / count, {}
 
-    def nats(self, x, n=1, segment=None):
-        """-log p(x) in nats, (B,). n is there for the contract: nothing is random here."""
-        return of_text(token_nats(self.logits(x, segment), x), segment).sum(-1)
+    def nats(self, x, n=1, segment=None, given=None):
+        """-log p(x | given) in nats, (B,). n is there for the contract: nothing is random here."""
+        return of_text(token_nats(self.logits(x, segment), x), segment, given).sum(-1)
 
     @torch.no_grad()
     def sample(self, xt, steps=0, rule='', temperature=1.0, top_k=0, top_p=1.0, **knobs):

@@ -1,5 +1,5 @@
 """
-What the scripts share: device and precision, tokenizer, batches, evaluation, checkpoints.
+What the scripts share: device and precision, batches, evaluation, checkpoints.
 
 A checkpoint is self-contained: objective, config, tokenizer, weights, EMA, optimizers,
 iteration, seed, data source. Random numbers need no saving: the noise of iteration i is a
@@ -7,7 +7,6 @@ function of (seed, i) alone (`seed_everything`).
 """
 import contextlib
 import importlib
-import itertools
 import json
 import os
 import pickle
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from configurator import fail
+from vocabulary import Tokenizer, as_ids, file_type
 
 OBJECTIVES = ('ar', 'masked', 'block', 'score', 'vae', 'latent')  # the concept files
 
@@ -60,128 +60,7 @@ def seed_everything(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-# ---- text -------------------------------------------------------------------------------------------------
-
-MARKS = BOS, EOS, PAD, UNK = range(4)  # of kind 'bpe': a text begins, ends, is filled up; unknown character
-WORDS = r"[ ']?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # no pair of kind 'bpe' crosses their borders
-
-
-class Tokenizer:
-    """Text <-> token ids, as the `meta.json` of a dataset says:
-    {'kind': 'char', 'chars': [...]}, one id a character; {'kind': 'byte'}, the 256 bytes of UTF-8;
-    {'kind': 'gpt2'}, the 50,257 byte pairs of GPT-2;
-    {'kind': 'bpe', 'pieces': [...]}, MARKS and behind them byte pairs of the dataset itself.
-
-    encode(text) -> list of ids. vocab_size: how many ids there are. end: the id of <|endoftext|>, which
-    preparers write between documents, or of <eos>, or None. bos: the id of <bos>, if every line of a dataset
-    is a text of its own, [bos] ... [end], or None. encode returns neither, `stream` both.
-    """
-
-    def __init__(self, meta):
-        self.meta, kind = meta, meta.get('kind')
-        if kind == 'char':
-            self.pieces, self.encode, self.end = char_tokens(meta['chars'])
-        elif kind == 'byte':
-            self.pieces, self.encode, self.end = byte_tokens()
-        elif kind == 'gpt2':
-            self.pieces, self.encode, self.end = gpt2_tokens()
-        elif kind == 'bpe':
-            self.pieces, self.encode, self.end = bpe_tokens(meta)
-        else:
-            fail(f"tokenizer kind {kind!r} is not one of: char, byte, gpt2, bpe")
-        self.bos = BOS if kind == 'bpe' else None
-        self.vocab_size = len(self.pieces)
-        self.lengths = np.array([len(piece) for piece in self.pieces])
-        if kind == 'gpt2':
-            self.lengths[self.end] = 0
-        if kind == 'bpe':
-            self.lengths[UNK] = 1
-
-    def stream(self, text):
-        """The ids of a text as a dataset holds them: its lines that are not empty, each between bos and end,
-        if lines are texts of their own."""
-        if self.bos is None:
-            return self.encode(text)
-        lines = [line for line in text.split('\n') if line.strip()]
-        return [i for line in lines for i in (self.bos, *self.encode(line), self.end)]
-
-    def decode(self, ids, blank='░'):
-        """Ids -> text; an id beyond the vocabulary, a masked or unwritten position, becomes `blank`.
-        Bytes that are no UTF-8, such as half a character, become U+FFFD."""
-        blank = blank.encode()  # UTF-8 finds its place again after broken bytes, so no blank gets lost
-        pieces = (self.pieces[i] if i < self.vocab_size else blank for i in ids)
-        return b''.join(pieces).decode(errors='replace')
-
-    def piece(self, i):
-        """The text of the single id i, for display."""
-        return self.decode([i])
-
-    def n_bytes(self, ids):
-        """How many bytes of UTF-8 the ids (list or array of any shape, all below vocab_size) stand for.
-        Summed over tokens: a window that cuts a character counts the bytes it holds of it.
-        <|endoftext|> counts 0, it is a mark between texts and no text; <eos> counts 1, it is the end of a
-        line; an unknown character counts 1, the fewest bytes that a character has."""
-        return int(self.lengths[np.asarray(ids, np.int64)].sum())
-
-
-def char_tokens(chars):
-    """One id a character -> (bytes of every id, text -> ids, no end of text).
-    Characters outside the vocabulary end the script, by name."""
-    ids = {c: i for i, c in enumerate(chars)}
-
-    def encode(text):
-        unknown = sorted(set(text) - ids.keys())
-        if unknown:
-            fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
-        return [ids[c] for c in text]
-    return [c.encode() for c in chars], encode, None
-
-
-def byte_tokens():
-    """One id a byte of UTF-8 -> (bytes of every id, text -> ids, no end of text)."""
-    return [bytes([i]) for i in range(256)], lambda text: list(text.encode(errors='replace')), None
-
-
-def load_tiktoken(kind):
-    """The library, or the script ends."""
-    try:
-        import tiktoken
-    except ImportError as e:
-        fail(f"kind {kind!r} needs tiktoken ({e}): pip install tiktoken")
-    return tiktoken
-
-
-def gpt2_tokens():
-    """GPT-2's byte pairs -> (bytes of every id, text -> ids, id of <|endoftext|>).
-    tiktoken downloads the vocabulary once, or reads it from TIKTOKEN_CACHE_DIR."""
-    tiktoken = load_tiktoken('gpt2')
-    try:
-        encoding = tiktoken.get_encoding('gpt2')
-    except (OSError, ValueError) as e:  # no connection, or a file of another checksum
-        fail(f"tiktoken cannot get the vocabulary of GPT-2 ({type(e).__name__}): go online once, "
-             f"or set TIKTOKEN_CACHE_DIR to a folder where it has been before")
-    pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
-    return pieces, encoding.encode_ordinary, encoding.eot_token
-
-
-def bpe_tokens(meta):
-    """MARKS, then meta['pieces'] in the order of their merging (bytes, as latin-1 strings in JSON) ->
-    (bytes of every id, text -> ids, EOS). A character with a byte that is no piece becomes one UNK."""
-    tiktoken = load_tiktoken('bpe')
-    marks = [b'', b'\n', b'', '\ufffd'.encode()]
-    pieces = [piece.encode('latin-1') for piece in meta['pieces']]
-    encoding = tiktoken.Encoding('bpe', pat_str=WORDS, special_tokens={},
-                                 mergeable_ranks={piece: i for i, piece in enumerate(pieces, len(MARKS))})
-    known = set(b''.join(pieces))
-
-    def encode(text):
-        text, ids = text.encode(errors='replace').decode(), []
-        for able, run in itertools.groupby(text, lambda c: known.issuperset(c.encode())):
-            run = ''.join(run)
-            ids += encoding.encode_ordinary(run) if able else [UNK] * len(run)
-        return ids
-    return marks + pieces, encode, EOS
-
+# ---- data -------------------------------------------------------------------------------------------------
 
 def load_meta(dataset):
     path = Path('data', dataset, 'meta.json')
@@ -195,27 +74,28 @@ def load_meta(dataset):
 
 
 def load_tokens(dataset, split, vocab_size, device):
-    """All data/<dataset>/<split>*.bin (uint16; one file, or shards in the order of their names) as one
-    stream, an int16 tensor on the device; `windows` and `batch` undo the sign."""
+    """All data/<dataset>/<split>*.bin (one file, or shards in the order of their names) as one stream on the
+    device, int16 if ids are uint16, else int32; `windows` and `batch` undo the sign."""
     prepare = f"run `python data/{dataset}/prepare.py`"
     paths = sorted(Path('data', dataset).glob(f'{split}*.bin'))
     if not paths:
         fail(f"{Path('data', dataset, f'{split}.bin')} is missing: {prepare} first")
-    lengths = [path.stat().st_size // 2 for path in paths]
-    tokens = np.empty(sum(lengths), np.uint16)  # filled shard by shard, so that memory holds them once
+    dtype = np.dtype(file_type(vocab_size))
+    lengths = [path.stat().st_size // dtype.itemsize for path in paths]
+    tokens = np.empty(sum(lengths), dtype)  # filled shard by shard, so that memory holds them once
     for path, length, shard in zip(paths, lengths, np.split(tokens, np.cumsum(lengths)[:-1])):
-        shard[:] = np.fromfile(path, np.uint16, length)
+        shard[:] = np.fromfile(path, dtype, length)
         if length == 0 or shard.max() >= vocab_size:
             what = (f"holds token {shard.max()}, beyond the vocabulary of {vocab_size}" if length
                     else "is empty")
             fail(f"{path} {what}: {prepare} again")
-    return torch.from_numpy(tokens.view(np.int16)).to(device)
+    return torch.from_numpy(tokens.view(f'i{dtype.itemsize}')).to(device)
 
 
 def batch(tokens, B, T):
     """B random windows of T tokens, (B, T) int64, gathered on the device without waiting for it."""
     start = torch.randint(len(tokens) - T + 1, (B, 1), device=tokens.device)
-    return tokens[start + torch.arange(T, device=tokens.device)].long() & 0xFFFF
+    return as_ids(tokens[start + torch.arange(T, device=tokens.device)])
 
 
 def windows(tokens, T, most=0):
@@ -225,7 +105,7 @@ def windows(tokens, T, most=0):
     rows = torch.arange(N, device=tokens.device)
     if 0 < most < N:
         rows = torch.linspace(0, N - 1, most, device=tokens.device).long()
-    return tokens[:N * T].view(N, T)[rows].long() & 0xFFFF
+    return as_ids(tokens[:N * T].view(N, T)[rows])
 
 
 # ---- evaluation -------------------------------------------------------------------------------------------

@@ -45,8 +45,10 @@ import torch.nn.functional as F
 
 import common
 import packing
+import pretrained
 import unmask
 import vae
+import vocabulary
 from ar import token_nats
 from configurator import build, fail, help_text, read
 
@@ -103,8 +105,8 @@ class Config(unmask.Config):
 # ---- likelihood -------------------------------------------------------------------------------------------
 
 def as_tokens(ids, device):
-    """ids -> the int16 form of `common.windows`."""
-    return torch.from_numpy(np.array(ids, np.uint16).view(np.int16)).to(device)
+    """ids -> what `common.windows` takes."""
+    return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def load_text(config, checkpoint, tokenizer, device):
@@ -119,11 +121,11 @@ def load_text(config, checkpoint, tokenizer, device):
     meta, own = common.load_meta(dataset), checkpoint['tokenizer']
     if not config.dataset and meta != own:
         fail(f"data/{dataset} has been prepared anew from another text: score a text with --input=FILE")
-    other = common.Tokenizer(meta)
+    other = vocabulary.Tokenizer(meta)
     tokens = common.load_tokens(dataset, config.split, other.vocab_size, device)
     if other.pieces == tokenizer.pieces:
         return tokens
-    return as_tokens(tokenizer.stream(other.decode((tokens.long() & 0xFFFF).tolist())), device)
+    return as_tokens(tokenizer.stream(other.decode(vocabulary.as_ids(tokens).tolist())), device)
 
 
 def rows_of(tokens, tokenizer, model, most, run):
@@ -132,7 +134,7 @@ def rows_of(tokens, tokenizer, model, most, run):
     T = model.config.block_size
     if tokenizer.bos is not None:
         how = run['packed'], run['inserted'], run['expanded']
-        lines = packing.Lines(tokens, tokenizer.bos, common.PAD, *how)
+        lines = packing.Lines(tokens, tokenizer.bos, vocabulary.PAD, *how)
         rows = [t.to(tokens.device) for t in lines.rows(T, most)]
         return rows, rows[1] >= 0
     cut = model.cut(tokens, tokenizer.end) if hasattr(model, 'cut') else None
@@ -163,7 +165,7 @@ def nll(config, checkpoint, model, tokenizer, amp):
         mean, error = common.evaluate(nats, (x, *others), kept, common.rows_at_once(T, tokenizer.vocab_size),
                                        config.seed)
     per_byte = text.numel() / tokenizer.n_bytes(text.cpu()) / math.log(2)
-    whole = text if tokenizer.bos is not None else tokens.long() & 0xFFFF
+    whole = text if tokenizer.bos is not None else vocabulary.as_ids(tokens)
     words = len(tokenizer.decode(whole.tolist()).split())
     parameters = sum(p.numel() for p in model.parameters())
     word_perplexity = math.exp(min(700, mean * len(whole) / max(1, words)))
@@ -214,7 +216,7 @@ class GPT2Judge:
             self.net = GPT2LMHeadModel.from_pretrained(name).to(device).eval()
         except (OSError, ValueError) as e:
             fail(f"judge={name} could not be loaded: {str(e)[:200]}")
-        self.tokenizer = common.Tokenizer(dict(kind='gpt2'))
+        self.tokenizer = vocabulary.Tokenizer(dict(kind='gpt2'))
         self.block_size = self.net.config.n_positions - 1  # <|endoftext|> comes before
 
     def nats(self, x):
@@ -227,7 +229,7 @@ class OurJudge:
     """A checkpoint of this repository with an exact likelihood."""
 
     def __init__(self, path, device):
-        checkpoint = common.load(common.find_checkpoint(path))
+        _, checkpoint = pretrained.find(path)
         self.net, self.tokenizer = common.load_model(checkpoint, device)
         if self.net.bound != 'exact':
             fail(f"judge={path} is of {checkpoint['objective']}, whose likelihood is not exact: "
@@ -308,7 +310,7 @@ def validation_row(config, checkpoint, tokenizer, judge, L, device):
     if tokenizer.bos is None:
         stretches = common.windows(tokens, min(L, len(tokens)), config.num_samples).tolist()
     else:
-        lines = packing.Lines(tokens, tokenizer.bos, common.PAD, packed=False).rows(L, config.num_samples)
+        lines = packing.Lines(tokens, tokenizer.bos, vocabulary.PAD, packed=False).rows(L, config.num_samples)
         stretches = [x[segment >= 0].tolist() for x, segment in zip(*lines)]
     row('validation text', '', 0, 0, judged(judge, [until_end(s, tokenizer) for s in stretches], device))
 
@@ -523,7 +525,7 @@ def main(argv):
         return print(help_text(__doc__, Config))
     config, = build({**files, **flags}, Config)
     device = common.pick_device(config.device)
-    checkpoint = common.load(common.find_checkpoint(config.out_dir, config.which))
+    _, checkpoint = pretrained.find(config.out_dir, config.which)
     changes = {} if config.T < 0 else dict(T=config.T, masking='bernoulli')  # masking is for training only
     if changes and checkpoint['objective'] != 'masked':
         fail(f"T={config.T} is for masked diffusion, not for {checkpoint['objective']}")

@@ -50,6 +50,15 @@ def adapt(net, rank, alpha, dropout=0.0, targets=('qkv', 'proj', 'fc')):
     return net
 
 
+def by_config(net, c):
+    """The network, adapted as ar.Config says: with lora_rank, the matrices of its blocks; the embedding, and
+    with it a head that is tied to it, is trained whole if lora_embed. Raises ValueError."""
+    if c.lora_rank:
+        net = adapt(net, c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_targets.split(','))
+        net.embed.requires_grad_(c.lora_embed)
+    return net
+
+
 def layers(net):
     return [module for module in net.modules() if isinstance(module, LoRA)]
 
@@ -73,10 +82,28 @@ def adapters(net):
 
 @torch.no_grad()
 def load_base(net, weights):
-    """Copy the weights of a network that is not adapted into an adapted one. Raises ValueError by name."""
+    """Copy the weights of a network that is not adapted into one that may be. Raises ValueError by name."""
     for name, p in net.state_dict().items():
         name = name.replace('.linear.', '.')
         if not name.endswith(('.A', '.B')):
             if name not in weights or weights[name].shape != p.shape:
-                raise ValueError(f"{name} is missing in the base, or has another shape")
+                there = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
+                raise ValueError(f"{name} is {there} in the base, it must be of shape {tuple(p.shape)}")
             p.copy_(weights[name])
+
+
+def folded(weights, config):
+    """The state dict of the merged network, from that of an adapted one (or of one that is not). config: a
+    dict with lora_alpha."""
+    out = {}
+    for name, p in weights.items():
+        at, _, last = name.rpartition('.')
+        if at.endswith('.linear'):
+            at = at.removesuffix('.linear')
+            if last == 'weight':
+                A, B = weights[f'{at}.A'], weights[f'{at}.B']
+                p = p + config['lora_alpha'] / len(A) * B @ A
+            name = f'{at}.{last}'
+        if last not in ('A', 'B'):
+            out[name] = p
+    return out

@@ -25,14 +25,24 @@ normalise. D3PM without probability on [MASK] is SUBS in T steps; it pays for th
 it does not copy, both in the bound alone: sampling leaves [MASK] out and copies, as with SUBS.
 The number of masks tells the network what t is, so none has to be told (RADD 2406.03736); SEDD as published
 is (`time_input`).
+
+An autoregressive model becomes a denoiser by going on with its training here (DiffuGPT 2410.17891). Two things
+may ease the way. `shift`: the network reads [BOS] xt, and position i goes on predicting token i + 1, the last
+position nothing. `anneal_iters`: every query sees the past and, with probability r, each later token, one draw a
+step; r rises to 1 in so many steps. Likelihoods and samples always see all. `given` tokens (a prompt) are
+neither masked nor scored.
 """
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
+import ar
+import lora
 import model
 from ar import token_nats
 from packing import apart, of_text
@@ -40,7 +50,7 @@ from unmask import unmask
 
 
 @dataclass
-class Config(model.Config):
+class Config(ar.Config):
     parameterization: str = 'subs'  # subs | d3pm | sedd
     T: int = 0                   # steps of the diffusion; 0: continuous time
     schedule: str = 'linear'     # linear | cosine | cosine_sqr | geometric | polynomial | log_uniform
@@ -52,6 +62,8 @@ class Config(model.Config):
     bell_width: float = 0.4      # of the bell
     copy_weight: float = 0.1     # training only: of the loss at clean tokens, which d3pm must learn to copy
     random_length: float = 0.0   # training only: share of rows cut to a random length (LLaDA: 0.01)
+    shift: bool = False          # position i predicts token i + 1, as in an autoregressive model
+    anneal_iters: int = 0        # training only: steps until every token sees all others; 0: from the start
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,8 +76,9 @@ class Config(model.Config):
             raise ValueError(f"random_length={self.random_length} must be in [0, 1]")
         if self.bell_width <= 0:
             raise ValueError(f"bell_width={self.bell_width} must be positive")
-        if self.T < 0 or self.copy_weight < 0:
-            raise ValueError(f"T={self.T} and copy_weight={self.copy_weight} must not be negative")
+        if self.T < 0 or self.copy_weight < 0 or self.anneal_iters < 0:
+            raise ValueError(f"T={self.T}, copy_weight={self.copy_weight} and "
+                             f"anneal_iters={self.anneal_iters} must not be negative")
         if self.parameterization == 'd3pm' and not self.T:
             raise ValueError("d3pm is a diffusion in steps: give it some, for example T=1000")
         if self.parameterization == 'sedd' and self.T:
@@ -152,11 +165,18 @@ def exactly(k, u):
     return u.argsort(-1).argsort(-1) < k[:, None]
 
 
-def count_text(x, u, segment):
-    """(tokens of text in every row, (B, 1); u (B, T) with padding at 2, where nothing is masked)."""
-    if segment is None:
+def count_text(x, u, segment, given=None):
+    """(tokens to score in every row, (B, 1); u (B, T) with the others, padding and what is given, at 2, where
+    nothing is masked)."""
+    if segment is None and given is None:
         return torch.full_like(x[:, :1], x.size(1)), u
-    return (segment >= 0).sum(-1, keepdim=True), u.where(segment >= 0, 2.0)
+    scored = of_text(torch.ones_like(x), segment, given).bool()
+    return scored.sum(-1, keepdim=True), u.where(scored, 2.0)
+
+
+def partly_causal(T, r):
+    """Who sees whom: the past always, each later token with probability r: (T, T) bool. r: 0-d tensor."""
+    return torch.ones(T, T, dtype=torch.bool, device=r.device).tril() | (torch.rand(T, T, device=r.device) < r)
 
 
 # ---- the loss of a masked token in nats, (B, T) -----------------------------------------------------------
@@ -209,8 +229,13 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.blank = config, config.vocab_size
         self.copies = config.parameterization != 'd3pm'  # are clean tokens copied, or predicted too?
-        self.gpt = model.GPT(config, causal=False, timed=config.time_input,
-                             outputs=config.vocab_size + (not self.copies))
+        self.packs = not config.shift  # the first token of a text would be predicted from another's
+        shape = dataclasses.replace(config, block_size=config.block_size + config.shift)
+        gpt = model.GPT(shape, causal=False, timed=config.time_input, marks=1 + config.shift,
+                        outputs=config.vocab_size + (not self.copies))
+        self.gpt = lora.by_config(gpt, config)
+        if config.anneal_iters:  # of the optimizer so far, see train.py
+            self.register_buffer('steps', torch.zeros(()), persistent=False)
         self.token_loss = PARAMETERIZATIONS[config.parameterization]
         self.noise = functools.partial(noise, SCHEDULES[config.schedule])
         self.time = uniform
@@ -233,9 +258,10 @@ class Model(nn.Module):
         m, m_before = self.noise(i / self.config.T)[0], self.noise((i - 1) / self.config.T)[0]
         return m, m_before, self.config.T * (m - m_before) / m
 
-    def forward(self, x, segment=None, t=None, u=None):
-        """x (B, T) -> (loss in nats per token, metrics). segment (B, T): of packed texts, see packing.py.
-        Noise may be given: times t (B,), u (B, T)."""
+    def forward(self, x, segment=None, given=None, t=None, u=None):
+        """x (B, T) -> (loss in nats per token, metrics). segment (B, T): of packed texts, see packing.py;
+        given (B, T) bool: tokens that are neither masked nor scored. Noise may be told: times t (B,),
+        u (B, T)."""
         B, T = x.shape
         if t is None:
             t = self.time(low_discrepancy(torch.rand((), device=x.device), B))
@@ -247,7 +273,7 @@ class Model(nn.Module):
             kept = torch.where(cut, torch.randint(1, T + 1, (B, 1), device=x.device), T)
             segment = torch.zeros_like(x) if segment is None else segment
             segment = segment.where(torch.arange(T, device=x.device) < kept, -1)
-        length, u = count_text(x, u, segment)
+        length, u = count_text(x, u, segment, given)
         if self.config.masking == 'count':
             k = (m[:, None] * length).ceil().long().clamp(min=1)
             masked, weight = exactly(k[:, 0], u) & (u < 2), weight * (m[:, None] * length / k)[:, 0]
@@ -256,56 +282,71 @@ class Model(nn.Module):
             masked = u < m[:, None]
         if self.config.loss_weight == 'flat':
             weight = torch.full_like(t, self.flat)
-        loss = self.masked_nats(x, masked, segment, m, m_before, self.config.copy_weight)
+        seen = None
+        if self.config.anneal_iters:
+            r = ((self.steps + 1) / self.config.anneal_iters).clamp(max=1)
+            seen = partly_causal(T + self.config.shift, r)
+        loss = self.masked_nats(x, masked, segment, m, m_before, self.config.copy_weight, seen)
         return (weight * loss).sum() / length.sum().clamp(min=1), {
             'loss_per_masked': loss.detach().sum() / masked.sum().clamp(min=1)}
 
-    def masked_nats(self, x, masked, segment=None, m=None, m_before=None, copy_weight=0.0):
+    def masked_nats(self, x, masked, segment=None, m=None, m_before=None, copy_weight=0.0, seen=None):
         """Sum of the loss over the masked positions, (B,). x (B, T), masked (B, T) bool, segment (B, T): of
         packed texts; noise levels m, m_before (B,). copy_weight: of the clean positions, where they are not
-        copied."""
-        out = self.network(x.where(~masked, self.blank), m, segment)
+        copied; seen: see `network`."""
+        out = self.network(x.where(~masked, self.blank), m, segment, seen)
         columns = (m[:, None], m_before[:, None]) if m is not None else ()
         loss = (self.token_loss(out, x, *columns) * masked).sum(-1)
         if self.copies or not copy_weight:
             return loss
         return loss + copy_weight * of_text(token_nats(out, x) * ~masked, segment).sum(-1)
 
-    def network(self, xt, m=None, segment=None):
-        """The network's output at xt (B, T), (B, T, outputs); m (B,) if it is told the noise level."""
-        return self.gpt(xt, time=m if self.config.time_input else None, **apart(segment))
+    def network(self, xt, m=None, segment=None, seen=None):
+        """The network's output at xt (B, T), (B, T, outputs); m (B,) if it is told the noise level. seen
+        (T, T) bool: who sees whom while attention is annealed; with shift [BOS] is first, so T + 1."""
+        shift = self.config.shift
+        if shift:
+            xt = F.pad(xt, (1, 0), value=self.blank + 1)
+            segment = None if segment is None else F.pad(segment, (1, 0), value=0)
+        how = apart(segment)
+        if seen is not None:
+            how['mask'] = seen & how.get('mask', True)
+        h = self.gpt.trunk(self.gpt.embed(xt), time=m if self.config.time_input else None, **how)
+        return self.gpt.logits(h[:, :-1] if shift else h)
 
-    def nats(self, x, n=1, segment=None):
-        """An estimate, with n draws, of the upper bound on -log p(x) in nats: (B,). x, segment (B, T).
+    def nats(self, x, n=1, segment=None, given=None):
+        """An estimate, with n draws, of the upper bound on -log p(x | given) in nats: (B,). x, segment,
+        given (B, T).
 
         Draw i has a noise level from the i-th n-th of all (the draws together are stratified).
         """
         draw = self.step_nats if self.config.T else self.count_nats
-        total = self.copy_nats(x, segment)
+        total = self.copy_nats(x, segment, given)
         for i in range(n):
-            total = total + draw(x, (i + torch.rand(x.size(0), device=x.device)) / n, segment) / n
+            total = total + draw(x, (i + torch.rand(x.size(0), device=x.device)) / n, segment, given) / n
         return total
 
-    def count_nats(self, x, v, segment=None):
+    def count_nats(self, x, v, segment=None, given=None, u=None):
         """The bound's term at the fraction v (B,) in [0, 1) of all counts: mask exactly k tokens, k uniform
-        on 1..T. The noise level is the k-th smallest of T uniform numbers."""
-        length, u = count_text(x, torch.rand(x.shape, device=x.device), segment)
+        on 1..T. The noise level is the k-th smallest of T uniform numbers, u (B, T)."""
+        u = torch.rand(x.shape, device=x.device) if u is None else u
+        length, u = count_text(x, u, segment, given)
         k = torch.minimum((v[:, None] * length).long() + 1, length.clamp(min=1))
         m = u.sort(-1).values.gather(1, k - 1)[:, 0]
         return (length / k)[:, 0] * self.masked_nats(x, exactly(k[:, 0], u), segment, m, m)
 
-    def step_nats(self, x, v, segment=None):
+    def step_nats(self, x, v, segment=None, given=None):
         """The bound's term at the fraction v (B,) in [0, 1) of the T steps."""
         m, m_before, weight = self.levels(v)
-        _, u = count_text(x, torch.rand(x.shape, device=x.device), segment)
+        _, u = count_text(x, torch.rand(x.shape, device=x.device), segment, given)
         return weight * self.masked_nats(x, u < m[:, None], segment, m, m_before)
 
-    def copy_nats(self, x, segment=None):
+    def copy_nats(self, x, segment=None, given=None):
         """The bound's reconstruction term -log p(x0 | x0), (B,): zero where clean tokens are copied."""
         none = torch.zeros(x.size(0), device=x.device)
         if self.copies:
             return none
-        return of_text(token_nats(self.network(x, none, segment), x), segment).sum(-1)
+        return of_text(token_nats(self.network(x, none, segment), x), segment, given).sum(-1)
 
     def nats_left(self, x):
         """-log p(x) in nats of the same network writing left to right, exact, (B,); T forwards.

@@ -10,12 +10,15 @@ The default architecture ("ours") is what trained fastest at small scale (NOTES.
   zero, so that every block starts as the identity and the first prediction is exactly uniform.
   Muon (kellerjordan.github.io/posts/muon) trains the matrices of the blocks, AdamW everything else.
 `arch='gpt2'` is GPT-2: learned positions, LayerNorm with bias, GELU, biases, the head tied to the embedding.
+`arch='llama'` is LLaMA (2302.13971): rotary positions, RMSNorm with gain, SwiGLU (2002.05202), no biases,
+fewer heads of keys and values than of queries if told so (2305.13245). pretrained.py fills both with weights.
 
 Shapes: B sequences, T tokens, V = vocab_size, C = n_embd, H = n_head, D = C / H.
 The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model.
 The head reads only the V real tokens, so [MASK] can never be predicted, and both twins have
-exactly the same parameters. Two switches serve single objectives: `timed` tells every block the noise level
-(FiLM, arXiv 1709.07871; DiT 2212.09748), `outputs` = V + 1 lets the head predict [MASK] too.
+exactly the same parameters. Three switches serve single objectives: `timed` tells every block the noise level
+(FiLM, arXiv 1709.07871; DiT 2212.09748), `outputs` = V + 1 lets the head predict [MASK] too, `marks` = 2 makes
+room for [MASK] and [BOS] both.
 """
 import math
 from dataclasses import dataclass
@@ -33,7 +36,12 @@ class Config:
     n_head: int = 6         # attention heads, must divide n_embd
     n_embd: int = 384       # width C
     dropout: float = 0.0    # on the residual branches and the embedding
-    arch: str = 'ours'      # ours | gpt2
+    arch: str = 'ours'      # ours | gpt2 | llama
+    n_kv_head: int = 0      # heads of keys and values, must divide n_head; 0: n_head
+    n_inner: int = 0        # width of the MLPs; 0: 4 C
+    rope_base: float = 10000.0  # of the rotary positions
+    norm_eps: float = 1e-5  # of the norms of gpt2 and llama
+    tied: bool = False      # llama: is the head the embedding? gpt2: always
 
     def __post_init__(self):
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
@@ -41,11 +49,18 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
-        if self.arch == 'ours' and self.n_embd // self.n_head % 2:
+        if self.n_kv_head < 0 or self.n_inner < 0 or self.rope_base <= 0 or self.norm_eps < 0:
+            raise ValueError(f"n_kv_head={self.n_kv_head}, n_inner={self.n_inner}, rope_base={self.rope_base} "
+                             f"and norm_eps={self.norm_eps} must not be negative")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
+        if self.arch != 'gpt2' and self.n_embd // self.n_head % 2:
             raise ValueError("rotary positions need an even head width, not "
                              f"n_embd/n_head={self.n_embd // self.n_head}")
-        if self.arch not in ('ours', 'gpt2'):
-            raise ValueError(f"arch={self.arch!r} is not one of: ours, gpt2")
+        if self.arch not in ('ours', 'gpt2', 'llama'):
+            raise ValueError(f"arch={self.arch!r} is not one of: ours, gpt2, llama")
+        if self.tied and self.arch == 'ours':
+            raise ValueError("tied=True is for arch=llama: the head of ours is its own, that of gpt2 is tied")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
 
@@ -72,12 +87,15 @@ def cosines(t):
 
 
 def attention(q, k, v, causal, mask=None):
-    """softmax(q k' / sqrt(D)) v of q (B, H, t, D) and k, v (B, H, T, D), t <= T.
+    """softmax(q k' / sqrt(D)) v of q (B, H, t, D) and k, v (B, H / r, T, D), t <= T: r heads of queries in a
+    row share one of keys and values.
 
     causal: query i, at position T - t + i, sees the keys up to itself.
     mask: bool, broadcast to (B, H, t, T), True is seen.
     """
-    t, T = q.size(2), k.size(2)
+    t, T, r = q.size(2), k.size(2), q.size(1) // k.size(1)
+    if r > 1:
+        k, v = k.repeat_interleave(r, 1), v.repeat_interleave(r, 1)
     # SDPA's backward on CPUs is 2 to 5 times slower (NOTES.md)
     manual = q.device.type == 'cpu' and q.requires_grad
     if causal and t > 1 and (manual or t < T or mask is not None):
@@ -113,35 +131,40 @@ class Cache:
 
 
 class Norm(nn.Module):
-    """RMSNorm without gain, or GPT-2's LayerNorm."""
+    """RMSNorm without gain; GPT-2's LayerNorm; LLaMA's RMSNorm."""
 
     def __init__(self, config):
         super().__init__()
-        self.shape = (config.n_embd,)
-        gpt2 = config.arch == 'gpt2'
-        self.weight = nn.Parameter(torch.ones(config.n_embd)) if gpt2 else None
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if gpt2 else None
+        self.shape, self.eps = (config.n_embd,), config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.n_embd)) if config.arch != 'ours' else None
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.arch == 'gpt2' else None
 
     def forward(self, x):
         if self.weight is None:
             return F.rms_norm(x, self.shape)
-        return F.layer_norm(x, self.shape, self.weight, self.bias, 1e-5)
+        if self.bias is None:
+            return F.rms_norm(x, self.shape, self.weight.type_as(x), self.eps)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):
     def __init__(self, config, causal):
         super().__init__()
-        self.causal, self.ours = causal, config.arch == 'ours'
-        self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=not self.ours)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.ours)
+        self.causal, self.ours, self.rotary = causal, config.arch == 'ours', config.arch != 'gpt2'
+        self.n_head, self.width = config.n_head, config.n_embd // config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        heads = self.n_head + 2 * self.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, heads * self.width, bias=not self.rotary)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.rotary)
 
     def forward(self, x, rotary, mask, cache, layer):
         B, T, C = x.shape
-        # (B, H, T, D) each
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        heads = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)
+        # (B, n_head, T, D), twice (B, n_kv_head, T, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if self.ours:
             q, k = F.rms_norm(q, q.shape[-1:]).type_as(v), F.rms_norm(k, k.shape[-1:]).type_as(v)
+        if self.rotary:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -149,16 +172,29 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
+def relu2(x):
+    return F.relu(x).square()
+
+
+def gelu(x):
+    return F.gelu(x, approximate='tanh')
+
+
+def swiglu(x):
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ours = config.arch == 'ours'
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=not self.ours)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=not self.ours)
+        inner, bias = config.n_inner or 4 * config.n_embd, config.arch == 'gpt2'
+        self.act = dict(ours=relu2, gpt2=gelu, llama=swiglu)[config.arch]
+        self.fc = nn.Linear(config.n_embd, inner * (1 + (config.arch == 'llama')), bias=bias)
+        self.proj = nn.Linear(inner, config.n_embd, bias=bias)
 
     def forward(self, x):
-        x = self.fc(x)
-        return self.proj(F.relu(x).square() if self.ours else F.gelu(x, approximate='tanh'))
+        return self.proj(self.act(self.fc(x)))
 
 
 class Block(nn.Module):
@@ -195,21 +231,21 @@ def optimizers(model, lr, muon_lr, weight_decay=0.0):
 
 
 class GPT(nn.Module):
-    def __init__(self, config, causal, timed=False, outputs=0, tokens=True):
-        """timed: the blocks take a time; outputs: of the head, vocab_size (0) or one more, [MASK].
+    def __init__(self, config, causal, timed=False, outputs=0, tokens=True, marks=1):
+        """timed: the blocks take a time; outputs: of the head, vocab_size (0) or one more, [MASK]; marks: rows
+        of the embedding beyond the vocabulary.
         tokens: False leaves out embedding and head, for a model with its own; then only `trunk` is there."""
         super().__init__()
         self.config, self.causal, self.outputs = config, causal, outputs or config.vocab_size
-        ours = config.arch == 'ours'
         # row V: [MASK] or [BOS]
-        self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd) if tokens else None
-        self.pos = None if ours else nn.Embedding(config.block_size, config.n_embd)
+        self.embed = nn.Embedding(config.vocab_size + marks, config.n_embd) if tokens else None
+        self.pos = nn.Embedding(config.block_size, config.n_embd) if config.arch == 'gpt2' else None
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, causal, timed) for _ in range(config.n_layer))
         self.norm = Norm(config)
-        own = ours and tokens  # the head of gpt2 is tied to the embedding
+        own = tokens and config.arch != 'gpt2' and not config.tied
         self.head = nn.Linear(config.n_embd, self.outputs, bias=False) if own else None
-        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
+        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head, config.rope_base)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
@@ -247,7 +283,10 @@ class GPT(nn.Module):
         if end > self.config.block_size and where is None:
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
         where = slice(past, end) if where is None else where
-        h = F.rms_norm(h, h.shape[-1:]) if self.pos is None else h + self.pos.weight[where]
+        if self.config.arch == 'ours':
+            h = F.rms_norm(h, h.shape[-1:])
+        if self.pos is not None:
+            h = h + self.pos.weight[where]
         h, rotary = self.drop(h), (self.cos[where], self.sin[where])
         if rotary[0].dim() == 3:  # positions of every row, for all heads
             rotary = rotary[0][:, None], rotary[1][:, None]

@@ -44,9 +44,10 @@ def apart(segment):
     return {} if segment is None else dict(mask=same_text(segment), where=positions(segment))
 
 
-def of_text(value, segment):
-    """value (B, T), 0 at padding. None: there is none."""
-    return value if segment is None else value * (segment >= 0)
+def of_text(value, segment, given=None):
+    """value (B, T), 0 at padding, and at tokens that are given (B, T) bool. None: there are none."""
+    value = value if segment is None else value * (segment >= 0)
+    return value if given is None else value * ~given
 
 
 # ---- packing ----------------------------------------------------------------------------------------------

@@ -28,15 +28,17 @@ import torch.nn.functional as F
 
 import common
 import latent
+import pretrained
 import score
 import unmask
 import vae
+import vocabulary
 from configurator import build, fail, help_text, read
 
 
 @dataclass
 class Config(unmask.Config):
-    out_dir: str = ''          # folder of the checkpoint; '': the newest out*/
+    out_dir: str = ''          # the checkpoint, also one of others (pretrained.py); '': the newest out*/
     which: str = 'best'        # best | last
     weights: str = 'ema'       # ema | slow, a second average | model, not averaged
     device: str = 'auto'       # auto | cpu | cuda | mps
@@ -99,8 +101,8 @@ def starts(text):
 def known(tokenizer, text):
     """The ids of a given text; characters that a model of lines does not know end the script."""
     ids = tokenizer.encode(text)
-    if tokenizer.bos is not None and common.UNK in ids:
-        unknown = sorted({c for c in text if common.UNK in tokenizer.encode(c)})
+    if tokenizer.bos is not None and vocabulary.UNK in ids:
+        unknown = sorted({c for c in text if vocabulary.UNK in tokenizer.encode(c)})
         fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
     return ids
 
@@ -354,7 +356,7 @@ def main(argv):
         return print(help_text(__doc__.replace('RULES', rules), Config))
     config, = build({**files, **flags}, Config)
     device = common.pick_device(config.device)
-    checkpoint = common.load(path := common.find_checkpoint(config.out_dir, config.which))
+    path, checkpoint = pretrained.find(config.out_dir, config.which)
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     tools = dict(reconstruct=reconstruct, interpolate=interpolate, nearest=neighbours)
     latents = hasattr(model, 'unroll')
@@ -370,7 +372,7 @@ def main(argv):
             common.seed_everything(config.seed)
             for tool in asked:
                 encoder = getattr(model, 'vae', model)
-                lines = about_latents(tool, config, encoder, tokenizer, checkpoint, path.parent)
+                lines = about_latents(tool, config, encoder, tokenizer, checkpoint, Path(path).parent)
                 print('\n'.join(lines))
             if not asked:
                 write(config, path, checkpoint, model, tokenizer, device)

@@ -4,6 +4,7 @@ Train any objective of this repository: one loop, the objective is a file.
     python train.py config/train_mdlm.py                       # CUDA, MPS or CPU, whatever is there
     python train.py config/train_mdlm.py --max_iters=100 --n_layer=2
     python train.py --init_from=resume --out_dir=out-mdlm      # go on where it stopped, bit for bit on a CPU
+    python train.py config/adapt_gpt2.py --init_from=gpt2      # a language model becomes a denoiser
     torchrun --nproc_per_node=8 train.py config/train_mdlm.py  # several GPUs
 
 Writes out_dir/last.pt (everything a resume needs) and out_dir/best.pt (the weights with
@@ -17,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -25,9 +26,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
+import lora
 import packing
+import pretrained
+import vocabulary
 from configurator import build, fail, help_text, read
+from model import Config as Shape
 from model import optimizers
+
+BECOMES = ('ar', 'masked', 'block')  # objectives whose weights are those of one transformer
 
 
 @dataclass
@@ -35,7 +42,7 @@ class Config:
     objective: str = 'masked'           # the concept file: ar | masked | block | score | vae | latent
     dataset: str = 'shakespeare_char'   # a folder of data/
     out_dir: str = 'out'                # where the checkpoints go
-    init_from: str = 'scratch'          # scratch | resume | path of a checkpoint to take the weights from
+    init_from: str = 'scratch'          # scratch | resume | whose weights to take: see pretrained.py
     base: str = ''                      # vae, latent: what it is built on, a folder or file (an ar; a vae)
     seed: int = 1337                    # of the weights, the batches and the noise
     device: str = 'auto'                # auto | cpu | cuda | cuda:1 | mps
@@ -96,15 +103,16 @@ def settings(argv):
     device = common.pick_device({**files, **flags}.get('device', 'auto'))
     knobs = {**files, **(cpu if device.type == 'cpu' else {})}
     source = {**knobs, **flags}.get('init_from', 'scratch')
-    checkpoint, kept = None, {}
-    if source != 'scratch':
-        resume = source == 'resume'
+    checkpoint = None
+    if source == 'resume':
         out_dir = {**knobs, **flags}.get('out_dir', Config.out_dir)
-        checkpoint = common.load(Path(out_dir, 'last.pt') if resume else source)
-        kept = {**checkpoint['config'],
-                **(checkpoint['run'] if resume else {'objective': checkpoint['objective']})}
-        kept = {k: v for k, v in kept.items() if k not in ('init_from', 'device', 'out_dir')}
-    knobs = {**knobs, **kept, **flags}
+        checkpoint = common.load(Path(out_dir, 'last.pt'))
+        kept = {**checkpoint['config'], **checkpoint['run']}
+        knobs |= {k: v for k, v in kept.items() if k not in ('init_from', 'device', 'out_dir')}
+    elif source != 'scratch':
+        _, checkpoint = pretrained.find(source)
+        knobs = inherited(checkpoint, knobs | flags, source)
+    knobs = {**knobs, **flags}
     if source == 'resume' and knobs['objective'] != checkpoint['objective']:
         fail(f"objective={knobs['objective']}: the run to resume is of {checkpoint['objective']}, "
              f"that cannot change")
@@ -113,22 +121,67 @@ def settings(argv):
         fail(f"base is for a new run: init_from={source} holds all it needs")
     base = built_on(concept, knobs) if not checkpoint else None
     if base:
-        inherited = concept.inherited(base['config'])
-        for name in inherited.keys() & knobs.keys():
+        own = concept.inherited(base['config'])
+        for name in own.keys() & knobs.keys():
             fail(f"{name} is the base's, {knobs['base']}: leave it out")
-        knobs |= inherited
+        knobs |= own
     meta = common.load_meta(knobs.get('dataset', Config.dataset))
-    vocab_size = common.Tokenizer(meta).vocab_size
+    vocab_size = vocabulary.Tokenizer(meta).vocab_size
     run, config = build({**knobs, 'vocab_size': vocab_size}, Config, concept.Config)
-    if source == 'resume' and asdict(config) != checkpoint['config']:
-        name = next(k for k, v in asdict(config).items() if checkpoint['config'].get(k) != v)
+    changed = [k for k, v in asdict(config).items() if checkpoint and checkpoint['config'].get(k, v) != v]
+    if source == 'resume' and changed:
+        name = changed[0]
         fail(f"{name}={getattr(config, name)} but the run to resume has {checkpoint['config'].get(name)}: "
              f"it cannot change")
-    if checkpoint and checkpoint['tokenizer'] != meta:
-        fail(f"dataset={run.dataset} has another vocabulary or source than the checkpoint was trained on")
-    if base and common.Tokenizer(base['tokenizer']).pieces != common.Tokenizer(meta).pieces:
+    if source == 'resume' and checkpoint['tokenizer'] != meta:
+        fail(f"dataset={run.dataset} has another vocabulary or source than the run to resume was trained on")
+    if checkpoint and vocabulary.Tokenizer(checkpoint['tokenizer']).pieces != vocabulary.Tokenizer(meta).pieces:
+        fail(f"dataset={run.dataset} has another vocabulary than init_from={source}: prepare it with that "
+             f"model's, data/text/prepare.py --tokenizer={source}")
+    if base and vocabulary.Tokenizer(base['tokenizer']).pieces != vocabulary.Tokenizer(meta).pieces:
         fail(f"dataset={run.dataset} has another vocabulary than base={run.base}")
     return run, config, meta, checkpoint, base
+
+
+def inherited(checkpoint, knobs, source):
+    """The knobs of a run that begins with the weights of a checkpoint: without an objective of its own it has
+    the checkpoint's; of the same objective all that it says of the model, of another the transformer's shape.
+    What shapes the weights cannot change, but the context may be cut. Adapters are not inherited."""
+    theirs, objective = checkpoint['config'], knobs.get('objective', checkpoint['objective'])
+    same = objective == checkpoint['objective']
+    if not same and not {objective, checkpoint['objective']} <= set(BECOMES):
+        fail(f"init_from={source} is of {checkpoint['objective']}, which cannot become {objective}: "
+             f"one of {', '.join(BECOMES)} can become another")
+    shape = {f.name for f in fields(Shape)} - {'dropout'}
+    for name in shape & knobs.keys() & theirs.keys():
+        if name == 'block_size' and int(knobs[name]) > theirs[name]:
+            fail(f"block_size={knobs[name]} is more than the context of init_from={source}, {theirs[name]}")
+        if name != 'block_size' and str(knobs[name]) != str(theirs[name]):
+            fail(f"{name}={knobs[name]} but init_from={source} has {theirs[name]}: leave it out")
+    kept = {k: v for k, v in theirs.items() if k in shape or same and not k.startswith('lora_')}
+    return {**kept, **knobs, 'objective': objective}
+
+
+def marks(objective, config):
+    """What the rows of the embedding beyond the vocabulary are for."""
+    return ['bos'] if objective == 'ar' else ['mask'] + ['bos'] * config.get('shift', False)
+
+
+@torch.no_grad()
+def take_over(model, objective, config, checkpoint):
+    """Give the model the averaged weights of a checkpoint, maybe of another objective, adapters merged. A mark
+    that the checkpoint has no row for begins as the mean of the tokens' rows. Raises ValueError."""
+    if checkpoint['objective'] not in BECOMES:
+        return model.load_state_dict(checkpoint['ema'])
+    weights, V = lora.folded(checkpoint['ema'], checkpoint['config']), config['vocab_size']
+    rows = weights['gpt.embed.weight']
+    there = dict(zip(marks(checkpoint['objective'], checkpoint['config']), rows[V:]))
+    fresh = [there.get(mark, rows[:V].mean(0)) for mark in marks(objective, config)]
+    weights['gpt.embed.weight'] = torch.cat([rows[:V], torch.stack(fresh)])
+    if 'gpt.pos.weight' in weights:  # the context may be cut
+        rows = config['block_size'] + config.get('shift', False)  # [BOS] takes one
+        weights['gpt.pos.weight'] = weights['gpt.pos.weight'][:rows]
+    return lora.load_base(model, weights)
 
 
 def built_on(concept, knobs):
@@ -139,10 +192,9 @@ def built_on(concept, knobs):
     make = f"`python train.py config/train_{kind}.py` makes one, --base=FOLDER names it"
     if not path:
         fail(f"objective={concept.__name__} is built on a checkpoint of {kind}: {make}")
-    path = common.find_checkpoint(path) if Path(path).is_dir() else Path(path)
-    if not path.exists():
+    if '/' not in path and path not in pretrained.GPT2 and not Path(path).exists():
         fail(f"base={path} does not exist; {make}")
-    checkpoint = common.load(path)
+    path, checkpoint = pretrained.find(path)
     if checkpoint['objective'] != kind:
         fail(f"base={path} is of {checkpoint['objective']}, it must be of {kind}: {make}")
     return checkpoint
@@ -191,14 +243,19 @@ class State:
         try:
             self.model = common.concept(run.objective).Model(config).to(device)
             if base:
-                self.model.inherit(base['ema'], common.Tokenizer(meta).pieces)
+                plain = base['objective'] in BECOMES  # its adapters, if any, are merged
+                weights = lora.folded(base['ema'], base['config']) if plain else base['ema']
+                self.model.inherit(weights, vocabulary.Tokenizer(meta).pieces)
         except ValueError as e:
             fail(e)
         self.iter, self.tokens, self.best, self.val = 0, 0, float('inf'), None
         if checkpoint:
             try:
-                self.model.load_state_dict(checkpoint['model' if run.init_from == 'resume' else 'ema'])
-            except RuntimeError as e:
+                if run.init_from == 'resume':
+                    self.model.load_state_dict(checkpoint['model'])
+                else:
+                    take_over(self.model, run.objective, asdict(config), checkpoint)
+            except (RuntimeError, ValueError) as e:
                 fail(f"the weights of init_from={run.init_from} do not fit this model: {e}"[:300])
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.slow = copy.deepcopy(self.ema) if run.slow_decay else None
@@ -284,7 +341,7 @@ def examples(run, config, meta, device, rank, model):
     B, T = run.batch_size, config.block_size
     tokens = [common.load_tokens(run.dataset, split, config.vocab_size, device)
               for split in ('train', 'val')]
-    tokenizer = common.Tokenizer(meta)
+    tokenizer = vocabulary.Tokenizer(meta)
     bos = tokenizer.bos
     if bos is None:
         if run.inserted or run.expanded or not run.packed:
@@ -299,11 +356,12 @@ def examples(run, config, meta, device, rank, model):
             return lambda: (source.batch(B), B * T), val, val[0] != model.blank
         val = common.windows(tokens[1], T, run.eval_windows)
         return lambda: ((common.batch(tokens[0], B, T),), B * T), (val,), torch.ones_like(val)
-    if not common.concept(run.objective).Model.packs:
-        fail(f"objective={run.objective} takes no lines: prepare the text with data/text/prepare.py")
-    lines, val = (packing.Lines(t, bos, common.PAD, run.packed, run.inserted, run.expanded) for t in tokens)
+    if not model.packs:
+        fail(f"objective={run.objective}{', shift=True' * getattr(config, 'shift', False)} takes no lines: "
+             f"prepare the text with data/text/prepare.py")
+    lines, val = (packing.Lines(t, bos, vocabulary.PAD, run.packed, run.inserted, run.expanded) for t in tokens)
     if rank == 0:
-        print(packing.report(tokens[0], bos, common.PAD, B, T))
+        print(packing.report(tokens[0], bos, vocabulary.PAD, B, T))
 
     def batch():
         x, segment = lines.batch(B, T)

@@ -25,7 +25,7 @@ stands wherever there is no token.
 """
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -131,7 +131,8 @@ def slerp(a, b, share):
 
 def inherited(config):
     """Knobs that a VAE takes from the config of its base."""
-    names = ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'arch')
+    own = ('block_size', 'dropout')
+    names = [f.name for f in fields(model.Config) if f.name in config and f.name not in own]
     return dict(base_context=config['block_size'], **{name: config[name] for name in names})
 
 
@@ -171,7 +172,8 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.blank, c = config, config.vocab_size, config
         n, d, C = c.n_latent, c.d_latent, c.n_embd
-        sizes = model.Config(c.vocab_size, c.base_context, c.n_layer, c.n_head, C, c.dropout, c.arch)
+        sizes = model.Config(**{f.name: getattr(c, f.name) for f in fields(model.Config)} |
+                             dict(block_size=c.base_context))
         base = model.GPT(sizes, causal=True)
         if c.whole:
             self.encoder, self.decoder = base, copy.deepcopy(base)

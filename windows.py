@@ -8,6 +8,8 @@ stands where there is no token: behind a short window, and before a prefix that 
 """
 import torch
 
+from vocabulary import as_ids
+
 OTHER, END, SPACE = range(3)  # what a token is to a sentence
 
 
@@ -52,7 +54,7 @@ def sentences(tokens, W, ends, end):
 
 
 class Windows:
-    """tokens: of a dataset, int16 or int64 (`common.load_tokens`). Window i: tokens start[i] up to
+    """tokens: of a dataset (`common.load_tokens`), or ids. Window i: tokens start[i] up to
     start[i] + length[i], in a document that begins at origin[i]; `back` windows before it is the one that
     ends where it starts."""
 
@@ -72,8 +74,8 @@ class Windows:
             self.back = 1
 
     def ids(self, at):
-        """The tokens at positions `at` (...), int64: int16 holds the large ones as negative numbers."""
-        return self.tokens[at].long() & 0xFFFF
+        """The ids at positions `at` (...), int64."""
+        return as_ids(self.tokens[at])
 
     def __len__(self):
         return len(self.start)

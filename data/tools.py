@@ -17,7 +17,7 @@ import requests
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Tokenizer
+from vocabulary import Tokenizer, file_type
 from configurator import build, fail, help_text, read
 
 TRIES, PAUSE = 5, 1.0  # of a download that was cut; seconds before the second, doubled for each after it
@@ -79,20 +79,20 @@ def unzip(path, member):
 
 # ---- downloads --------------------------------------------------------------------------------------------
 
-def append(url, part):
+def append(url, part, headers):
     """One connection: ask for what `part` lacks and put it behind what it has.
     Raises requests.RequestException; what has come by then stays in `part`."""
     have = part.stat().st_size if part.exists() else 0
-    headers = {'Accept-Encoding': 'identity'}  # else lengths would count compressed bytes
+    asked = {**headers, 'Accept-Encoding': 'identity'}  # else lengths would count compressed bytes
     if have:
-        headers['Range'] = f'bytes={have}-'
-    with requests.get(url, headers=headers, stream=True, timeout=20) as response:
+        asked['Range'] = f'bytes={have}-'
+    with requests.get(url, headers=asked, stream=True, timeout=20) as response:
         size = response.headers.get('content-range', '').rpartition('/')[2]
         if response.status_code == 416 and have:  # nothing lies beyond `have`
             if size == str(have):
                 return
             part.unlink()  # of another file, or of another version of this one
-            return append(url, part)
+            return append(url, part, headers)
         response.raise_for_status()
         if response.status_code != 206:  # the server knows no ranges and sends all of it
             have, size = 0, response.headers.get('content-length', '')
@@ -109,7 +109,7 @@ def append(url, part):
         raise requests.ConnectionError(f"{part.stat().st_size} of {total} bytes came")
 
 
-def download(url, path, sha256=''):
+def download(url, path, sha256='', headers=()):
     """url -> path, whole and with the right checksum, or not at all; a file that exists is left alone.
 
     What has come lies in path.part, where the next call goes on. A connection that is cut is tried again,
@@ -121,7 +121,7 @@ def download(url, path, sha256=''):
     part = path.with_name(path.name + '.part')
     for attempt in range(TRIES):
         try:
-            append(url, part)
+            append(url, part, dict(headers))
             break
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
             if attempt == TRIES - 1 or not part.exists():
@@ -146,10 +146,11 @@ def fetch(url, path, sha256='', otherwise=''):
              f"run the same command again, it goes on where it stopped{otherwise and '; or ' + otherwise}")
 
 
-def hub(repository, name):
-    """The address of a file in a dataset of the Hugging Face hub, or of its mirror HF_ENDPOINT."""
+def hub(repository, name, kind='datasets/'):
+    """The address of a file in a dataset of the Hugging Face hub (kind='': a model), or of its mirror
+    HF_ENDPOINT."""
     host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
-    return f'{host}/datasets/{repository}/resolve/main/{name}'
+    return f'{host}/{kind}{repository}/resolve/main/{name}'
 
 
 # ---- text into tokens -------------------------------------------------------------------------------------
@@ -171,6 +172,17 @@ def cut(text):
     return dict(train=text[:n], val=text[n:])
 
 
+def meta_of(kind, text=''):
+    """What `Tokenizer` takes: kind char (of the characters of `text`) | byte | gpt2, or the name of a model
+    that lies in a folder or on the hub: its tokenizer."""
+    if kind in ('byte', 'gpt2'):
+        return dict(kind=kind)
+    if kind == 'char':
+        return dict(kind=kind, chars=sorted(set(text)))
+    import pretrained  # which downloads with what is in this file
+    return pretrained.tokenizer(kind)
+
+
 def write_meta(out, meta):
     """meta.json, the name of the tokenizer and the origin of the text, is written last: it says that the
     dataset is there."""
@@ -178,10 +190,12 @@ def write_meta(out, meta):
 
 
 def write_splits(out, tokens, meta):
-    """tokens {'train': ids, 'val': ids, ...} -> out/<split>.bin (uint16) for each, out/meta.json."""
+    """tokens {'train': ids, 'val': ids, ...} -> out/<split>.bin (uint16, or uint32 for a vocabulary beyond) for
+    each, out/meta.json."""
+    dtype = file_type(Tokenizer(meta).vocab_size)
     for split in ('train', 'val', 'test'):
         if split in tokens:
-            write(Path(out, f'{split}.bin'), np.array(tokens[split], np.uint16).tobytes())
+            write(Path(out, f'{split}.bin'), np.array(tokens[split], dtype).tobytes())
         else:
             with disk(out):  # of an earlier run, maybe in other tokens
                 Path(out, f'{split}.bin').unlink(missing_ok=True)
@@ -194,12 +208,11 @@ def prepare_bytes(data, kind, out, source):
 
 
 def prepare_text(texts, kind, out, source, sha256):
-    """texts {'train': str, 'val': str, ...} -> out/<split>.bin (uint16) for each, out/meta.json.
-    kind: char (the vocabulary is that of all splits) | byte | gpt2."""
-    chars = {'chars': sorted(set().union(*texts.values()))} if kind == 'char' else {}
-    meta = dict(kind=kind, **chars, source=source, sha256=sha256)
+    """texts {'train': str, 'val': str, ...} -> out/<split>.bin for each, out/meta.json. kind: char (the
+    vocabulary is that of all splits) | byte | gpt2 | the tokenizer of a model, see pretrained.py."""
+    meta = meta_of(kind, ''.join(texts.values())) | dict(source=source, sha256=sha256)
     tokenizer = Tokenizer(meta)
-    tokens = {split: np.array(tokenizer.encode(text), np.uint16) for split, text in texts.items()}
+    tokens = {split: tokenizer.encode(text) for split, text in texts.items()}
     write_splits(out, tokens, meta)
     print(f"{source}: {sum(map(len, texts.values())):,} characters, "
           f"a vocabulary of {tokenizer.vocab_size:,}; "

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import regex
 
-import common
-from common import BOS, EOS, MARKS, PAD, UNK
+import vocabulary
+from vocabulary import BOS, EOS, MARKS, PAD, UNK
 from conftest import TEXT
 from data.lines import prepare
 
@@ -23,7 +23,7 @@ LINES = AWKWARD + TEXT.splitlines()[:40]
 
 
 def tokenizer_of(pieces):
-    return common.Tokenizer(dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces]))
+    return vocabulary.Tokenizer(dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces]))
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +34,7 @@ def tokenizer():
 def slow_encode(tokenizer, text):
     """One merge at a time: of all neighbours that form a piece, the pair of the lowest id, the leftmost."""
     ids, index = [], {piece: i for i, piece in enumerate(tokenizer.pieces) if i not in MARKS}
-    for word in regex.findall(common.WORDS, text):
+    for word in regex.findall(vocabulary.WORDS, text):
         parts = [bytes([b]) for b in word.encode()]
         while found := [(index[a + b], at) for at, (a, b) in enumerate(pairwise(parts))
                         if a + b in index]:
@@ -47,7 +47,7 @@ def slow_encode(tokenizer, text):
 def slow_train(lines, vocab_size):
     """The trainer that spells and counts every word of every line anew for every merge."""
     words = [[bytes([b]) for b in word.encode()]
-             for line in lines for word in regex.findall(common.WORDS, line)]
+             for line in lines for word in regex.findall(vocabulary.WORDS, line)]
     pieces = sorted({b for word in words for b in word})
     while len(pieces) < vocab_size - 4:
         pairs = collections.Counter(pair for word in words for pair in pairwise(word))
@@ -80,8 +80,8 @@ def test_the_marks_come_first_and_only_eos_is_text_the_end_of_a_line(tokenizer):
     ids = tokenizer.encode('the question')
     framed = [BOS, *ids, EOS, PAD, PAD, tokenizer.vocab_size]
     assert tokenizer.decode(framed) == 'the question\n░' and tokenizer.n_bytes(framed[:-1]) == 13
-    assert common.Tokenizer({'kind': 'byte'}).bos is None
-    assert common.Tokenizer({'kind': 'char', 'chars': ['a']}).bos is None
+    assert vocabulary.Tokenizer({'kind': 'byte'}).bos is None
+    assert vocabulary.Tokenizer({'kind': 'char', 'chars': ['a']}).bos is None
 
 
 def test_an_unknown_character_is_one_unk_and_counts_one_byte(tokenizer):
@@ -114,7 +114,7 @@ def test_a_word_keeps_one_space_before_it_and_a_contraction_its_apostrophe():
 
 def test_meta_survives_json(tokenizer):
     meta = json.loads(json.dumps(tokenizer.meta, ensure_ascii=False).encode())
-    again = common.Tokenizer(meta)
+    again = vocabulary.Tokenizer(meta)
     assert again.pieces == tokenizer.pieces and max(b''.join(again.pieces)) >= 0xf0
     for line in LINES:
         assert again.encode(line) == tokenizer.encode(line)
@@ -122,7 +122,7 @@ def test_meta_survives_json(tokenizer):
 
 def test_without_tiktoken_it_is_one_line(tokenizer, mistake, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
-    assert 'pip install tiktoken' in mistake(lambda argv: common.Tokenizer(tokenizer.meta))
+    assert 'pip install tiktoken' in mistake(lambda argv: vocabulary.Tokenizer(tokenizer.meta))
 
 
 # ---- the trainer ------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def dataset(tmp_path):
             splits[split] = [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)])]
             assert sum(map(len, splits[split])) == len(ids), "a split begins with <bos>"
         meta = json.loads((tmp_path / 'a/meta.json').read_text(encoding='utf-8'))
-        return splits, common.Tokenizer(meta), tmp_path / 'a'
+        return splits, vocabulary.Tokenizer(meta), tmp_path / 'a'
     return make
 
 

@@ -11,6 +11,7 @@ import torch
 import common
 import eval as evaluation
 import train
+import vocabulary
 from conftest import TEXT, TINY
 
 
@@ -138,8 +139,8 @@ def test_the_judge_scores_every_text_in_windows_none_dropped(trained):
 def test_a_text_is_judged_up_to_and_including_its_first_end_of_text(trained, monkeypatch):
     """With a vocabulary of bytes and one <|endoftext|>, id 256."""
     pieces = [bytes([i]) for i in range(256)] + [b'<|endoftext|>']
-    monkeypatch.setattr(common, 'gpt2_tokens', lambda: (pieces, lambda text: list(text.encode()), 256))
-    tokenizer = common.Tokenizer(dict(kind='gpt2'))
+    monkeypatch.setattr(vocabulary, 'gpt2_tokens', lambda: (pieces, lambda text: list(text.encode()), 256))
+    tokenizer = vocabulary.Tokenizer(dict(kind='gpt2'))
     assert evaluation.until_end([97, 98, 256, 99], tokenizer) == ('ab', True)
     assert evaluation.until_end([97, 98], tokenizer) == ('ab', False)
     scored = []
@@ -221,7 +222,7 @@ def test_the_plot_is_drawn_where_matplotlib_is_and_named_where_it_is_not(trained
 def test_a_pretrained_gpt2_judges_through_transformers(trained, capsys, monkeypatch, mistake):
     """With a stand-in for the library: uniform over 50,257 tokens, whatever the text."""
     pieces = [bytes([i]) for i in range(256)] + [b''] * (50257 - 256)
-    monkeypatch.setattr(common, 'gpt2_tokens', lambda: (pieces, lambda text: list(text.encode()), 50256))
+    monkeypatch.setattr(vocabulary, 'gpt2_tokens', lambda: (pieces, lambda text: list(text.encode()), 50256))
     with monkeypatch.context() as m:
         m.setitem(sys.modules, 'transformers', None)
         assert 'pip install transformers' in mistake(evaluation.main, '--mode=gen_ppl', '--judge=gpt2')

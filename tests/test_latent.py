@@ -3,14 +3,11 @@ import dataclasses
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 
-import common
 import latent
 import score
-import unmask
 import vae
 import windows
 

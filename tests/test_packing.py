@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import ar
-import block
 import common
 import masked
 import model
 import packing
+import vocabulary
 import score
 import train
 from conftest import TINY
@@ -250,10 +250,10 @@ def test_texts_to_be_judged_begin_with_bos(lines, monkeypatch, capsys):
     import eval as evaluation
     train.main([*TINY, '--dataset=lines', '--out_dir=m', '--max_iters=2'])
     train.main([*TINY, '--dataset=lines', '--out_dir=a', '--max_iters=2', '--objective=ar'])
-    own, seen, V = masked.Model.sample, [], common.Tokenizer(common.load_meta('lines')).vocab_size
+    own, seen, V = masked.Model.sample, [], vocabulary.Tokenizer(common.load_meta('lines')).vocab_size
     monkeypatch.setattr(masked.Model, 'sample', lambda net, xt, **how: seen.append(xt) or own(net, xt, **how))
     evaluation.main(['--out_dir=m', '--mode=gen_ppl', '--judge=a', '--num_samples=3', '--steps=2'])
-    assert (seen[0][:, 0] == common.BOS).all() and (seen[0][:, 1:] == V).all()
+    assert (seen[0][:, 0] == vocabulary.BOS).all() and (seen[0][:, 1:] == V).all()
 
 
 def test_rows_of_equal_nats_per_token_leave_no_error_whatever_their_lengths():

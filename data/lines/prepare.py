@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from common import MARKS, WORDS, Tokenizer, load_tiktoken  # noqa: E402
+from vocabulary import MARKS, WORDS, Tokenizer, load_tiktoken  # noqa: E402
 from configurator import fail  # noqa: E402
 from data import tools  # noqa: E402
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from common import Tokenizer  # noqa: E402
+from vocabulary import Tokenizer  # noqa: E402
 from configurator import fail  # noqa: E402
 from data import tools  # noqa: E402
 

@@ -5,6 +5,7 @@ writes train.bin, val.bin (uint16, 90/10 of the characters) and meta.json beside
     python data/text/prepare.py --input=my.txt                     # one token a byte: knows every text
     python data/text/prepare.py --input=my.txt --tokenizer=char    # one a character of this text
     python data/text/prepare.py --input=my.txt --tokenizer=gpt2    # GPT-2's byte pairs, for megabytes
+    python data/text/prepare.py --input=my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M   # or FOLDER, out-ar
 
     python train.py config/train_mdlm.py --dataset=text
 
@@ -24,7 +25,7 @@ from data import tools  # noqa: E402
 @dataclass
 class Config:
     input: str = ''  # the text
-    tokenizer: str = 'byte'  # byte | char | gpt2
+    tokenizer: str = 'byte'  # byte | char | gpt2 | a model (pretrained.py), whose tokenizer it is
     out: str = str(HERE)  # where the files go
 
 

@@ -29,7 +29,7 @@ class Config:
     train: str = ''  # text files instead of the download; a split that is not given is left out
     valid: str = ''  # becomes val.bin
     test: str = ''  # becomes test.bin
-    tokenizer: str = 'gpt2'  # gpt2 | byte | char
+    tokenizer: str = 'gpt2'  # gpt2 | byte | char | a model (pretrained.py), whose tokenizer it is
     sha256: str = SHA256  # what the download must hash to; '': anything
     out: str = str(HERE)  # where the files go
 

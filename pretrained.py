@@ -1,0 +1,409 @@
+"""
+The weights of others: GPT-2 and LLaMA shapes in Hugging Face's layout, read and written.
+
+    python train.py config/adapt_gpt2.py --init_from=gpt2            # or any of what follows
+    python sample.py --out_dir=HuggingFaceTB/SmolLM2-135M --start="The capital of Italy is" --length=16
+    python eval.py --out_dir=FOLDER --input=my.txt
+    python pretrained.py --out_dir=out-adapt --to=FOLDER             # a checkpoint of ours in that layout
+
+Wherever a script takes a checkpoint it may be named in four ways: a folder or file of ours; a folder with
+config.json, *.safetensors and a tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging
+Face hub. The last two are downloaded once, into HF_HOME, unless the hub's own library has them there already;
+HF_ENDPOINT names a mirror, HF_TOKEN opens what is behind a consent. Only tensors are read, no code (no pickle).
+
+What is written is such a folder again, adapters merged. What others do not have, the rows of [MASK] and [BOS]
+and the objective, stands in a tensor `unmask.marks` and in config.json under `unmask`; others leave it out.
+"""
+import base64
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import requests
+import torch
+
+import common
+import lora
+import model
+from configurator import build, fail, help_text, read
+from data import tools
+
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+MISSING = "pip install safetensors"
+
+
+@dataclass
+class Config:
+    out_dir: str = ''    # the checkpoint to write down; '': the newest out*/
+    which: str = 'best'  # best | last
+    to: str = ''         # the folder that is made
+
+
+# ---- names: ours -> theirs --------------------------------------------------------------------------------
+
+def gpt2_names(n_layer):
+    """Our names -> those of GPT-2 (without their prefix `transformer.`)."""
+    names = {'embed.weight': 'wte.weight', 'pos.weight': 'wpe.weight',
+             'norm.weight': 'ln_f.weight', 'norm.bias': 'ln_f.bias'}
+    parts = {'norm1': 'ln_1', 'attn.qkv': 'attn.c_attn', 'attn.proj': 'attn.c_proj',
+             'norm2': 'ln_2', 'mlp.fc': 'mlp.c_fc', 'mlp.proj': 'mlp.c_proj'}
+    return {k: (v,) for k, v in names.items()} | {
+        f'blocks.{i}.{a}.{w}': (f'h.{i}.{b}.{w}',)
+        for i in range(n_layer) for a, b in parts.items() for w in ('weight', 'bias')}
+
+
+def llama_names(n_layer, tied):
+    """Our names -> those of LLaMA; several are one of ours, one below the other."""
+    names = {'embed.weight': ('model.embed_tokens.weight',), 'norm.weight': ('model.norm.weight',)}
+    parts = {'norm1': ('input_layernorm',), 'norm2': ('post_attention_layernorm',),
+             'attn.qkv': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+             'attn.proj': ('self_attn.o_proj',), 'mlp.fc': ('mlp.gate_proj', 'mlp.up_proj'),
+             'mlp.proj': ('mlp.down_proj',)}
+    return names | ({} if tied else {'head.weight': ('lm_head.weight',)}) | {
+        f'blocks.{i}.{a}.weight': tuple(f'model.layers.{i}.{b}.weight' for b in those)
+        for i in range(n_layer) for a, those in parts.items()}
+
+
+def names_of(config):
+    """Our name of every tensor -> a tuple of theirs. config: of model.GPT."""
+    return gpt2_names(config.n_layer) if config.arch == 'gpt2' else llama_names(config.n_layer, config.tied)
+
+
+def turned(name, config):
+    """Is a matrix (in, out) there, where it is (out, in) here? So are those of GPT-2's layers."""
+    return config.arch == 'gpt2' and name.startswith('blocks.') and name.endswith('weight') \
+        and 'norm' not in name
+
+
+def pieces_of(name, config):
+    """How many rows each of their tensors has of one of ours that holds several."""
+    width, kv = config.n_embd // config.n_head, config.n_kv_head or config.n_head
+    if 'attn.qkv' in name:
+        return [config.n_embd, kv * width, kv * width]
+    return [config.n_inner or 4 * config.n_embd] * 2
+
+
+# ---- config.json ------------------------------------------------------------------------------------------
+
+def shape_of(theirs):
+    """A config.json (dict) -> the knobs of model.Config. Raises ValueError for what model.py cannot do."""
+    kind = theirs.get('model_type')
+    refused = {'gpt2': dict(activation_function='gelu_new', scale_attn_weights=True,
+                            scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True),
+               'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None)}
+    if kind not in refused:
+        raise ValueError(f"model_type={kind} is not one of: gpt2, llama")
+    for name, known in refused[kind].items():
+        if theirs.get(name, known) != known:
+            raise ValueError(f"{name}={theirs[name]} is not something model.py does")
+    if kind == 'gpt2':
+        return dict(arch='gpt2', vocab_size=theirs['vocab_size'], block_size=theirs['n_positions'],
+                    n_layer=theirs['n_layer'], n_head=theirs['n_head'], n_embd=theirs['n_embd'],
+                    n_inner=theirs.get('n_inner') or 0, norm_eps=theirs.get('layer_norm_epsilon', 1e-5))
+    rope = theirs.get('rope_parameters') or {}  # where transformers 5 writes what had names of its own
+    if rope.get('rope_type', 'default') != 'default':
+        raise ValueError(f"rope_type={rope['rope_type']} is not something model.py does")
+    width, heads = theirs['hidden_size'], theirs['num_attention_heads']
+    if (theirs.get('head_dim') or width // heads) != width // heads:
+        raise ValueError(f"head_dim={theirs['head_dim']} is not something model.py does")
+    return dict(arch='llama', vocab_size=theirs['vocab_size'], block_size=theirs['max_position_embeddings'],
+                n_layer=theirs['num_hidden_layers'], n_head=heads, n_embd=width,
+                n_kv_head=theirs.get('num_key_value_heads') or heads, n_inner=theirs['intermediate_size'],
+                rope_base=float(theirs.get('rope_theta') or rope.get('rope_theta') or 10000.0),
+                norm_eps=theirs.get('rms_norm_eps', 1e-6), tied=theirs.get('tie_word_embeddings', False))
+
+
+def config_json(config):
+    """model.Config -> the dict of a config.json."""
+    c = config
+    if c.arch == 'gpt2':
+        return dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=c.vocab_size,
+                    n_positions=c.block_size, n_ctx=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
+                    n_embd=c.n_embd, n_inner=c.n_inner or None, layer_norm_epsilon=c.norm_eps,
+                    activation_function='gelu_new', tie_word_embeddings=True)
+    return dict(model_type='llama', architectures=['LlamaForCausalLM'], vocab_size=c.vocab_size,
+                max_position_embeddings=c.block_size, num_hidden_layers=c.n_layer,
+                num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head or c.n_head,
+                hidden_size=c.n_embd, intermediate_size=c.n_inner or 4 * c.n_embd, hidden_act='silu',
+                rope_theta=c.rope_base, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied)
+
+
+# ---- tensors ----------------------------------------------------------------------------------------------
+
+class Tensors:
+    """The tensors of a folder by name, read when asked for: of model.safetensors, or of the files that
+    model.safetensors.index.json names."""
+
+    def __init__(self, folder):
+        try:
+            from safetensors import safe_open
+        except ImportError:
+            fail(f"reading {folder} needs the library safetensors: {MISSING}")
+        index = Path(folder, 'model.safetensors.index.json')
+        files = {'model.safetensors'}
+        if index.is_file():
+            files = set(read_json(index).get('weight_map', {}).values())
+        self.where = {}
+        for name in sorted(files):
+            path = Path(folder, name)
+            if not path.is_file():
+                fail(f"{path} is missing" + (": weights in a pickle (pytorch_model.bin) are not read"
+                                             if Path(folder, 'pytorch_model.bin').is_file() else ""))
+            try:
+                file = safe_open(path, 'pt')
+            except Exception as e:  # SafetensorError is no class of Python's own
+                fail(f"{path} is cut short or damaged ({e}): remove it and get it again")
+            self.where |= {key: file for key in file.keys()}
+
+    def __contains__(self, name):
+        return name in self.where
+
+    def get(self, name, shape):
+        """One tensor in float32, or the script ends and names it. shape: its own, None: any."""
+        if name not in self.where:
+            fail(f"the tensor {name} is missing")
+        tensor = self.where[name].get_tensor(name).float()
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
+            fail(f"the tensor {name} is of shape {tuple(tensor.shape)} instead of {tuple(shape)}")
+        return tensor
+
+
+def weights_of(tensors, config, shapes):
+    """Their tensors -> a state dict of GPT with an embedding of V rows. shapes: of its tensors."""
+    prefix = 'transformer.' if 'transformer.wte.weight' in tensors else ''
+    weights = {}
+    for name, theirs in names_of(config).items():
+        shape = list(shapes[name])
+        rows = pieces_of(name, config) if len(theirs) > 1 else shape[:1]
+        if turned(name, config):
+            weights[name] = tensors.get(prefix + theirs[0], shape[::-1]).T.contiguous()
+        else:
+            weights[name] = torch.cat([tensors.get(prefix + key, [n, *shape[1:]])
+                                       for key, n in zip(theirs, rows)])
+    return weights
+
+
+def tensors_of(weights, config):
+    """A state dict of GPT with an embedding of V rows -> theirs, {name: tensor}."""
+    out = {}
+    for name, theirs in names_of(config).items():
+        tensor = weights[name].T if turned(name, config) else weights[name]
+        rows = pieces_of(name, config) if len(theirs) > 1 else [len(tensor)]
+        prefix = 'transformer.' if config.arch == 'gpt2' else ''
+        out |= {prefix + key: part.contiguous() for key, part in zip(theirs, tensor.split(rows))}
+    return out
+
+
+# ---- folders ----------------------------------------------------------------------------------------------
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror}")
+    except ValueError as e:
+        fail(f"{path} is cut short or damaged ({e}): remove it and get it again")
+
+
+def tokenizer_of(folder, theirs):
+    """The meta of the tokenizer in a folder, see vocabulary.Tokenizer."""
+    end, own = theirs.get('eos_token_id'), theirs.get('unmask', {}).get('tokenizer', {})
+    if own.get('kind', 'json') != 'json':
+        return own
+    known = dict(vocab_size=theirs['vocab_size'], end=end[0] if isinstance(end, list) else end) | own
+    if Path(folder, 'tokenizer.json').is_file():
+        return known | dict(kind='json', json=read_json(Path(folder, 'tokenizer.json')))
+    if Path(folder, 'tokenizer.model').is_file():
+        data = Path(folder, 'tokenizer.model').read_bytes()
+        return known | dict(kind='sentencepiece', model=base64.b64encode(data).decode())
+    if theirs['model_type'] == 'gpt2' and theirs['vocab_size'] == 50257:
+        return dict(kind='gpt2')
+    return fail(f"{folder} holds no tokenizer.json and no tokenizer.model")
+
+
+def read_folder(folder):
+    """A folder in Hugging Face's layout -> a checkpoint dict, see common.load. Of others' it is an
+    autoregressive model, whose [BOS] is the row of their bos token. Or the script ends."""
+    theirs = read_json(Path(folder, 'config.json'))
+    try:
+        shape = model.Config(**shape_of(theirs))
+    except (ValueError, KeyError, TypeError) as e:
+        fail(f"{Path(folder, 'config.json')}: {f'{e} is missing' if type(e) is KeyError else e}")
+    with torch.device('meta'):
+        shapes = {name: p.shape for name, p in model.GPT(shape, True, marks=0).state_dict().items()}
+    tensors, own = Tensors(folder), theirs.get('unmask', {})
+    weights = weights_of(tensors, shape, shapes)
+    embed = weights['embed.weight']
+    if own:
+        marks = tensors.get('unmask.marks', None)
+    else:
+        bos = next((i for i in (theirs.get('bos_token_id'), theirs.get('eos_token_id'))
+                    if isinstance(i, int) and i < len(embed)), None)
+        marks = embed.mean(0, keepdim=True) if bos is None else embed[bos:bos + 1]
+    weights['embed.weight'] = torch.cat([embed, marks])
+    weights = {f'gpt.{name}': p for name, p in weights.items()}
+    return dict(objective=own.get('objective', 'ar'), config=own.get('config', asdict(shape)),
+                run=own.get('run', {'dataset': ''}), tokenizer=tokenizer_of(folder, theirs),
+                model=weights, ema=weights, iter=own.get('iter', 0), tokens=own.get('tokens', 0))
+
+
+def write_folder(checkpoint, folder):
+    """A checkpoint dict of ours -> a folder in Hugging Face's layout, or the script ends."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        fail(f"writing {folder} needs the library safetensors: {MISSING}")
+    config = common.concept(checkpoint['objective']).Config(**checkpoint['config'])
+    if checkpoint['objective'] not in ('ar', 'masked') or config.arch == 'ours':
+        fail(f"objective={checkpoint['objective']}, arch={getattr(config, 'arch', '')} has no counterpart in "
+             f"Hugging Face's layout: ar and masked of arch=gpt2 and arch=llama have")
+    weights = lora.folded(checkpoint['ema'], checkpoint['config'])
+    weights = {name.removeprefix('gpt.'): p for name, p in weights.items()}
+    embed, V = weights['embed.weight'], config.vocab_size
+    weights['embed.weight'] = embed[:V]
+    shape = model.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(model.Config)})
+    if config.arch == 'gpt2':  # with shift there is a position more, for [BOS]
+        shape = dataclasses.replace(shape, block_size=len(weights['pos.weight']))
+    try:
+        tensors = tensors_of(weights, shape)
+    except (KeyError, RuntimeError) as e:
+        fail(f"the checkpoint has no counterpart in Hugging Face's layout: {e}")
+    extra = weights.keys() - names_of(shape).keys()
+    if extra:
+        fail(f"the checkpoint has no counterpart in Hugging Face's layout: {', '.join(sorted(extra)[:3])}")
+    meta, folder = checkpoint['tokenizer'], Path(folder)
+    plain = {**checkpoint['config'], 'lora_rank': 0}
+    own = dict(objective=checkpoint['objective'], config=plain, run=checkpoint['run'], iter=checkpoint['iter'],
+               tokens=checkpoint['tokens'])
+    theirs = config_json(shape)
+    if meta['kind'] == 'json':
+        own['tokenizer'] = {k: v for k, v in meta.items() if k != 'json'}
+        theirs['eos_token_id'] = meta['end']
+        tools.write(folder / 'tokenizer.json', json.dumps(meta['json'], ensure_ascii=False).encode())
+    else:
+        own['tokenizer'] = meta
+    with tools.disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors | {'unmask.marks': embed[V:].contiguous()}, folder / 'model.safetensors.tmp',
+                  metadata={'format': 'pt'})
+        os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
+    tools.write(folder / 'config.json', json.dumps(theirs | dict(unmask=own), indent=1).encode())
+    return tensors
+
+
+# ---- the hub ----------------------------------------------------------------------------------------------
+
+def hf_home():
+    return Path(os.environ.get('HF_HOME') or Path.home() / '.cache' / 'huggingface')
+
+
+def snapshot(repository):
+    """The folder in which the hub's own library keeps a repository, or None."""
+    folder = hf_home() / 'hub' / f"models--{repository.replace('/', '--')}"
+    try:
+        found = folder / 'snapshots' / (folder / 'refs' / 'main').read_text().strip()
+    except OSError:
+        return None
+    whole = (found / 'model.safetensors').exists() or (found / 'model.safetensors.index.json').exists()
+    return found if whole and (found / 'config.json').exists() else None
+
+
+def published(url, headers):
+    """The sha256 that the hub publishes for a large file, or ''; None if there is no such file. Raises
+    requests.RequestException."""
+    response = requests.head(url, headers=headers, timeout=20)
+    if response.status_code == 404:
+        return None
+    if response.status_code in (401, 403):
+        raise PermissionError
+    response.raise_for_status()
+    etag = response.headers.get('x-linked-etag', '').strip('"')
+    return etag if len(etag) == 64 else ''
+
+
+def download(repository, weights=True):
+    """owner/name, or gpt2 -> a folder with its files (weights: also those of the model), downloaded unless
+    they are there. Or the script ends."""
+    folder = snapshot(repository)
+    if folder:
+        return folder
+    folder = hf_home() / 'unmask' / repository.replace('/', '--')
+    token = os.environ.get('HF_TOKEN')
+    headers = {'Authorization': f'Bearer {token}'} if token else {}
+
+    def get(name, needed=False):
+        """Is the file there now?"""
+        if (folder / name).exists():
+            return True
+        url = tools.hub(repository, name, '')
+        try:
+            sha256 = published(url, headers)
+            if sha256 is None:
+                return fail(f"{repository} on the hub has no {name}") if needed else False
+            tools.download(url, folder / name, sha256, headers)
+        except PermissionError:
+            fail(f"{repository} does not exist here nor on the hub, or is behind a consent, for which HF_TOKEN "
+                 f"must hold a token")
+        except (requests.RequestException, ValueError) as e:
+            fail(f"{url} could not be downloaded ({type(e).__name__}): run the same command again, it goes on "
+                 f"where it stopped; offline, name a folder that holds the model")
+        return True
+    get('config.json', needed=True)
+    if not get('tokenizer.json'):
+        get('tokenizer.model')
+    if not weights:
+        return folder
+    if get('model.safetensors.index.json'):
+        for name in sorted(set(read_json(folder / 'model.safetensors.index.json')['weight_map'].values())):
+            get(name, needed=True)
+    else:
+        get('model.safetensors', needed=True)
+    return folder
+
+
+def tokenizer(source):
+    """The meta of the tokenizer of a model, named as for `find`. Or the script ends."""
+    folder = Path(source)
+    if Path(source, 'last.pt').is_file() or folder.is_file():
+        meta = find(source)[1]['tokenizer']
+    else:
+        if not folder.is_dir():
+            folder = download(source, weights=False)
+        meta = tokenizer_of(folder, read_json(folder / 'config.json'))
+    return {k: v for k, v in meta.items() if k not in ('source', 'sha256', 'sep')}
+
+
+def find(source, which='best'):
+    """What a person calls a checkpoint (see above; '': the newest out*/) -> (its name, checkpoint dict), or
+    the script ends."""
+    path = Path(source)
+    if source and path.is_dir() and (path / 'config.json').is_file():
+        return path, read_folder(path)
+    if path.is_file():
+        return path, common.load(path)
+    hub = source.count('/') == 1 and not source.startswith(('.', '/', '~', 'out')) and path.suffix != '.pt'
+    if source in GPT2 or hub and not path.exists():
+        return source, read_folder(download(source))
+    path = common.find_checkpoint(source, which)
+    return path, common.load(path)
+
+
+def main(argv):
+    files, _, flags = read(argv)
+    if 'help' in flags:
+        return print(help_text(__doc__, Config))
+    config, = build({**files, **flags}, Config)
+    if not config.to:
+        fail("where to? --to=FOLDER")
+    if Path(config.to, 'config.json').exists():
+        fail(f"{config.to} holds a model already: name another folder")
+    path, checkpoint = find(config.out_dir, config.which)
+    tensors = write_folder(checkpoint, config.to)
+    print(f"{path}: {len(tensors)} tensors and the rows of the marks, to {config.to}/")
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,0 +1,242 @@
+"""
+Text <-> token ids: characters, bytes, byte pairs.
+
+A dataset says in its meta.json what its ids mean, a checkpoint carries that along, `Tokenizer` reads it.
+The byte pairs of others, as Hugging Face's tokenizer.json writes them down, run in tiktoken: the id of a
+piece is its rank, and of all neighbours that make a known piece those of the lowest rank are joined first,
+which is what a list of merges says too (arXiv 1508.07909, GPT-2).
+"""
+import base64
+import itertools
+
+import numpy as np
+import torch
+
+from configurator import fail
+
+MARKS = BOS, EOS, PAD, UNK = range(4)  # of kind 'bpe': a text begins, ends, is filled up; unknown character
+WORDS = r"[ ']?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # no pair of kind 'bpe' crosses their borders
+
+
+class Tokenizer:
+    """Text <-> token ids, as the `meta.json` of a dataset says:
+    {'kind': 'char', 'chars': [...]}, one id a character; {'kind': 'byte'}, the 256 bytes of UTF-8;
+    {'kind': 'gpt2'}, the 50,257 byte pairs of GPT-2;
+    {'kind': 'bpe', 'pieces': [...]}, MARKS and behind them byte pairs of the dataset itself;
+    {'kind': 'json', 'json': {...}, 'vocab_size': V, 'end': id}, byte pairs of a tokenizer.json;
+    {'kind': 'sentencepiece', 'model': base64, 'vocab_size': V, 'end': id}, a tokenizer.model.
+
+    encode(text) -> list of ids. vocab_size: how many ids there are. end: the id of <|endoftext|>, which
+    preparers write between documents, or of <eos>, or None. bos: the id of <bos>, if every line of a dataset
+    is a text of its own, [bos] ... [end], or None. encode returns neither, `stream` both.
+    sep: the ids between a prompt and its answer, if a dataset is made of these (pairs.py), or None.
+    """
+
+    def __init__(self, meta):
+        self.meta, kind = meta, meta.get('kind')
+        if kind == 'char':
+            self.pieces, self.encode, self.end = char_tokens(meta['chars'])
+        elif kind == 'byte':
+            self.pieces, self.encode, self.end = byte_tokens()
+        elif kind == 'gpt2':
+            self.pieces, self.encode, self.end = gpt2_tokens()
+        elif kind == 'bpe':
+            self.pieces, self.encode, self.end = bpe_tokens(meta)
+        elif kind == 'json':
+            self.pieces, self.encode, self.end = json_tokens(meta)
+        elif kind == 'sentencepiece':
+            self.pieces, self.encode, self.end = sentencepiece_tokens(meta)
+        else:
+            fail(f"tokenizer kind {kind!r} is not one of: char, byte, gpt2, bpe, json, sentencepiece")
+        self.bos = BOS if kind == 'bpe' else None
+        self.sep = self.encode(meta['sep']) if 'sep' in meta else None
+        self.vocab_size = len(self.pieces)
+        self.lengths = np.array([len(piece) for piece in self.pieces])
+        if kind == 'gpt2' or kind in ('json', 'sentencepiece') and self.end is not None:
+            self.lengths[self.end] = 0
+        if kind == 'bpe':
+            self.lengths[UNK] = 1
+
+    def stream(self, text):
+        """The ids of a text as a dataset holds them: its lines that are not empty, each between bos and end,
+        if lines are texts of their own."""
+        if self.bos is None:
+            return self.encode(text)
+        lines = [line for line in text.split('\n') if line.strip()]
+        return [i for line in lines for i in (self.bos, *self.encode(line), self.end)]
+
+    def decode(self, ids, blank='░'):
+        """Ids -> text; an id beyond the vocabulary, a masked or unwritten position, becomes `blank`.
+        Bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        blank = blank.encode()  # UTF-8 finds its place again after broken bytes, so no blank gets lost
+        pieces = (self.pieces[i] if i < self.vocab_size else blank for i in ids)
+        return b''.join(pieces).decode(errors='replace')
+
+    def piece(self, i):
+        """The text of the single id i, for display."""
+        return self.decode([i])
+
+    def n_bytes(self, ids):
+        """How many bytes of UTF-8 the ids (list or array of any shape, all below vocab_size) stand for.
+        Summed over tokens: a window that cuts a character counts the bytes it holds of it.
+        <|endoftext|> counts 0, it is a mark between texts and no text; <eos> counts 1, it is the end of a
+        line; an unknown character counts 1, the fewest bytes that a character has."""
+        return int(self.lengths[np.asarray(ids, np.int64)].sum())
+
+
+def char_tokens(chars):
+    """One id a character -> (bytes of every id, text -> ids, no end of text).
+    Characters outside the vocabulary end the script, by name."""
+    ids = {c: i for i, c in enumerate(chars)}
+
+    def encode(text):
+        unknown = sorted(set(text) - ids.keys())
+        if unknown:
+            fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
+        return [ids[c] for c in text]
+    return [c.encode() for c in chars], encode, None
+
+
+def byte_tokens():
+    """One id a byte of UTF-8 -> (bytes of every id, text -> ids, no end of text)."""
+    return [bytes([i]) for i in range(256)], lambda text: list(text.encode(errors='replace')), None
+
+
+def load_tiktoken(kind):
+    """The library, or the script ends."""
+    try:
+        import tiktoken
+    except ImportError as e:
+        fail(f"kind {kind!r} needs tiktoken ({e}): pip install tiktoken")
+    return tiktoken
+
+
+def gpt2_tokens():
+    """GPT-2's byte pairs -> (bytes of every id, text -> ids, id of <|endoftext|>).
+    tiktoken downloads the vocabulary once, or reads it from TIKTOKEN_CACHE_DIR."""
+    tiktoken = load_tiktoken('gpt2')
+    try:
+        encoding = tiktoken.get_encoding('gpt2')
+    except (OSError, ValueError) as e:  # no connection, or a file of another checksum
+        fail(f"tiktoken cannot get the vocabulary of GPT-2 ({type(e).__name__}): go online once, "
+             f"or set TIKTOKEN_CACHE_DIR to a folder where it has been before")
+    pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    return pieces, encoding.encode_ordinary, encoding.eot_token
+
+
+def bpe_tokens(meta):
+    """MARKS, then meta['pieces'] in the order of their merging (bytes, as latin-1 strings in JSON) ->
+    (bytes of every id, text -> ids, EOS). A character with a byte that is no piece becomes one UNK."""
+    tiktoken = load_tiktoken('bpe')
+    marks = [b'', b'\n', b'', '\ufffd'.encode()]
+    pieces = [piece.encode('latin-1') for piece in meta['pieces']]
+    encoding = tiktoken.Encoding('bpe', pat_str=WORDS, special_tokens={},
+                                 mergeable_ranks={piece: i for i, piece in enumerate(pieces, len(MARKS))})
+    known = set(b''.join(pieces))
+
+    def encode(text):
+        text, ids = text.encode(errors='replace').decode(), []
+        for able, run in itertools.groupby(text, lambda c: known.issuperset(c.encode())):
+            run = ''.join(run)
+            ids += encoding.encode_ordinary(run) if able else [UNK] * len(run)
+        return ids
+    return marks + pieces, encode, EOS
+
+
+def file_type(vocab_size):
+    """How ids lie in the files of a dataset: uint16, or uint32 where that is too small."""
+    return np.uint16 if vocab_size <= 2 ** 16 else np.uint32
+
+
+def as_ids(tokens):
+    """Tokens as `common.load_tokens` holds them -> int64 ids. int16 has the large ones as negative numbers."""
+    return tokens.long() & 0xFFFF if tokens.dtype == torch.int16 else tokens.long()
+
+
+# ---- the tokenizers of other models -----------------------------------------------------------------------
+
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# the same behind a cut around every digit: the space before one stays alone
+GPT2_WORDS_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+
+
+def byte_letters():
+    """The letters that stand for the 256 bytes in tokenizer.json and vocab.json: {letter: byte}. Bytes that
+    print are themselves, the others the letters from U+0100 on (GPT-2)."""
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in printing)
+    return {chr(b): b for b in printing} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def words_of(pre):
+    """The `pre_tokenizer` of a tokenizer.json -> the regular expression of the words that no byte pair
+    crosses. Raises ValueError."""
+    steps = pre['pretokenizers'] if pre and pre['type'] == 'Sequence' else [pre or {'type': None}]
+    kinds, last = [step['type'] for step in steps], steps[-1]
+    if last['type'] == 'ByteLevel' and not last.get('add_prefix_space'):
+        if kinds == ['ByteLevel'] and last.get('use_regex', True):
+            return GPT2_WORDS
+        if kinds == ['Digits', 'ByteLevel'] and steps[0].get('individual_digits') and \
+                last.get('use_regex', True):
+            return GPT2_WORDS_DIGITS
+        if kinds == ['Split', 'ByteLevel'] and not last.get('use_regex', True) and \
+                steps[0]['behavior'] == 'Isolated' and not steps[0].get('invert') and \
+                'Regex' in steps[0]['pattern']:
+            return steps[0]['pattern']['Regex']
+    raise ValueError(f"cuts words in a way that is not known here ({', '.join(map(str, kinds))})")
+
+
+def json_tokens(meta):
+    """A tokenizer.json of byte pairs -> (bytes of every id, text -> ids, id of the end). Ids that it leaves
+    out have no bytes. A special token in a text is text; a character with a byte that is no piece (SmolLM2
+    lacks some control characters) is left out, as the library does. Ends the script for other kinds."""
+    tiktoken, source = load_tiktoken('json'), meta['json']
+    model, letters = source['model'], byte_letters()
+    try:
+        if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or source.get('normalizer'):
+            raise ValueError(f"is of kind {model.get('type')} with "
+                             f"{(source.get('normalizer') or {}).get('type', 'byte_fallback')}")
+        pattern = words_of(source.get('pre_tokenizer'))
+        added = {token['id']: token['content'].encode() for token in source.get('added_tokens', [])}
+        ranks = {bytes(letters[c] for c in piece): i for piece, i in model['vocab'].items() if i not in added}
+        merges = (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
+        joined = [model['vocab'][left + right] for left, right in merges]
+    except (ValueError, KeyError, TypeError) as e:
+        fail(f"the tokenizer.json {e if type(e) is ValueError else f'is damaged ({e!r})'}: "
+             f"byte-level byte pairs (GPT-2, SmolLM2, LLaMA-3) are what can be read")
+    if joined != sorted(joined):
+        fail("the tokenizer.json has ids in another order than its merges: not known here")
+    pieces = [b''] * max(meta['vocab_size'], 1 + max(*ranks.values(), *added, 0))
+    for piece, i in ranks.items():
+        pieces[i] = piece
+    for i, piece in added.items():
+        pieces[i] = piece
+    encoding = tiktoken.Encoding('json', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    known = {b for b in range(256) if bytes([b]) in ranks}
+
+    def encode(text):
+        text = text.encode(errors='replace').decode()
+        runs = itertools.groupby(text, lambda c: known.issuperset(c.encode())) if len(known) < 256 else ()
+        able = [''.join(run) for able, run in runs if able] if runs else [text]
+        return [i for run in able for i in encoding.encode_ordinary(run)]
+    return pieces, encode, meta['end']
+
+
+def sentencepiece_tokens(meta):
+    """A tokenizer.model of SentencePiece -> (bytes of every id, text -> ids, id of the end). It puts a space
+    before every text, and may replace characters."""
+    try:
+        import sentencepiece
+    except ImportError:
+        fail("this model's tokenizer is one of SentencePiece: pip install sentencepiece")
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(meta['model']))
+    except (RuntimeError, ValueError) as e:
+        fail(f"the tokenizer.model is damaged: {e}")
+
+    def piece(i):
+        if i >= len(processor) or processor.is_control(i):
+            return b''
+        text = processor.id_to_piece(i)
+        return bytes([int(text[3:5], 16)]) if processor.is_byte(i) else text.replace('\u2581', ' ').encode()
+    return [piece(i) for i in range(max(meta['vocab_size'], len(processor)))], processor.encode, meta['end']
