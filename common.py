@@ -7,6 +7,7 @@ function of (seed, i) alone (`seed_everything`).
 """
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -120,13 +121,14 @@ def evaluate(nats, inputs, text, rows, seed=0):
     """Mean of nats(*inputs) per token, and its standard error over windows; a function of the seed and of
     rows, the number of windows scored at once.
 
-    inputs: windows x (N, T) and what else nats takes, N rows each; text (N, T): which of x are tokens of the
-    text, and no padding. nats: the same of B windows -> (B,), a likelihood or a bound in nats, called under
+    inputs: windows x (N, T) and what else nats takes, N rows each or None; text (N, T): which of x are scored,
+    no padding and no prompt. nats: the same of B windows -> (B,), a likelihood or a bound in nats, called under
     the caller's autocast.
     """
     with torch.random.fork_rng():
         seed_everything(seed)
-        values = torch.cat([nats(*part) for part in zip(*(t.split(rows) for t in inputs))]).cpu().double()
+        parts = zip(*(itertools.repeat(None) if t is None else t.split(rows) for t in inputs))
+        values = torch.cat([nats(*part) for part in parts]).cpu().double()
     count = text.bool().sum(-1).cpu()
     mean = values.sum() / count.sum()
     spread = (values - mean * count).std() / count.double().mean()  # of a ratio

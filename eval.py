@@ -51,6 +51,7 @@ import vae
 import vocabulary
 from ar import token_nats
 from configurator import build, fail, help_text, read
+from pairs import Pairs
 
 MODES = ('nll', 'gen_ppl', 'frontier', 'latents')
 
@@ -128,10 +129,15 @@ def load_text(config, checkpoint, tokenizer, device):
     return as_tokens(tokenizer.stream(other.decode(vocabulary.as_ids(tokens).tolist())), device)
 
 
-def rows_of(tokens, tokenizer, model, most, run):
+def rows_of(tokens, tokenizer, model, most, run, plain=False):
     """What `nats` takes of the tokens, as in training: windows [x (N, T)], with what is before them for the
-    concepts of windows.py, or packed lines, [x, segment]. And which of x are text, (N, T) bool."""
+    concepts of windows.py; packed lines, [x, segment]; prompts and answers [x, None, given], unless the text
+    is a plain one. And which of x are scored, (N, T) bool."""
     T = model.config.block_size
+    if tokenizer.sep is not None and not plain:
+        pairs = Pairs(vocabulary.as_ids(tokens), tokenizer.sep, tokenizer.end)
+        x, given = (t.to(tokens.device) for t in pairs.rows(pairs.spread(most), T))
+        return [x, None, given], ~given
     if tokenizer.bos is not None:
         how = run['packed'], run['inserted'], run['expanded']
         lines = packing.Lines(tokens, tokenizer.bos, vocabulary.PAD, *how)
@@ -151,7 +157,8 @@ def nll(config, checkpoint, model, tokenizer, amp):
     """Print one row of the table."""
     T = model.config.block_size
     tokens = load_text(config, checkpoint, tokenizer, next(model.parameters()).device)
-    (x, *others), kept = rows_of(tokens, tokenizer, model, config.windows, checkpoint['run'])
+    (x, *others), kept = rows_of(tokens, tokenizer, model, config.windows, checkpoint['run'],
+                                 plain=bool(config.input))
     text = x[kept]
     nats = lambda x, *others: model.nats(x, config.draws, *others)
     label = {'exact': 'exact', 'upper': 'upper bound'}[model.bound]
@@ -165,7 +172,8 @@ def nll(config, checkpoint, model, tokenizer, amp):
         mean, error = common.evaluate(nats, (x, *others), kept, common.rows_at_once(T, tokenizer.vocab_size),
                                        config.seed)
     per_byte = text.numel() / tokenizer.n_bytes(text.cpu()) / math.log(2)
-    whole = text if tokenizer.bos is not None else vocabulary.as_ids(tokens)
+    apart = tokenizer.bos is not None or tokenizer.sep is not None and not config.input
+    whole = text if apart else vocabulary.as_ids(tokens)
     words = len(tokenizer.decode(whole.tolist()).split())
     parameters = sum(p.numel() for p in model.parameters())
     word_perplexity = math.exp(min(700, mean * len(whole) / max(1, words)))

@@ -300,15 +300,21 @@ def hf_home():
     return Path(os.environ.get('HF_HOME') or Path.home() / '.cache' / 'huggingface')
 
 
+def whole(folder, weights):
+    """Does the folder hold all there is to a model, its weights too if told so?"""
+    index = folder / 'model.safetensors.index.json'
+    files = set(read_json(index)['weight_map'].values()) if index.exists() else {'model.safetensors'}
+    return all((folder / name).exists() for name in ('config.json', *(files if weights else ()))) and any(
+        (folder / name).exists() for name in ('tokenizer.json', 'tokenizer.model'))
+
+
 def snapshot(repository):
-    """The folder in which the hub's own library keeps a repository, or None."""
+    """The folder in which the hub's own library keeps a repository, if it does."""
     folder = hf_home() / 'hub' / f"models--{repository.replace('/', '--')}"
     try:
-        found = folder / 'snapshots' / (folder / 'refs' / 'main').read_text().strip()
+        return folder / 'snapshots' / (folder / 'refs' / 'main').read_text().strip()
     except OSError:
-        return None
-    whole = (found / 'model.safetensors').exists() or (found / 'model.safetensors.index.json').exists()
-    return found if whole and (found / 'config.json').exists() else None
+        return folder
 
 
 def published(url, headers):
@@ -327,10 +333,10 @@ def published(url, headers):
 def download(repository, weights=True):
     """owner/name, or gpt2 -> a folder with its files (weights: also those of the model), downloaded unless
     they are there. Or the script ends."""
-    folder = snapshot(repository)
-    if folder:
-        return folder
     folder = hf_home() / 'unmask' / repository.replace('/', '--')
+    for there in (snapshot(repository), folder):
+        if whole(there, weights):
+            return there
     token = os.environ.get('HF_TOKEN')
     headers = {'Authorization': f'Bearer {token}'} if token else {}
 

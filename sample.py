@@ -118,6 +118,9 @@ def make_canvas(config, start, tokenizer, block_size, window=0):
         row = bos + parts[0] + [i for part in parts[1:] for i in [blank] * config.hole + part]
     else:
         start, suffix = bos + known(tokenizer, start), known(tokenizer, given(config.suffix))
+        sep = tokenizer.sep or []  # of a model that answers: behind the prompt, unless it stands there
+        if start and start[len(start) - len(sep):] != sep:
+            start = start + sep
         if window:
             block_size = len(start) + (config.sentences or SENTENCES) * window
         length = config.length or block_size
@@ -134,12 +137,13 @@ def make_canvas(config, start, tokenizer, block_size, window=0):
 
 
 def stop_ids(config, tokenizer):
-    """Lists of ids behind which a text ends: --stop, and <eos> where lines are texts of their own."""
+    """Lists of ids behind which a text ends: --stop, and the end of a line or an answer where a dataset is
+    made of these."""
     end, stops = [tokenizer.end], []
     if config.stop:
         stops.append(end if config.stop == '<|endoftext|>' and tokenizer.end is not None
                      else known(tokenizer, config.stop))
-    if tokenizer.bos is not None and not (config.suffix or config.template):
+    if (tokenizer.bos, tokenizer.sep) != (None, None) and not (config.suffix or config.template):
         stops.append(end)
     return stops
 

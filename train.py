@@ -34,6 +34,8 @@ from configurator import build, fail, help_text, read
 from model import Config as Shape
 from model import optimizers
 
+from pairs import Pairs
+
 BECOMES = ('ar', 'masked', 'block')  # objectives whose weights are those of one transformer
 
 
@@ -343,6 +345,8 @@ def examples(run, config, meta, device, rank, model):
               for split in ('train', 'val')]
     tokenizer = vocabulary.Tokenizer(meta)
     bos = tokenizer.bos
+    if tokenizer.sep is not None:
+        return prompts(run, tokens, tokenizer, T, device)
     if bos is None:
         if run.inserted or run.expanded or not run.packed:
             fail(f"packed, inserted, expanded are for datasets of lines (data/lines), not for {run.dataset}")
@@ -368,6 +372,22 @@ def examples(run, config, meta, device, rank, model):
         return (x.to(device), segment.to(device)), int((segment >= 0).sum())
     val = tuple(t.to(device) for t in val.rows(T, run.eval_windows))
     return batch, val, val[1] >= 0
+
+
+def prompts(run, tokens, tokenizer, T, device):
+    """`examples` of a dataset of prompts and answers: x, no segment, and which of x are given."""
+    if run.objective not in ('ar', 'masked'):
+        fail(f"objective={run.objective} takes no pairs of prompt and answer: ar and masked do")
+    pairs, val = (Pairs(vocabulary.as_ids(t), tokenizer.sep, tokenizer.end) for t in tokens)
+    if T <= len(pairs.sep):
+        fail(f"block_size={T} leaves no room for an answer")
+    print(f"{len(pairs):,} pairs, {pairs.longer(T):,} longer than {T} tokens and cut")
+
+    def batch():
+        x, given = pairs.batch(run.batch_size, T)
+        return (x.to(device), None, given.to(device)), int((~given).sum())
+    x, given = (t.to(device) for t in val.rows(val.spread(run.eval_windows), T))
+    return batch, (x, None, given), ~given
 
 
 def train(state, batch, val, text, rank, world, amp, stop):

@@ -1,0 +1,448 @@
+"""Weights and tokenizers of others: each shape against another implementation, reading against writing, and
+everything that can be wrong with a folder or a download."""
+import http.server
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import ar
+import common
+import masked
+import model
+import pretrained
+import train
+import vocabulary
+from conftest import TEXT, TINY
+
+safetensors = pytest.importorskip('safetensors.torch')
+LETTERS = {b: letter for letter, b in vocabulary.byte_letters().items()}
+SHAPES = dict(
+    gpt2=dict(model_type='gpt2', vocab_size=300, n_positions=24, n_layer=2, n_head=2, n_embd=16,
+              layer_norm_epsilon=1e-5, activation_function='gelu_new', bos_token_id=299, eos_token_id=299),
+    llama=dict(model_type='llama', vocab_size=300, max_position_embeddings=24, num_hidden_layers=2,
+               num_attention_heads=4, num_key_value_heads=2, hidden_size=16, intermediate_size=40,
+               hidden_act='silu', rms_norm_eps=1e-5, rope_theta=5000.0, tie_word_embeddings=False,
+               bos_token_id=299, eos_token_id=299))
+ADDED = [dict(id=299, content='<|endoftext|>', special=True)]
+BYTE_LEVEL = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
+
+
+def tokenizer_json(merges=(('t', 'h'), ('th', 'e'), ('Ġ', 'the'), ('Ġ', 'b')), pre=BYTE_LEVEL):
+    """A tokenizer.json of the 256 bytes and a few merges."""
+    pieces = [LETTERS[b] for b in range(256)] + [a + b for a, b in merges]
+    return dict(model=dict(type='BPE', vocab={piece: i for i, piece in enumerate(pieces)},
+                           merges=[list(m) for m in merges]),
+                pre_tokenizer=pre, normalizer=None, added_tokens=ADDED)
+
+
+def shapes_of(theirs):
+    """{their name: shape}, written down by hand."""
+    C, V = theirs.get('n_embd') or theirs['hidden_size'], theirs['vocab_size']
+    if theirs['model_type'] == 'gpt2':
+        shapes = {'wte.weight': (V, C), 'wpe.weight': (theirs['n_positions'], C), 'ln_f.weight': (C,),
+                  'ln_f.bias': (C,)}
+        for i in range(2):
+            layer = {'ln_1.weight': (C,), 'ln_1.bias': (C,), 'ln_2.weight': (C,), 'ln_2.bias': (C,),
+                     'attn.c_attn.weight': (C, 3 * C), 'attn.c_attn.bias': (3 * C,),
+                     'attn.c_proj.weight': (C, C), 'attn.c_proj.bias': (C,),
+                     'mlp.c_fc.weight': (C, 4 * C), 'mlp.c_fc.bias': (4 * C,),
+                     'mlp.c_proj.weight': (4 * C, C), 'mlp.c_proj.bias': (C,)}
+            shapes |= {f'h.{i}.{name}': shape for name, shape in layer.items()}
+        return shapes
+    inner, kv = theirs['intermediate_size'], C // theirs['num_attention_heads'] * theirs['num_key_value_heads']
+    shapes = {'model.embed_tokens.weight': (V, C), 'model.norm.weight': (C,), 'lm_head.weight': (V, C)}
+    for i in range(2):
+        layer = {'input_layernorm': (C,), 'post_attention_layernorm': (C,), 'self_attn.q_proj': (C, C),
+                 'self_attn.k_proj': (kv, C), 'self_attn.v_proj': (kv, C), 'self_attn.o_proj': (C, C),
+                 'mlp.gate_proj': (inner, C), 'mlp.up_proj': (inner, C), 'mlp.down_proj': (C, inner)}
+        shapes |= {f'model.layers.{i}.{name}.weight': shape for name, shape in layer.items()}
+    return shapes
+
+
+def make_folder(folder, kind, half=False, **changes):
+    """A random model in Hugging Face's layout; returns its tensors."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in
+               shapes_of(SHAPES[kind]).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'config.json').write_text(json.dumps(SHAPES[kind] | changes))
+    (folder / 'tokenizer.json').write_text(json.dumps(tokenizer_json()))
+    safetensors.save_file(tensors, folder / 'model.safetensors')
+    return tensors
+
+
+@pytest.fixture(params=['gpt2', 'llama'])
+def theirs(request, tmp_path):
+    make_folder(tmp_path / 'theirs', request.param)
+    return tmp_path / 'theirs'
+
+
+def loaded(source):
+    _, checkpoint = pretrained.find(str(source))
+    return common.load_model(checkpoint, torch.device('cpu'))
+
+
+# ---- logits -----------------------------------------------------------------------------------------------
+
+def llama_in_numpy(w, x, c):
+    """LLaMA's logits for ids x (T,), head by head and pair by pair, as the paper's formulas say."""
+    H, K, C = c['num_attention_heads'], c['num_key_value_heads'], c['hidden_size']
+    D, T = C // H, len(x)
+    norm = lambda h, g: h / np.sqrt((h ** 2).mean(-1, keepdims=True) + c['rms_norm_eps']) * g
+
+    def turn(v):  # (T, D): the pair (j, j + D/2) as one complex number
+        z = v[:, :D // 2] + 1j * v[:, D // 2:]
+        z = z * np.exp(1j * np.arange(T)[:, None] * c['rope_theta'] ** (-2 * np.arange(D // 2) / D))
+        return np.concatenate([z.real, z.imag], -1)
+    h = w['model.embed_tokens.weight'][x]
+    for i in range(c['num_hidden_layers']):
+        p = {k.removeprefix(f'model.layers.{i}.').removesuffix('.weight'): v for k, v in w.items()}
+        a, heads = norm(h, p['input_layernorm']), []
+        q, k, v = (a @ p[f'self_attn.{n}_proj'].T for n in 'qkv')
+        for j in range(H):
+            own, shared = slice(j * D, j * D + D), slice(j // (H // K) * D, j // (H // K) * D + D)
+            score = turn(q[:, own]) @ turn(k[:, shared]).T / np.sqrt(D) + np.triu(np.full((T, T), -np.inf), 1)
+            e = np.exp(score - score.max(-1, keepdims=True))
+            heads.append(e / e.sum(-1, keepdims=True) @ v[:, shared])
+        h = h + np.concatenate(heads, -1) @ p['self_attn.o_proj'].T
+        b = norm(h, p['post_attention_layernorm'])
+        gate = b @ p['mlp.gate_proj'].T
+        h = h + (gate / (1 + np.exp(-gate)) * (b @ p['mlp.up_proj'].T)) @ p['mlp.down_proj'].T
+    return norm(h, w['model.norm.weight']) @ w['lm_head.weight'].T
+
+
+def test_the_llama_preset_equals_llama_written_in_numpy(tmp_path):
+    tensors = make_folder(tmp_path / 'theirs', 'llama')
+    net, _ = loaded(tmp_path / 'theirs')
+    x = np.random.default_rng(0).integers(300, size=20)
+    w = {name: t.double().numpy() for name, t in tensors.items()}
+    ours = net.double().gpt(torch.tensor(x)[None])[0].numpy()
+    assert np.allclose(ours, llama_in_numpy(w, x, SHAPES['llama']), atol=1e-9)
+
+
+def test_logits_equal_those_of_the_library_transformers(theirs):
+    transformers = pytest.importorskip('transformers')
+    net, tokenizer = loaded(theirs)
+    ref = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
+    x = torch.randint(300, (2, 20))
+    with torch.no_grad():
+        assert torch.allclose(net.gpt(x), ref(x).logits, atol=1e-4)
+        nats = torch.nn.functional.cross_entropy(  # <|endoftext|> before the text
+            ref(torch.nn.functional.pad(x, (1, 0), value=299)).logits[:, :-1].transpose(1, 2), x, reduction='none')
+    assert torch.allclose(net.nats(x), nats.sum(-1), atol=1e-3)
+
+
+def test_gpt2s_matrices_are_turned_and_its_bos_is_the_row_of_the_end(tmp_path):
+    tensors = make_folder(tmp_path / 'theirs', 'gpt2')
+    net, tokenizer = loaded(tmp_path / 'theirs')
+    assert torch.equal(net.gpt.blocks[1].attn.qkv.weight, tensors['h.1.attn.c_attn.weight'].T)
+    assert torch.equal(net.gpt.embed.weight[300], tensors['wte.weight'][299]) and tokenizer.end == 299
+
+
+def test_weights_in_shards_in_half_precision_and_with_a_prefix_are_the_same(tmp_path):
+    tensors = make_folder(tmp_path / 'whole', 'gpt2')
+    make_folder(tmp_path / 'shards', 'gpt2')
+    (tmp_path / 'shards' / 'model.safetensors').unlink()
+    names, index = sorted(tensors), {}
+    for i, part in enumerate((names[:10], names[10:])):
+        name = f'model-{i}.safetensors'
+        safetensors.save_file({f'transformer.{n}': tensors[n].bfloat16() for n in part}, tmp_path / 'shards' / name)
+        index |= {f'transformer.{n}': name for n in part}
+    (tmp_path / 'shards' / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=index)))
+    a, b = (loaded(tmp_path / folder)[0].state_dict() for folder in ('whole', 'shards'))
+    assert a.keys() == b.keys() and all(torch.allclose(a[n], b[n], rtol=1e-2) for n in a)
+
+
+# ---- writing ----------------------------------------------------------------------------------------------
+
+def test_what_is_written_reads_back_to_equal_tensors_and_equal_logits(theirs, tmp_path):
+    _, checkpoint = pretrained.find(str(theirs))
+    pretrained.write_folder(checkpoint, tmp_path / 'again')
+    a, b = (safetensors.load_file(folder / 'model.safetensors') for folder in (theirs, tmp_path / 'again'))
+    a = {name.removeprefix('transformer.'): t for name, t in a.items()}
+    b = {name.removeprefix('transformer.'): t for name, t in b.items()}
+    assert b.keys() == a.keys() | {'unmask.marks'} and all(torch.equal(a[name], b[name]) for name in a)
+    (old, one), (new, other) = loaded(theirs), loaded(tmp_path / 'again')
+    x = torch.randint(301, (2, 20))
+    assert torch.equal(old.gpt(x), new.gpt(x)) and one.meta == other.meta
+
+
+@pytest.fixture
+def own(workdir, theirs):
+    """The folder `theirs`, and data/mine in its tokens."""
+    from data.text import prepare
+    (workdir / 'mine.txt').write_text(TEXT)
+    prepare.main(['--input=mine.txt', f'--tokenizer={theirs}', '--out=data/mine'])
+    return theirs
+
+
+RUN = [a for a in TINY if not a.startswith(('--n_', '--dataset', '--block'))] + ['--dataset=mine']
+
+
+@pytest.mark.parametrize('knobs', [[], ['--shift=True', '--block_size=12'], ['--lora_rank=2', '--muon_lr=0']])
+def test_an_adapted_model_written_and_read_again_denoises_alike(own, tmp_path, knobs):
+    train.main([*RUN, '--objective=masked', f'--init_from={own}', '--out_dir=out-m', *knobs])
+    pretrained.main(['--out_dir=out-m', '--to=there'])
+    (old, one), (new, other) = loaded('out-m'), loaded('there')
+    xt = torch.randint(301, (2, 12))
+    assert type(new) is masked.Model and one.pieces == other.pieces
+    assert torch.allclose(old.denoise(xt), new.denoise(xt), atol=1e-5)
+    if any('shift' in k for k in knobs):
+        assert new.config.shift and new.config.block_size == 12
+
+
+# ---- tokenizers -------------------------------------------------------------------------------------------
+
+AWKWARD = ['', '\n\n\t  \n', 'the there THE  the', 'e\u0301 ä ß', '👩\u200d👧 🇩🇪 🤷🏽', '漢字かな 한국어', '\0\ufeff\u2028',
+           'a<|endoftext|>b', 'x' * 300, '  12  34 a1 b 2c  \n 3 ½ ² 1,000.50', "it's I'LL we'd 've",
+           'a  1\t2\n\n3', ' \u00a0 1 \u3000 2', 'lone \ud800 surrogate']
+DIGITS = dict(type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), BYTE_LEVEL])
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = dict(type='Sequence', pretokenizers=[
+    dict(type='Split', pattern=dict(Regex=LLAMA3), behavior='Isolated', invert=False),
+    dict(BYTE_LEVEL, use_regex=False)])
+
+
+def tokenizer_of(source):
+    return vocabulary.Tokenizer(dict(kind='json', json=source, vocab_size=300, end=299))
+
+
+@pytest.mark.parametrize('pre', [BYTE_LEVEL, DIGITS, SPLIT])
+def test_awkward_texts_survive_and_ids_are_those_of_merging_by_hand(pre):
+    import regex
+    tokenizer = tokenizer_of(tokenizer_json(pre=pre))
+    merges = [(b't', b'h'), (b'th', b'e'), (b' ', b'the'), (b' ', b'b')]
+
+    def by_hand(text):
+        """Digits are cut out first, then words, as the two steps of tokenizer.json; then merge by merge."""
+        runs = regex.findall(r'\p{N}|[^\p{N}]+', text) if pre is DIGITS else [text]
+        words = [w for run in runs for w in regex.findall(LLAMA3 if pre is SPLIT else vocabulary.GPT2_WORDS, run)]
+        out = []
+        for word in words:
+            parts = [bytes([b]) for b in word.encode()]
+            for a, b in merges:
+                i = 0
+                while i < len(parts) - 1:
+                    if (parts[i], parts[i + 1]) == (a, b):
+                        parts[i:i + 2] = [a + b]
+                    i += 1
+            out += parts
+        return [tokenizer.pieces.index(p) for p in out]
+    for text in AWKWARD:
+        text = text.encode(errors='replace').decode()
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text) == by_hand(text), text
+    assert tokenizer.decode(tokenizer.encode(AWKWARD[-1])) == 'lone ? surrogate'
+    assert tokenizer.n_bytes(tokenizer.encode('the ½')) == 6 and tokenizer.n_bytes([299]) == 0
+
+
+@pytest.mark.parametrize('pre', [BYTE_LEVEL, DIGITS, SPLIT])
+def test_ids_equal_those_of_the_library_tokenizers(pre):
+    library = pytest.importorskip('tokenizers')
+    source = tokenizer_json(pre=pre)
+    source['model'] |= dict(dropout=None, unk_token=None, continuing_subword_prefix=None, fuse_unk=False,
+                            end_of_word_suffix=None)
+    source['added_tokens'] = []
+    ref = library.Tokenizer.from_str(json.dumps(source | dict(version='1.0', truncation=None, padding=None,
+                                                              post_processor=None, decoder=None)))
+    for text in AWKWARD[:-1] + TEXT.splitlines()[:5]:
+        assert tokenizer_of(source).encode(text) == ref.encode(text).ids, text
+
+
+def test_a_character_whose_bytes_are_unknown_is_left_out_as_the_library_does():
+    source = tokenizer_json()
+    del source['model']['vocab'][LETTERS[4]]
+    tokenizer = tokenizer_of(source)
+    assert tokenizer.decode(tokenizer.encode('a\x04b ä')) == 'ab ä'
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(model=dict(type='Unigram')), ['Unigram', 'byte-level']),
+    (dict(normalizer=dict(type='NFC')), ['NFC']),
+    (dict(pre_tokenizer=dict(type='Metaspace')), ['Metaspace']),
+    (dict(pre_tokenizer=dict(BYTE_LEVEL, add_prefix_space=True)), ['ByteLevel']),
+    (dict(model=dict(type='BPE', vocab={'a': 0}, merges=[['a', 'b']])), ['damaged', 'ab'])])
+def test_tokenizers_of_other_kinds_are_refused_by_name(change, words, mistake):
+    err = mistake(lambda argv: tokenizer_of(tokenizer_json() | change))
+    assert all(word in err for word in words), err
+
+
+def test_merges_that_do_not_follow_their_ids_are_refused(mistake):
+    source = tokenizer_json()
+    source['model']['merges'].reverse()
+    assert 'order' in mistake(lambda argv: tokenizer_of(source))
+
+
+def test_a_vocabulary_beyond_uint16_is_written_in_uint32_and_read_back(workdir):
+    from data import tools
+    source = tokenizer_json()
+    source['model']['vocab']['thethe'] = 70000
+    source['model']['merges'].append(['the', 'the'])
+    meta = dict(kind='json', json=source, vocab_size=70001, end=299)
+    tools.write_splits('data/big', dict(train=[70000, 5] * 50, val=[1] * 20), meta)
+    tokens = common.load_tokens('big', 'train', 70001, 'cpu')
+    assert common.windows(tokens, 4)[0].tolist() == [70000, 5, 70000, 5]
+    assert set(common.batch(tokens, 3, 4).flatten().tolist()) == {70000, 5}
+    assert vocabulary.Tokenizer(meta).encode('thethe') == [70000]
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('change, words', [
+    (dict(model_type='bert'), ['model_type=bert', 'gpt2, llama']),
+    (dict(rope_scaling=dict(rope_type='llama3')), ['rope_scaling']),
+    (dict(attention_bias=True), ['attention_bias']),
+    (dict(head_dim=64), ['head_dim']),
+    (dict(num_key_value_heads=3), ['n_kv_head=3']),
+    (dict(num_hidden_layers=3), ['model.layers.2.input_layernorm.weight', 'missing']),
+    (dict(intermediate_size=41), ['model.layers.0.mlp.gate_proj.weight', '(40, 16)', '(41, 16)']),
+    (dict(hidden_size=None), ['config.json'])])
+def test_a_config_that_does_not_fit_is_refused_by_name(tmp_path, change, words, mistake):
+    make_folder(tmp_path / 'theirs', 'llama', **change)
+    err = mistake(lambda argv: pretrained.find(str(tmp_path / 'theirs')))
+    assert all(word in err for word in words), err
+
+
+def test_files_that_are_cut_short_or_missing_are_named(theirs, mistake):
+    find = lambda argv: pretrained.find(str(theirs))
+    whole = (theirs / 'model.safetensors').read_bytes()
+    for length in (0, 5, 200, len(whole) - 1):
+        (theirs / 'model.safetensors').write_bytes(whole[:length])
+        assert 'model.safetensors is cut short' in mistake(find)
+    (theirs / 'model.safetensors').unlink()
+    (theirs / 'pytorch_model.bin').write_bytes(b'')
+    assert 'pickle' in mistake(find)
+    (theirs / 'model.safetensors').write_bytes(whole)
+    (theirs / 'tokenizer.json').write_text('{"model": ')
+    assert 'tokenizer.json is cut short' in mistake(find)
+    (theirs / 'tokenizer.json').unlink()
+    assert 'no tokenizer.json' in mistake(find)
+    (theirs / 'config.json').write_text('{')
+    assert 'config.json is cut short' in mistake(find)
+
+
+def test_a_context_that_is_too_long_another_size_another_vocabulary_end_in_one_line(own, mistake):
+    base = [*RUN, '--objective=masked', f'--init_from={own}', '--out_dir=out-m']
+    for knobs, words in ((['--block_size=25'], ['block_size=25', '24']), (['--n_layer=3'], ['n_layer=3', 'has 2']),
+                         (['--dataset=tiny'], ['another vocabulary', '--tokenizer=']),
+                         (['--objective=score'], ['ar', 'cannot become score']),
+                         (['--lora_rank=2', '--lora_targets=nothing'], ['lora_targets=nothing', 'qkv'])):
+        err = mistake(train.main, *base, *knobs)
+        assert all(word in err for word in words), err
+    assert not os.path.exists('out-m')
+
+
+def test_gpt2_has_no_position_left_for_bos_at_its_full_length_with_shift(workdir, tmp_path, mistake):
+    from data.text import prepare
+    make_folder(tmp_path / 'theirs', 'gpt2')
+    (workdir / 'mine.txt').write_text(TEXT)
+    prepare.main(['--input=mine.txt', f'--tokenizer={tmp_path / "theirs"}', '--out=data/mine'])
+    base = [*RUN, '--objective=masked', f'--init_from={tmp_path / "theirs"}', '--out_dir=out-m', '--shift=True']
+    err = mistake(train.main, *base, '--block_size=24')
+    assert 'pos.weight' in err or 'block_size' in err
+    train.main([*base, '--block_size=23'])
+
+
+def test_writing_refuses_what_has_no_counterpart_and_a_folder_that_is_taken(own, workdir, mistake):
+    train.main([*TINY, '--objective=ar', '--out_dir=out-ours'])
+    assert 'arch=ours' in mistake(pretrained.main, '--out_dir=out-ours', '--to=there')
+    assert not os.path.exists('there')
+    assert 'holds a model already' in mistake(pretrained.main, '--out_dir=out-ours', f'--to={own}')
+    assert '--to=' in mistake(pretrained.main, '--out_dir=out-ours')
+
+
+# ---- the hub ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with the repository me/tiny and the gated me/shut; returns what has been asked for."""
+    make_folder(tmp_path / 'served', 'llama')
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self, body):
+            asked.append((self.command, self.path, self.headers.get('Authorization')))
+            if self.path.startswith('/me/shut/') and self.headers.get('Authorization') != 'Bearer secret':
+                return self.send_error(401)
+            name = self.path.removeprefix('/me/tiny/resolve/main/').removeprefix('/me/shut/resolve/main/')
+            if not (tmp_path / 'served' / name).is_file():
+                return self.send_error(404 if self.path.startswith('/me/') else 401)
+            data = (tmp_path / 'served' / name).read_bytes()
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(data)))
+            if name.endswith('safetensors'):
+                import hashlib
+                digest = hashlib.sha256(data).hexdigest()
+                self.send_header('X-Linked-Etag', f'"{Handler.digest or digest}"')
+            self.end_headers()
+            if body:
+                self.wfile.write(data)
+
+        def do_GET(self):
+            self.answer(True)
+
+        def do_HEAD(self):
+            self.answer(False)
+
+        def log_message(self, *args):
+            pass
+    Handler.digest = ''
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield asked, Handler
+    server.shutdown()
+
+
+def test_a_repository_is_downloaded_once_and_equals_the_folder_it_is_served_from(hub, tmp_path):
+    (a, one), (b, other) = loaded('me/tiny'), loaded(tmp_path / 'served')
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())) and one.meta == other.meta
+    n = len(hub[0])
+    loaded('me/tiny')
+    assert len(hub[0]) == n  # so it works offline, too
+
+
+def test_what_the_hubs_own_library_has_is_taken_from_its_cache(hub, tmp_path):
+    cache = tmp_path / 'home' / 'hub' / 'models--me--else'
+    make_folder(cache / 'snapshots' / 'abc', 'gpt2')
+    (cache / 'refs').mkdir()
+    (cache / 'refs' / 'main').write_text('abc')
+    assert loaded('me/else')[0].config.arch == 'gpt2' and not hub[0]
+
+
+def test_only_the_tokenizer_comes_where_only_that_is_needed(hub):
+    assert pretrained.tokenizer('me/tiny')['kind'] == 'json'
+    assert not any('safetensors' in path for _, path, _ in hub[0])
+
+
+def test_a_token_opens_what_is_behind_a_consent(hub, monkeypatch, mistake):
+    assert 'HF_TOKEN' in mistake(lambda argv: pretrained.find('me/shut'))
+    monkeypatch.setenv('HF_TOKEN', 'secret')
+    assert loaded('me/shut')[0].config.arch == 'llama'
+
+
+def test_a_repository_that_does_not_exist_a_wrong_checksum_no_network_end_in_one_line(hub, monkeypatch, mistake,
+                                                                                      tmp_path):
+    assert 'no/such does not exist' in mistake(lambda argv: pretrained.find('no/such'))
+    assert 'me/nothing on the hub has no config.json' in mistake(lambda argv: pretrained.find('me/nothing'))
+    hub[1].digest = '0' * 64
+    assert 'could not be downloaded' in mistake(lambda argv: pretrained.find('me/tiny'))
+    left = list((tmp_path / 'home').rglob('*safetensors*'))
+    assert not left, left  # a file of another checksum is not kept
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    err = mistake(lambda argv: pretrained.find('me/offline'))
+    assert 'offline' in err and 'ConnectionError' in err
+
+
+def test_without_safetensors_the_line_names_it(theirs, monkeypatch, mistake):
+    import sys
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    assert 'pip install safetensors' in mistake(lambda argv: pretrained.find(str(theirs)))
