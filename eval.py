@@ -8,6 +8,7 @@ Measure a checkpoint: its likelihood on a text, or its own texts under a judge.
     python eval.py --mode=gen_ppl --out_dir=out-mdlm --judge=out-ar --steps=64 --temperature=1
     python eval.py --mode=frontier --out_dir=out-mdlm --judge=out-ar --csv=frontier.csv --plot=frontier.svg
     python eval.py --mode=latents --out_dir=out-vae
+    python eval.py --mode=tasks --task=lambada,hellaswag --out_dir=gpt2    # tasks.py; --data=FILE, --items=300
 
 nll: the text is cut into windows of the model's block size, each scored on its own; every objective sees the
 same windows. The standard error is over windows and holds both the noise of the estimate and the spread of
@@ -29,6 +30,8 @@ frontier: the same for every rule and number of steps.
 latents: of a VAE, how much of a window comes back, and what it costs; of latent diffusion, how near its
 prediction of the next window comes to the true one, and (with a judge) how its texts compare with real
 windows that went through the VAE, and how much of the latents they were written from they say.
+
+tasks: TASKS. Texts are greedy there, by rule=confidence, unless told otherwise.
 """
 import csv
 import itertools
@@ -46,20 +49,22 @@ import torch.nn.functional as F
 import common
 import packing
 import pretrained
+import tasks
 import unmask
 import vae
 import vocabulary
 from ar import token_nats
 from configurator import build, fail, help_text, read
 from pairs import Pairs
+from tasks import TASKS
 
-MODES = ('nll', 'gen_ppl', 'frontier', 'latents')
+MODES = ('nll', 'gen_ppl', 'frontier', 'latents', 'tasks')
 
 
 @dataclass
 class Config(unmask.Config):
-    mode: str = 'nll'        # nll | gen_ppl | frontier | latents
-    out_dir: str = ''        # folder of the checkpoint; '': the newest out*/
+    mode: str = 'nll'        # nll | gen_ppl | frontier | latents | tasks
+    out_dir: str = ''        # the checkpoint, also one of others (pretrained.py); '': the newest out*/
     which: str = 'best'      # best | last
     weights: str = 'ema'     # ema | slow, a second average | model, not averaged
     device: str = 'auto'     # auto | cpu | cuda | mps
@@ -69,6 +74,7 @@ class Config(unmask.Config):
     dataset: str = ''        # another dataset than the model's own
     split: str = 'val'       # of the dataset: val | test | train
     windows: int = 0         # how many windows, evenly spread; 0: all
+    block_size: int = 0      # tokens of a window and of a context; 0: the model's
     draws: int = 8           # noise draws a window, for bounds
     order: str = ''          # '': the objective's own; left: a denoiser's exact likelihood left to right
     T: int = -1              # steps of the bound of masked diffusion, 0: continuous; -1: as in training
@@ -82,6 +88,11 @@ class Config(unmask.Config):
     grid_of_steps: str = '8,16,32,64,128,256,512,1024'  # frontier: the numbers of steps
     csv: str = ''            # frontier: write the table here
     plot: str = ''           # frontier: draw it here, .svg or .png (needs matplotlib)
+    task: str = ''           # tasks: which, separated by commas
+    data: str = ''           # tasks: the official file of the task; '': downloaded
+    items: int = 0           # tasks: how many, evenly spread; 0: all
+    execute: bool = False    # tasks: run the programs that the model completes, with your rights
+    show: int = 0            # tasks: print so many of the texts
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,6 +106,14 @@ class Config(unmask.Config):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of: "
                                  f"{', '.join(filter(None, known))}")
+        wrong = [task for task in self.task.split(',') if self.mode == 'tasks' and task not in TASKS]
+        if wrong:
+            raise ValueError(f"task={wrong[0]!r} is not one of: {', '.join(TASKS)}")
+        if ',' in self.task and self.data:
+            raise ValueError("data is the file of one task")
+        if self.items < 0 or self.show < 0 or self.block_size < 0:
+            raise ValueError(f"items={self.items}, show={self.show} and block_size={self.block_size} must not be "
+                             f"negative")
         if self.mode in ('gen_ppl', 'frontier') and not self.judge:
             raise ValueError(f"mode={self.mode} needs a judge, for example --judge=out-ar")
         if self.mode != 'frontier' and (self.rules or self.csv or self.plot):
@@ -522,6 +541,40 @@ def about_latents(config, checkpoint, model, tokenizer, amp, device):
         print(f"| {name} | {own:.3f} | {other:.3f} |")
 
 
+# ---- tasks ------------------------------------------------------------------------------------------------
+
+def about_tasks(config, checkpoint, model, tokenizer, amp, device):
+    """Print a table of tasks: every figure with its standard error over the items."""
+    if checkpoint['objective'] not in ('ar', 'masked') or not getattr(model, 'copies', True):
+        fail(f"mode=tasks is for ar and for masked (subs, sedd), not for {checkpoint['objective']}")
+    how = {k: v for k, v in config.knobs().items() if k in ('steps', 'temperature', 'top_k', 'top_p')}
+    if model.bound != 'exact':
+        how['rule'] = config.rule or 'confidence'
+    print(f"| {checkpoint['objective']} | items | figures |\n|---|---|---|", flush=True)
+    for name in config.task.split(','):
+        if name == 'gsm8k' and tokenizer.sep is None:
+            fail("task=gsm8k is for a model that was fine-tuned on pairs (config/sft_gsm8k.py)")
+        items = tasks.load(name, config.data)
+        if 0 < config.items < len(items):
+            items = [items[i] for i in np.linspace(0, len(items) - 1, config.items).astype(int)]
+        with amp:
+            figures = tasks.measure(name, items, model, tokenizer, device, config.draws, config.seed, how,
+                                    config.execute, config.show)
+        cells = ', '.join(f"{key} {100 * mean:.1f} ± {100 * error:.1f}" for key, (mean, error) in figures.items())
+        print(f"| {name} | {len(items)} | {cells} |", flush=True)
+
+
+def shortened(T, checkpoint):
+    """The change to a config that cuts the context to T tokens, or the script ends."""
+    own = checkpoint['config']['block_size']
+    if checkpoint['objective'] in ('vae', 'latent') or T > own:
+        fail(f"block_size={T}: the model's is {own}; it can be made shorter, but not that of vae and latent")
+    for state in (checkpoint['ema'], checkpoint['model']):
+        if 'gpt.pos.weight' in state:
+            state['gpt.pos.weight'] = state['gpt.pos.weight'][:T + checkpoint['config'].get('shift', False)]
+    return dict(block_size=T)
+
+
 def judge_of(config, device):
     ours = os.path.isfile(Path(config.judge, 'last.pt'))
     return OurJudge(config.judge, device) if ours else GPT2Judge(config.judge, device)
@@ -530,15 +583,24 @@ def judge_of(config, device):
 def main(argv):
     files, _, flags = read(argv)
     if 'help' in flags:
-        return print(help_text(__doc__, Config))
+        return print(help_text(__doc__.replace('TASKS', ', '.join(TASKS)), Config))
     config, = build({**files, **flags}, Config)
     device = common.pick_device(config.device)
     _, checkpoint = pretrained.find(config.out_dir, config.which)
     changes = {} if config.T < 0 else dict(T=config.T, masking='bernoulli')  # masking is for training only
     if changes and checkpoint['objective'] != 'masked':
         fail(f"T={config.T} is for masked diffusion, not for {checkpoint['objective']}")
+    if config.block_size:
+        changes |= shortened(config.block_size, checkpoint)
     model, tokenizer = common.load_model(checkpoint, device, config.weights, **changes)
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
+    if config.mode == 'tasks':
+        if 'temperature' not in files.keys() | flags.keys():
+            config.temperature = 0.0
+        try:
+            return about_tasks(config, checkpoint, model, tokenizer, amp, device)
+        except ValueError as e:  # of a rule, or an item that is too long
+            fail(e)
     if config.mode == 'nll':
         return nll(config, checkpoint, model, tokenizer, amp)
     if hasattr(model, 'unroll') and 'temperature' in files.keys() | flags.keys():

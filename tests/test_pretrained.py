@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import ar
 import common
 import masked
-import model
 import pretrained
 import train
 import vocabulary
