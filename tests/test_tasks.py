@@ -1,0 +1,322 @@
+"""Each task's rule on a few items in the official format; the tokens at a boundary; costs against sums by hand."""
+import importlib.util
+import json
+
+import pytest
+import torch
+
+import ar
+import common
+import eval as evaluation
+import masked
+import tasks
+import vocabulary
+from tasks import Blank, Choice
+from test_pretrained import make_folder, tokenizer_json
+
+TOKENIZER = vocabulary.Tokenizer(dict(kind='json', json=tokenizer_json(), vocab_size=300, end=299))
+CPU = torch.device('cpu')
+
+# ---- three to five items of every official file, as far as the readers look -------------------------------
+
+HELLASWAG = [dict(activity_label='Removing ice', ctx_a='A man [deep] stands [title] Then  he', ctx_b='he is',
+                  endings=['wrapping it.', '[substeps] eating.', 'gone.', 'skiing.'], label=1),
+             dict(activity_label='Cooking', ctx_a='She cooks.', ctx_b='', endings=list('abcd'), label='0'),
+             dict(activity_label='Cooking', ctx_a='She cooks.', ctx_b='then', endings=list('abcd'), label=3)]
+WINOGRANDE = [dict(sentence='Ann thanked Bea because _ had helped.', option1='Ann', option2='Bea', answer='2'),
+              dict(sentence='_ is late, so Bea waits for Ann.', option1='Ann', option2='Bea', answer='1'),
+              dict(sentence='The "_" fell.', option1='cup', option2='jug', answer='1')]
+PIQA = [dict(goal='open a jar', sol1='twist it', sol2='sing to it'), dict(goal='g', sol1='a', sol2='b'),
+        dict(goal='h', sol1='c', sol2='d')]
+SIQA = [dict(context='Ann fell.', question='How is Ann?', answerA='hurt', answerB='tall', answerC='old'),
+        dict(context='c', question='q', answerA='a', answerB='b', answerC='c'),
+        dict(context='c', question='q', answerA='a', answerB='b', answerC='c')]
+STORIES = ('InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,RandomFifthSentenceQuiz1,'
+           'RandomFifthSentenceQuiz2,AnswerRightEnding\n'
+           '1,Rick grew up.,"He, too, left.",It rained.,He came back.,He is happy.,He is a shark.,1\n'
+           '2,A.,B.,C.,D.,E1.,E2.,2\n3,F.,G.,H.,I.,J1.,J2.,1\n')
+LAMBADA = 'the cat saw the dog\n\nshe said `` yes , he did\n{"text": "in front of the house"}\n'
+TRIVIA = dict(Data=[dict(Question='Who?', Answer=dict(Value='The Beatles', Aliases=['Beatles', 'The Beatles'])),
+                    dict(Question='Where?', Answer=dict(Value='Rome', Aliases=[])),
+                    dict(Question='When?', Answer=dict(Value='1969', Aliases=['69']))])
+SQUAD = dict(data=[dict(paragraphs=[
+    dict(context='Rome is old.', qas=[dict(question='What?', answers=[dict(text='Rome'), dict(text='Rome')]),
+                                      dict(question='How?', answers=[dict(text='old')])]),
+    dict(context='B.', qas=[dict(question='C?', answers=[dict(text='B')])])])])
+HUMANEVAL = [dict(prompt='def f(x):\n', canonical_solution=f'    return x + {n}', suffix='\n', entry_point='f',
+                  test=f'def check(g):\n    assert g(1) == {1 + n}\n') for n in range(3)]
+GSM8K = [dict(question=' What is 1 and 2? ', answer='It is <<1+2=3>>3.\n#### 3'),
+         dict(question='b', answer='#### 1,200'), dict(question='c', answer='#### 5')]
+LINES = lambda items: '\n'.join(map(json.dumps, items)) + '\n'
+FILES = {'hellaswag': LINES(HELLASWAG), 'winogrande': LINES(WINOGRANDE), 'piqa': LINES(PIQA), 'siqa': LINES(SIQA),
+         'rocstories': STORIES, 'rocstories_infill': STORIES, 'lambada': LAMBADA, 'triviaqa': json.dumps(TRIVIA),
+         'squad': json.dumps(SQUAD), 'humaneval_infill': LINES(HUMANEVAL), 'gsm8k': LINES(GSM8K)}
+LABELS = {'piqa': '1\n0\n0\n', 'siqa': '1\n3\n2\n'}
+FIRST = {
+    'hellaswag': Choice('Removing ice: A man stands. Then he He is',
+                        [' wrapping it.', ' eating.', ' gone.', ' skiing.'], 1),
+    'winogrande': Choice('Ann thanked Bea because', [' Ann had helped.', ' Bea had helped.'], 1),
+    'piqa': Choice('Question: open a jar\nAnswer:', [' twist it', ' sing to it'], 1),
+    'siqa': Choice('Question: Ann fell. How is Ann?\nAnswer:', [' hurt', ' tall', ' old'], 0),
+    'rocstories': Choice('Rick grew up. He, too, left. It rained. He came back.',
+                         [' He is happy.', ' He is a shark.'], 0),
+    'rocstories_infill': Blank('Rick grew up. He, too, left.', [' It rained.'], ' He came back. He is happy.'),
+    'lambada': Blank('the cat saw the', [' dog']),
+    'triviaqa': Blank('Question: Who?\nAnswer:', [' The Beatles', ' Beatles'], '\n'),
+    'squad': Blank('Rome is old.\nQuestion: What?\nAnswer:', [' Rome'], '\n'),
+    'humaneval_infill': Blank('def f(x):\n', ['    return x + 0'], '\n',
+                              dict(code='def check(g):\n    assert g(1) == 1\n', entry='f')),
+    'gsm8k': Blank('Q: What is 1 and 2?', [' It is <<1+2=3>>3.\n#### 3'])}
+
+
+def write(folder, name):
+    path = folder / f'{name}.jsonl'
+    path.write_text(FILES[name])
+    if name in LABELS:
+        (folder / f'{name}-labels.lst').write_text(LABELS[name])
+    return str(path)
+
+
+@pytest.mark.parametrize('name', tasks.TASKS)
+def test_an_official_file_becomes_items(name, tmp_path):
+    items = tasks.load(name, write(tmp_path, name))
+    assert items[0] == FIRST[name] and len(items) == 3
+
+
+def test_other_items_of_the_fixtures():
+    read = lambda name: tasks.TASKS[name].read(FILES[name], LABELS.get(name, ''))
+    assert [item.context for item in read('hellaswag')[1:]] == ['Cooking: She cooks.', 'Cooking: She cooks. Then']
+    assert [item.gold for item in read('hellaswag')] == [1, 0, 3]
+    # at the beginning there is no space, and in quotes none
+    assert read('winogrande')[1] == Choice('', ['Ann is late, so Bea waits for Ann.', 'Bea is late, so Bea waits for Ann.'], 0)
+    assert read('winogrande')[2] == Choice('The "', ['cup" fell.', 'jug" fell.'], 0)
+    assert [item.gold for item in read('siqa')] == [0, 2, 1] and [item.gold for item in read('piqa')] == [1, 0, 0]
+    assert read('rocstories')[1].gold == 1 and read('rocstories_infill')[1].after == ' D. E2.'
+    assert [item.answers for item in read('lambada')] == [[' dog'], [' did'], [' house']]
+
+
+# ---- tokens at a boundary ---------------------------------------------------------------------------------
+
+def test_the_middle_is_what_differs_from_the_context_and_what_stands_behind_is_left_alone():
+    ids, start, end = tasks.locate(TOKENIZER, 'see the', ' big dog', ' the end')
+    assert TOKENIZER.decode(ids[:start]) == 'see the' and TOKENIZER.decode(ids[start:end]) == ' big dog'
+    assert TOKENIZER.decode(ids[end:]) == ' the end'
+
+
+def test_a_token_across_the_boundary_belongs_to_the_middle():
+    """'t' + 'he' is one token: the whole text has it, its parts have not."""
+    ids, start, end = tasks.locate(TOKENIZER, 'see t', 'he dog')
+    assert ids == TOKENIZER.encode('see the dog') and TOKENIZER.decode(ids[start:end]) == ' the dog'
+    ids, start, end = tasks.locate(TOKENIZER, 'a', ' t', 'he')
+    assert TOKENIZER.decode(ids[start:end]) == ' the' and end == len(ids)
+
+
+def test_a_middle_that_repeats_what_is_around_it_keeps_at_least_a_token():
+    for before, middle, after in (('aaa', 'a', 'aaa'), ('', 'x', ''), ('a', '', 'a'), ('', 'a', 'a')):
+        ids, start, end = tasks.locate(TOKENIZER, before, middle, after)
+        assert 0 <= start < end <= len(ids) and ids == TOKENIZER.encode(before + middle + after)
+
+
+def test_what_is_far_from_the_middle_is_cut_and_a_middle_that_is_too_long_refused():
+    ids = list(range(10))
+    assert tasks.fit(ids, 6, 8, 10) == (ids, 6, 8)
+    assert tasks.fit(ids, 6, 8, 5) == (ids[5:], 1, 3)
+    assert tasks.fit(ids, 1, 3, 5) == (ids[1:6], 0, 2)
+    with pytest.raises(ValueError, match='5 tokens'):
+        tasks.fit(ids, 2, 7, 4)
+
+
+# ---- costs ------------------------------------------------------------------------------------------------
+
+def net_of(module, **knobs):
+    torch.manual_seed(0)
+    net = module.Model(module.Config(vocab_size=300, block_size=40, n_layer=1, n_head=2, n_embd=16, **knobs)).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return net
+
+
+ITEM = Choice('see the', [' big dog', ' bad', ' the end of the'], 1)
+
+
+def test_the_twins_cost_is_the_sum_over_the_continuation_and_the_same_per_token():
+    net = net_of(ar)
+    found = tasks.costs(net, TOKENIZER, ITEM, 4, 0, CPU)
+    for i, choice in enumerate(ITEM.choices):
+        n, ids = len(TOKENIZER.encode('see the')), TOKENIZER.encode('see the' + choice)
+        logp = net.logits(torch.tensor([ids])).log_softmax(-1)[0]
+        want = -sum(logp[j, ids[j]].item() for j in range(n, len(ids)))
+        assert found['nats'][i] == pytest.approx(want, abs=1e-4)
+        assert found['nats/token'][i] == pytest.approx(want / (len(ids) - n), abs=1e-4)
+
+
+@pytest.mark.parametrize('shift', [False, True])
+def test_the_denoisers_cost_is_its_bound_given_the_context(shift):
+    """Of one token there is nothing to draw; of more the mean over many draws is that of `nats`."""
+    net = net_of(masked, shift=shift)
+    one = Choice('see the', [' bad'[:2], ' the'], 0)
+    found = tasks.costs(net, TOKENIZER, one, 3, 0, CPU)
+    context = TOKENIZER.encode('see the')
+    for i, choice in enumerate(one.choices):
+        ids = torch.tensor([context + TOKENIZER.encode(choice)])
+        logp = net.denoise(ids.where(torch.arange(ids.size(1)) < len(context), 300))[0, -1, ids[0, -1]]
+        assert found['nats'][i] == pytest.approx(-logp.item(), abs=1e-4)
+    found = tasks.costs(net, TOKENIZER, ITEM, 3000, 0, CPU)
+    ids = torch.tensor([TOKENIZER.encode('see the big dog')])
+    given = torch.arange(ids.size(1))[None] < len(context)
+    torch.manual_seed(5)
+    want = net.nats(ids.expand(3000, -1), 1, None, given.expand(3000, -1))
+    error = want.std().item() / 3000 ** 0.5
+    assert abs(found['nats'][0] - want.mean().item()) < 6 * error  # fails once in 10^5
+
+
+def test_equal_choices_get_equal_costs_and_a_cost_is_a_function_of_the_seed():
+    net, item = net_of(masked), Choice('see the', [' big dog', ' big dog'], 0)
+    a, b, c = (tasks.costs(net, TOKENIZER, item, 4, seed, CPU) for seed in (1, 1, 2))
+    assert a == b != c and all(x == y for x, y in a.values())
+
+
+def test_the_published_score_is_a_mean_over_levels_of_means_over_masked_tokens():
+    net = net_of(masked)
+    ids = torch.tensor([TOKENIZER.encode('see the big dog')])
+    given = torch.arange(ids.size(1))[None] < 5
+    noise, total = torch.rand(4, ids.size(1)), 0.0
+    for t in range(4):
+        hidden = [i for i in range(5, ids.size(1)) if noise[t, i] < (t + 1) / 4]
+        xt = ids.clone()
+        xt[0, hidden] = 300
+        logp = net.logp(xt)[0]
+        total += sum(-logp[i, ids[0, i]].item() for i in hidden) / max(1, len(hidden)) / 4
+    assert tasks.published_cost(net, ids, given, noise) == pytest.approx(total, abs=1e-4)
+
+
+def test_a_model_that_knows_the_answer_scores_all_and_the_rule_takes_the_least():
+    class Knows:
+        bound, config = 'exact', ar.Config(vocab_size=300, block_size=99)
+
+        def nats(self, x, n, segment, given):
+            return torch.tensor([0.0 if 'bad' in TOKENIZER.decode(x[0].tolist()) else 9.0])
+    found = tasks.measure('piqa', [ITEM, ITEM], Knows(), TOKENIZER, CPU, 2, 0, {})
+    assert found['nats'] == (1.0, 0.0)
+
+
+# ---- blanks -----------------------------------------------------------------------------------------------
+
+class Writes:
+    """Writes `text` into the blanks, whatever they are; keeps the canvas that it was given."""
+    config, blank = ar.Config(vocab_size=300, block_size=99), 300
+
+    def __init__(self, text, bound='upper'):
+        self.ids, self.bound, self.seen = TOKENIZER.encode(text), bound, None
+
+    def sample(self, xt, steps, **how):
+        self.seen, self.steps = xt, steps
+        new = xt.clone()
+        where = (xt[0] == 300).nonzero()[:, 0]
+        new[0, where] = torch.tensor((self.ids + [299] * len(where))[:len(where)])
+        yield new
+
+
+def test_a_denoiser_sees_both_sides_and_as_many_blanks_as_the_longest_answer_a_twin_what_is_before():
+    item = Blank('see the', [' dog', ' big dog'], ' the end')
+    model = Writes(' big dog')
+    assert tasks.fill(model, TOKENIZER, item, CPU, steps=64) == ' big dog'
+    assert TOKENIZER.decode(model.seen[0].tolist(), '_') == 'see the' + '_' * 7 + ' the end' and model.steps == 7
+    model = Writes(' big dog', 'exact')
+    tasks.fill(model, TOKENIZER, item, CPU, steps=64)
+    assert TOKENIZER.decode(model.seen[0].tolist(), '_') == 'see the' + '_' * 7
+
+
+@pytest.mark.parametrize('name, text, want', [
+    ('lambada', ' dog', {'accuracy': 1.0}), ('lambada', ' dot', {'accuracy': 0.0}),
+    ('triviaqa', ' the beatles!\nand', {'EM': 1.0, 'F1': 1.0}),
+    ('triviaqa', ' Beatles band', {'EM': 0.0, 'F1': pytest.approx(2 / 3)}),
+    ('squad', ' a Rome', {'EM': 1.0, 'F1': 1.0}), ('squad', '', {'EM': 0.0, 'F1': 0.0}),
+    ('humaneval_infill', '    return x + 0', {'exact': 1.0}), ('humaneval_infill', '    return x', {'exact': 0.0}),
+    ('gsm8k', ' So it is\n#### 3', {'accuracy': 1.0, 'has ####': 1.0}),
+    ('gsm8k', ' It is 3.', {'accuracy': 0.0, 'has ####': 0.0})])
+def test_how_texts_are_graded(name, text, want):
+    item = tasks.TASKS[name].read(FILES[name], '')[0]
+    assert tasks.TASKS[name].grade(text, item) == want
+
+
+def test_numbers_behind_the_marks_lose_their_commas():
+    assert tasks.last_number('#### 1,200') == '1200' and tasks.last_number('#### 1 #### 7.') == '7'
+    assert tasks.last_number('12') is None
+
+
+def test_rouge_is_that_of_the_library():
+    pytest.importorskip('rouge_score')
+    found = tasks.rouge(' It rained again.', Blank('', [' It rained.']))
+    assert found['ROUGE-1'] == pytest.approx(0.8) and found['ROUGE-2'] == pytest.approx(2 / 3)
+
+
+def test_programs_run_only_in_a_process_of_their_own_with_a_time_limit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    item = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')[1]
+    assert tasks.passes('    return 1 + x', item) and not tasks.passes('    return x', item)
+    assert not tasks.passes('    while True: pass', item, seconds=0.5)
+    assert not tasks.passes('    raise SystemExit(3)', item)
+    assert tasks.passes("    open('left', 'w'); return x + 1", item) and not (tmp_path / 'left').exists()
+
+
+def test_nothing_is_executed_without_the_flag(monkeypatch):
+    calls = []
+    monkeypatch.setattr(tasks, 'passes', lambda text, item: calls.append(text) or True)
+    items = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')
+    for execute in (False, True):
+        found = tasks.measure('humaneval_infill', items, Writes('    return x + 0'), TOKENIZER, CPU, 1, 0,
+                              dict(steps=4), execute)
+        assert ('passes' in found) == execute == bool(calls)
+    assert found['exact'][0] == pytest.approx(1 / 3)
+
+
+# ---- the script -------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """theirs: a random LLaMA; out-m: a denoiser of its shape."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / 'theirs', 'llama', max_position_embeddings=200)
+    net = masked.Model(config := masked.Config(vocab_size=300, block_size=200, n_layer=1, n_head=2, n_embd=16, shift=True))
+    import dataclasses
+    meta = dict(kind='json', json=tokenizer_json(), vocab_size=300, end=299)
+    common.save(dict(objective='masked', config=dataclasses.asdict(config), run=dict(dataset=''), tokenizer=meta,
+                     model=net.state_dict(), ema=net.state_dict(), iter=0, tokens=0), 'out-m/last.pt')
+    return tmp_path
+
+
+ROUGE = importlib.util.find_spec('rouge_score')
+ZERO_SHOT = [name for name in tasks.TASKS if name != 'gsm8k']
+
+
+@pytest.mark.parametrize('out_dir', ['theirs', 'out-m'])
+def test_every_task_runs_for_both_kinds_of_models_and_none_changes_the_next(models, out_dir, capsys, monkeypatch):
+    """Each row of a run of all tasks is that of a run of its own."""
+    names = [name for name in ZERO_SHOT if name != 'rocstories_infill' or ROUGE]
+    paths = {name: write(models, name) for name in names}
+    own = tasks.load
+    monkeypatch.setattr(tasks, 'load', lambda name, path='': own(name, paths[name]))
+    base = [f'--out_dir={out_dir}', '--mode=tasks', '--draws=4', '--device=cpu']
+    evaluation.main([*base, '--task=' + ','.join(names)])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == len(names)
+    for name in (names[-1], names[0], 'lambada'):
+        evaluation.main([*base, f'--task={name}'])
+        assert capsys.readouterr().out.splitlines()[2] == rows[names.index(name)]
+
+
+def test_mistakes_end_in_one_line(models, mistake):
+    run = lambda *flags: mistake(evaluation.main, '--mode=tasks', '--out_dir=out-m', *flags)
+    assert 'hellaswag' in run('--task=hellaswagg') and 'is not one of' in run('--task=')
+    assert '--data=' in run('--task=rocstories') and 'cs.rochester.edu' in run('--task=rocstories')
+    assert 'nowhere' in run('--task=lambada', '--data=nowhere')
+    (models / 'bad').write_text('{"goal": 1}')
+    assert 'official format' in run('--task=hellaswag', '--data=bad')
+    (models / 'short-labels.lst').write_text('1\n')
+    (models / 'short.jsonl').write_text(FILES['piqa'])
+    assert 'official format' in run('--task=piqa', '--data=short.jsonl')
+    assert 'one task' in run('--task=lambada,piqa', '--data=short.jsonl')
+    assert 'longer than the model' in run('--task=rocstories', f"--data={write(models, 'rocstories')}",
+                                          '--block_size=4')
+    assert 'block_size=300' in run('--task=lambada', '--block_size=300')
