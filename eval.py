@@ -36,7 +36,6 @@ tasks: TASKS. Texts are greedy there, by rule=confidence, unless told otherwise.
 import csv
 import itertools
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -53,7 +52,6 @@ import tasks
 import unmask
 import vae
 import vocabulary
-from ar import token_nats
 from configurator import build, fail, help_text, read
 from pairs import Pairs
 from tasks import TASKS
@@ -78,7 +76,7 @@ class Config(unmask.Config):
     draws: int = 8           # noise draws a window, for bounds
     order: str = ''          # '': the objective's own; left: a denoiser's exact likelihood left to right
     T: int = -1              # steps of the bound of masked diffusion, 0: continuous; -1: as in training
-    judge: str = ''          # out_dir of an autoregressive model, or a GPT-2: gpt2, gpt2-large, a folder
+    judge: str = ''          # an autoregressive checkpoint, as for out_dir: out-ar, gpt2-large
     num_samples: int = 64    # texts to be judged
     batch: int = 64          # texts written at once
     length: int = 0          # tokens of a text; 0: the model's block size
@@ -230,30 +228,8 @@ def repetition(texts, n=4):
     return 1 - sum(len(set(g)) for g in grams) / sum(map(len, grams)) if any(grams) else 0.0
 
 
-class GPT2Judge:
-    """A pretrained GPT-2 through the library transformers, where both can be had."""
-
-    def __init__(self, name, device):
-        try:
-            from transformers import GPT2LMHeadModel
-        except ImportError:
-            fail(f"judge={name} is no folder with a checkpoint of ours, and a GPT-2 needs the library "
-                 f"transformers: pip install transformers")
-        try:
-            self.net = GPT2LMHeadModel.from_pretrained(name).to(device).eval()
-        except (OSError, ValueError) as e:
-            fail(f"judge={name} could not be loaded: {str(e)[:200]}")
-        self.tokenizer = vocabulary.Tokenizer(dict(kind='gpt2'))
-        self.block_size = self.net.config.n_positions - 1  # <|endoftext|> comes before
-
-    def nats(self, x):
-        """-log p(x) in nats, (B,), after an <|endoftext|>. x (B, T)."""
-        before = F.pad(x, (1, 0), value=self.tokenizer.end)
-        return token_nats(self.net(before).logits[:, :-1], x).sum(-1)
-
-
-class OurJudge:
-    """A checkpoint of this repository with an exact likelihood."""
+class Judge:
+    """A checkpoint with an exact likelihood, ours or a pretrained one (pretrained.py)."""
 
     def __init__(self, path, device):
         _, checkpoint = pretrained.find(path)
@@ -285,8 +261,8 @@ def judged(judge, texts, device):
     if not ids:
         fail("all texts are empty")
     T, bos = judge.block_size, [] if judge.tokenizer.bos is None else [judge.tokenizer.bos]
-    rows = common.rows_at_once(T, judge.tokenizer.vocab_size)
     whole = [bos + row for row in ids]  # <bos> costs a judge of lines nothing, and is no token of the text
+    rows = common.rows_at_once(min(T, max(map(len, whole))), judge.tokenizer.vocab_size)
     windows = sorted((row[i:i + T] for row in whole for i in range(0, len(row), T)), key=len)
     nats = 0.0
     for _, same in itertools.groupby(windows, key=len):
@@ -515,7 +491,7 @@ def about_latents(config, checkpoint, model, tokenizer, amp, device):
     """Print what the latents of the validation windows tell."""
     if not hasattr(model, 'unroll'):
         fail(f"mode=latents is for vae and latent, not for {checkpoint['objective']}")
-    judge = judge_of(config, device) if config.judge else None
+    judge = Judge(config.judge, device) if config.judge else None
     common.seed_everything(config.seed)
     tokens = load_text(config, checkpoint, tokenizer, device)
     (x, prefix, *before), _ = rows_of(tokens, tokenizer, model, config.windows, checkpoint['run'])
@@ -575,11 +551,6 @@ def shortened(T, checkpoint):
     return dict(block_size=T)
 
 
-def judge_of(config, device):
-    ours = os.path.isfile(Path(config.judge, 'last.pt'))
-    return OurJudge(config.judge, device) if ours else GPT2Judge(config.judge, device)
-
-
 def main(argv):
     files, _, flags = read(argv)
     if 'help' in flags:
@@ -612,7 +583,7 @@ def main(argv):
             fail(e)
     if (config.overlap or 1) >= model.config.block_size:
         fail(f"overlap={config.overlap} must be smaller than block_size={model.config.block_size}")
-    judge = judge_of(config, device)
+    judge = Judge(config.judge, device)
     measure = gen_ppl if config.mode == 'gen_ppl' else frontier
     if config.plot:
         check_matplotlib()

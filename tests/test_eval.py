@@ -3,7 +3,6 @@ import csv
 import json
 import math
 import sys
-import types
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import eval as evaluation
 import train
 import vocabulary
 from conftest import TEXT, TINY
+from theirs import make_folder
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_counts_of_hand_made_texts_are_right():
 
 
 def test_the_judge_scores_every_text_in_windows_none_dropped(trained):
-    judge = evaluation.OurJudge('out-a', torch.device('cpu'))
+    judge = evaluation.Judge('out-a', torch.device('cpu'))
     texts = [TEXT[:16], TEXT[20:43], TEXT[5:9], TEXT[100:165]]  # 1 window; 1 and a half; a short one; 5
     figures = evaluation.judged(judge, [(text, False) for text in texts], torch.device('cpu'))
     nats, n = 0.0, 0
@@ -184,7 +184,7 @@ def test_rows_at_once_bound_the_logits():
 
 
 def test_texts_of_a_model_in_other_tokens_are_judged_in_those_of_the_judge(trained):
-    judge = evaluation.OurJudge('out-a', torch.device('cpu'))
+    judge = evaluation.Judge('out-a', torch.device('cpu'))
     figures = evaluation.judged(judge, [('be', False), ('to be or not', False)], torch.device('cpu'))
     assert figures['entropy'] == pytest.approx(sum(evaluation.token_entropy(list(t)) for t in
                                                    ('be', 'to be or not')) / 2)
@@ -219,24 +219,15 @@ def test_the_plot_is_drawn_where_matplotlib_is_and_named_where_it_is_not(trained
     assert '<svg' in (trained / 'f.svg').read_text()
 
 
-def test_a_pretrained_gpt2_judges_through_transformers(trained, capsys, monkeypatch, mistake):
-    """With a stand-in for the library: uniform over 50,257 tokens, whatever the text."""
-    pieces = [bytes([i]) for i in range(256)] + [b''] * (50257 - 256)
-    monkeypatch.setattr(vocabulary, 'gpt2_tokens', lambda: (pieces, lambda text: list(text.encode()), 50256))
-    with monkeypatch.context() as m:
-        m.setitem(sys.modules, 'transformers', None)
-        assert 'pip install transformers' in mistake(evaluation.main, '--mode=gen_ppl', '--judge=gpt2')
-
-    class Uniform(torch.nn.Module):
-        config = types.SimpleNamespace(n_positions=9)
-        from_pretrained = classmethod(lambda cls, name: cls())
-
-        def forward(self, x):
-            assert x.size(1) <= 9 and (x[:, 0] == 50256).all()
-            return types.SimpleNamespace(logits=torch.zeros(*x.shape, 50257))
-    monkeypatch.setitem(sys.modules, 'transformers', types.SimpleNamespace(GPT2LMHeadModel=Uniform))
-    evaluation.main(['--mode=gen_ppl', '--judge=gpt2', '--out_dir=out-m', '--num_samples=2', '--steps=2'])
-    assert rows_of(capsys)[1]['judge, nats/token'] == f'{math.log(50257):.3f}'
+def test_a_pretrained_gpt2_judges_texts_in_its_own_tokens(trained, capsys):
+    """One whose embedding is zero: uniform over its 300 tokens, whatever the text."""
+    make_folder(trained / 'gpt-2', 'gpt2')
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(trained / 'gpt-2' / 'model.safetensors')
+    tensors['wte.weight'].zero_()
+    save_file(tensors, trained / 'gpt-2' / 'model.safetensors')
+    evaluation.main(['--mode=gen_ppl', '--judge=gpt-2', '--out_dir=out-m', '--num_samples=2', '--steps=2'])
+    assert rows_of(capsys)[1]['judge, nats/token'] == f'{math.log(300):.3f}'
 
 
 @pytest.mark.parametrize('flags, words', [

@@ -13,7 +13,7 @@ import train
 from conftest import TINY
 from data.gsm8k import prepare
 from pairs import Pairs, fit
-from test_pretrained import make_folder
+from theirs import make_folder
 
 SEP, END = [90, 91], 99
 

@@ -12,7 +12,7 @@ import masked
 import tasks
 import vocabulary
 from tasks import Blank, Choice
-from test_pretrained import make_folder, tokenizer_json
+from theirs import make_folder, tokenizer_json
 
 TOKENIZER = vocabulary.Tokenizer(dict(kind='json', json=tokenizer_json(), vocab_size=300, end=299))
 CPU = torch.device('cpu')
