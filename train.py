@@ -18,25 +18,22 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import adapt
 import common
 import lora
 import packing
 import pretrained
 import vocabulary
 from configurator import build, fail, help_text, read
-from model import Config as Shape
 from model import optimizers
-
 from pairs import Pairs
-
-BECOMES = ('ar', 'masked', 'block')  # objectives whose weights are those of one transformer
 
 
 @dataclass
@@ -113,7 +110,7 @@ def settings(argv):
         knobs |= {k: v for k, v in kept.items() if k not in ('init_from', 'device', 'out_dir')}
     elif source != 'scratch':
         _, checkpoint = pretrained.find(source)
-        knobs = inherited(checkpoint, knobs | flags, source)
+        knobs = adapt.inherited(checkpoint, knobs | flags, source)
     knobs = {**knobs, **flags}
     if source == 'resume' and knobs['objective'] != checkpoint['objective']:
         fail(f"objective={knobs['objective']}: the run to resume is of {checkpoint['objective']}, "
@@ -130,60 +127,29 @@ def settings(argv):
     meta = common.load_meta(knobs.get('dataset', Config.dataset))
     vocab_size = vocabulary.Tokenizer(meta).vocab_size
     run, config = build({**knobs, 'vocab_size': vocab_size}, Config, concept.Config)
-    changed = [k for k, v in asdict(config).items() if checkpoint and checkpoint['config'].get(k, v) != v]
-    if source == 'resume' and changed:
-        name = changed[0]
-        fail(f"{name}={getattr(config, name)} but the run to resume has {checkpoint['config'].get(name)}: "
-             f"it cannot change")
-    if source == 'resume' and checkpoint['tokenizer'] != meta:
-        fail(f"dataset={run.dataset} has another vocabulary or source than the run to resume was trained on")
-    if checkpoint and vocabulary.Tokenizer(checkpoint['tokenizer']).pieces != vocabulary.Tokenizer(meta).pieces:
-        fail(f"dataset={run.dataset} has another vocabulary than init_from={source}: prepare it with that "
-             f"model's, data/text/prepare.py --tokenizer={source}")
-    if base and vocabulary.Tokenizer(base['tokenizer']).pieces != vocabulary.Tokenizer(meta).pieces:
-        fail(f"dataset={run.dataset} has another vocabulary than base={run.base}")
+    check(run, config, meta, checkpoint, base)
     return run, config, meta, checkpoint, base
 
 
-def inherited(checkpoint, knobs, source):
-    """The knobs of a run that begins with the weights of a checkpoint: without an objective of its own it has
-    the checkpoint's; of the same objective all that it says of the model, of another the transformer's shape.
-    What shapes the weights cannot change, but the context may be cut. Adapters are not inherited."""
-    theirs, objective = checkpoint['config'], knobs.get('objective', checkpoint['objective'])
-    same = objective == checkpoint['objective']
-    if not same and not {objective, checkpoint['objective']} <= set(BECOMES):
-        fail(f"init_from={source} is of {checkpoint['objective']}, which cannot become {objective}: "
-             f"one of {', '.join(BECOMES)} can become another")
-    shape = {f.name for f in fields(Shape)} - {'dropout'}
-    for name in shape & knobs.keys() & theirs.keys():
-        if name == 'block_size' and int(knobs[name]) > theirs[name]:
-            fail(f"block_size={knobs[name]} is more than the context of init_from={source}, {theirs[name]}")
-        if name != 'block_size' and str(knobs[name]) != str(theirs[name]):
-            fail(f"{name}={knobs[name]} but init_from={source} has {theirs[name]}: leave it out")
-    kept = {k: v for k, v in theirs.items() if k in shape or same and not k.startswith('lora_')}
-    return {**kept, **knobs, 'objective': objective}
-
-
-def marks(objective, config):
-    """What the rows of the embedding beyond the vocabulary are for."""
-    return ['bos'] if objective == 'ar' else ['mask'] + ['bos'] * config.get('shift', False)
-
-
-@torch.no_grad()
-def take_over(model, objective, config, checkpoint):
-    """Give the model the averaged weights of a checkpoint, maybe of another objective, adapters merged. A mark
-    that the checkpoint has no row for begins as the mean of the tokens' rows. Raises ValueError."""
-    if checkpoint['objective'] not in BECOMES:
-        return model.load_state_dict(checkpoint['ema'])
-    weights, V = lora.folded(checkpoint['ema'], checkpoint['config']), config['vocab_size']
-    rows = weights['gpt.embed.weight']
-    there = dict(zip(marks(checkpoint['objective'], checkpoint['config']), rows[V:]))
-    fresh = [there.get(mark, rows[:V].mean(0)) for mark in marks(objective, config)]
-    weights['gpt.embed.weight'] = torch.cat([rows[:V], torch.stack(fresh)])
-    if 'gpt.pos.weight' in weights:  # the context may be cut
-        rows = config['block_size'] + config.get('shift', False)  # [BOS] takes one
-        weights['gpt.pos.weight'] = weights['gpt.pos.weight'][:rows]
-    return lora.load_base(model, weights)
+def check(run, config, meta, checkpoint, base):
+    """Does what a run starts from fit its config and its dataset? Or the script ends."""
+    same_tokens = lambda other: vocabulary.Tokenizer(other).pieces == vocabulary.Tokenizer(meta).pieces
+    if base and not same_tokens(base['tokenizer']):
+        fail(f"dataset={run.dataset} has another vocabulary than base={run.base}")
+    if not checkpoint:
+        return
+    theirs = checkpoint['config']
+    if run.init_from == 'resume':
+        for name, value in asdict(config).items():
+            if theirs.get(name, value) != value:
+                fail(f"{name}={value} but the run to resume has {theirs[name]}: it cannot change")
+        if checkpoint['tokenizer'] != meta:
+            fail(f"dataset={run.dataset} has another vocabulary or source than the run to resume")
+        return
+    if not same_tokens(checkpoint['tokenizer']):
+        fail(f"dataset={run.dataset} has another vocabulary than init_from={run.init_from}: prepare it with "
+             f"that model's, as by data/text/prepare.py --tokenizer={run.init_from}")
+    adapt.check_shape(config, checkpoint, run.init_from)
 
 
 def built_on(concept, knobs):
@@ -245,7 +211,7 @@ class State:
         try:
             self.model = common.concept(run.objective).Model(config).to(device)
             if base:
-                plain = base['objective'] in BECOMES  # its adapters, if any, are merged
+                plain = base['objective'] in adapt.BECOMES  # its adapters, if any, are merged
                 weights = lora.folded(base['ema'], base['config']) if plain else base['ema']
                 self.model.inherit(weights, vocabulary.Tokenizer(meta).pieces)
         except ValueError as e:
@@ -256,7 +222,7 @@ class State:
                 if run.init_from == 'resume':
                     self.model.load_state_dict(checkpoint['model'])
                 else:
-                    take_over(self.model, run.objective, asdict(config), checkpoint)
+                    adapt.take_over(self.model, run.objective, asdict(config), checkpoint)
             except (RuntimeError, ValueError) as e:
                 fail(f"the weights of init_from={run.init_from} do not fit this model: {e}"[:300])
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)

@@ -4,6 +4,7 @@
 # compare with: --objective=ar --init_from=HuggingFaceTB/SmolLM2-135M --shift=False --out_dir=out-sft-ar
 out_dir = 'out-sft'
 init_from = 'out-adapt-llama'
+objective = 'masked'
 dataset = 'gsm8k'
 
 block_size = 256

@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 import torch
 
+import adapt
 import ar
 import block
 import common
@@ -36,7 +37,7 @@ def test_a_shifted_denoiser_with_the_causal_mask_put_back_is_the_autoregressive_
     twin = randomised(ar.Model(ar.Config(**SIZES | arch | dict(block_size=9))))
     net = masked.Model(masked.Config(**SIZES | arch, shift=True))
     checkpoint = dict(objective='ar', config=dataclasses.asdict(twin.config), ema=twin.state_dict())
-    train.take_over(net, 'masked', dataclasses.asdict(net.config), checkpoint)
+    adapt.take_over(net, 'masked', dataclasses.asdict(net.config), checkpoint)
     for layer in net.gpt.blocks:
         layer.attn.causal = True
     x = torch.randint(7, (3, 8))
@@ -132,7 +133,7 @@ def test_mask_begins_as_the_mean_token_bos_is_kept_and_all_else_is_equal(arch, s
     net = masked.Model(masked.Config(**SIZES | arch, shift=shift))
     weights = {name: p.clone() for name, p in twin.state_dict().items()}
     checkpoint = dict(objective='ar', config=dataclasses.asdict(twin.config), ema=weights)
-    train.take_over(net, 'masked', dataclasses.asdict(net.config), checkpoint)
+    adapt.take_over(net, 'masked', dataclasses.asdict(net.config), checkpoint)
     rows = net.gpt.embed.weight
     assert torch.equal(rows[:7], twin.gpt.embed.weight[:7]) and len(rows) == 8 + shift
     assert torch.allclose(rows[7], rows[:7].mean(0)) and (not shift or torch.equal(rows[8], twin.gpt.embed.weight[7]))

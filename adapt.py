@@ -1,0 +1,69 @@
+"""
+From one objective to another on the same weights: `train.py --init_from=`.
+
+An autoregressive model and a denoiser are the same transformer, so the one can begin where the other ended: its
+matrices, norms and head, and of its embedding the rows of the tokens. DiffuGPT and DiffuLLaMA (arXiv 2410.17891)
+make denoisers of GPT-2 and LLaMA like that, and so do Dream (2508.15487) and others. What is new is [MASK]. It
+gets a row of its own, the mean of all tokens' rows at first; DiffuGPT reuses the row of a rare token, which then
+counts as masked wherever it occurs. The further training is that of masked.py, `shift` and `anneal_iters`
+included; with `lora_rank` it changes adapters and the embedding alone. Fine-tuning is the same without a change
+of objective.
+"""
+from dataclasses import fields
+
+import torch
+
+import lora
+import model
+from configurator import fail
+
+BECOMES = ('ar', 'masked', 'block')  # objectives whose weights are those of one transformer
+
+
+SHAPE = {f.name for f in fields(model.Config)} - {'dropout'}
+
+
+def inherited(checkpoint, knobs, source):
+    """The knobs of a run that begins with the weights of a checkpoint: without an objective of its own it has
+    the checkpoint's; of the same objective all that it says of the model, of another the transformer's shape.
+    Adapters are not inherited, they get merged."""
+    theirs, objective = checkpoint['config'], knobs.get('objective', checkpoint['objective'])
+    same = objective == checkpoint['objective']
+    if not same and not {objective, checkpoint['objective']} <= set(BECOMES):
+        fail(f"init_from={source} is of {checkpoint['objective']}, which cannot become {objective}: "
+             f"one of {', '.join(BECOMES)} can become another")
+    kept = {k: v for k, v in theirs.items() if k in SHAPE or same and not k.startswith('lora_')}
+    return {**kept, **knobs, 'objective': objective}
+
+
+def check_shape(config, checkpoint, source):
+    """What shapes the weights cannot change, but the context may be cut; or the script ends."""
+    theirs = checkpoint['config']
+    if config.block_size > theirs['block_size']:
+        fail(f"block_size={config.block_size} is more than the context of init_from={source}, "
+             f"{theirs['block_size']}")
+    for name in sorted(SHAPE & theirs.keys() - {'block_size'}):
+        if getattr(config, name) != theirs[name]:
+            fail(f"{name}={getattr(config, name)} but init_from={source} has {theirs[name]}: leave it out")
+
+
+def marks(objective, config):
+    """What the rows of the embedding beyond the vocabulary are for."""
+    return ['bos'] if objective == 'ar' else ['mask'] + ['bos'] * config.get('shift', False)
+
+
+@torch.no_grad()
+def take_over(net, objective, config, checkpoint):
+    """Give a network the averaged weights of a checkpoint, maybe of another objective, adapters merged. A mark
+    that the checkpoint has no row for begins as the mean of the tokens' rows. Raises ValueError."""
+    if checkpoint['objective'] not in BECOMES:
+        return net.load_state_dict(checkpoint['ema'])
+    weights, V = lora.folded(checkpoint['ema'], checkpoint['config']), config['vocab_size']
+    rows = weights['gpt.embed.weight']
+    there = dict(zip(marks(checkpoint['objective'], checkpoint['config']), rows[V:]))
+    fresh = [there.get(mark, rows[:V].mean(0)) for mark in marks(objective, config)]
+    weights['gpt.embed.weight'] = torch.cat([rows[:V], torch.stack(fresh)])
+    if 'gpt.pos.weight' in weights:  # the context may be cut
+        rows = config['block_size'] + config.get('shift', False)  # [BOS] takes one
+        weights['gpt.pos.weight'] = weights['gpt.pos.weight'][:rows]
+    return lora.load_base(net, weights)
