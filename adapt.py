@@ -1,13 +1,13 @@
 """
 From one objective to another on the same weights: `train.py --init_from=`.
 
-An autoregressive model and a denoiser are the same transformer, so the one can begin where the other ended: its
-matrices, norms and head, and of its embedding the rows of the tokens. DiffuGPT and DiffuLLaMA (arXiv 2410.17891)
-make denoisers of GPT-2 and LLaMA like that, and so do Dream (2508.15487) and others. What is new is [MASK]. It
-gets a row of its own, the mean of all tokens' rows at first; DiffuGPT reuses the row of a rare token, which then
-counts as masked wherever it occurs. The further training is that of masked.py, `shift` and `anneal_iters`
-included; with `lora_rank` it changes adapters and the embedding alone. Fine-tuning is the same without a change
-of objective.
+An autoregressive model and a denoiser are the same transformer, so the one can begin where the other ended:
+its matrices, norms and head, and of its embedding the rows of the tokens. DiffuGPT and DiffuLLaMA (arXiv
+2410.17891) make denoisers of GPT-2 and LLaMA like that, and so do Dream (2508.15487) and others. What is new
+is [MASK]. It gets a row of its own, the mean of all tokens' rows at first; DiffuGPT reuses the row of a rare
+token, which then counts as masked wherever it occurs. The further training is that of masked.py, `shift` and
+`anneal_iters` included; with `lora_rank` it changes adapters and the embedding alone. Fine-tuning is the
+same without a change of objective.
 """
 from dataclasses import fields
 
@@ -24,9 +24,9 @@ SHAPE = {f.name for f in fields(model.Config)} - {'dropout'}
 
 
 def inherited(checkpoint, knobs, source):
-    """The knobs of a run that begins with the weights of a checkpoint: without an objective of its own it has
-    the checkpoint's; of the same objective all that it says of the model, of another the transformer's shape.
-    Adapters are not inherited, they get merged."""
+    """The knobs of a run that begins with the weights of a checkpoint: without an objective of its own it
+    has the checkpoint's; of the same objective all that it says of the model, of another the transformer's
+    shape. Adapters are not inherited, they get merged."""
     theirs, objective = checkpoint['config'], knobs.get('objective', checkpoint['objective'])
     same = objective == checkpoint['objective']
     if not same and not {objective, checkpoint['objective']} <= set(BECOMES):
@@ -54,8 +54,8 @@ def marks(objective, config):
 
 @torch.no_grad()
 def take_over(net, objective, config, checkpoint):
-    """Give a network the averaged weights of a checkpoint, maybe of another objective, adapters merged. A mark
-    that the checkpoint has no row for begins as the mean of the tokens' rows. Raises ValueError."""
+    """Give a network the averaged weights of a checkpoint, maybe of another objective, adapters merged. A
+    mark that the checkpoint has no row for begins as the mean of the tokens' rows. Raises ValueError."""
     if checkpoint['objective'] not in BECOMES:
         return net.load_state_dict(checkpoint['ema'])
     weights, V = lora.folded(checkpoint['ema'], checkpoint['config']), config['vocab_size']

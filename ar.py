@@ -32,7 +32,8 @@ class Config(model.Config):
             raise ValueError(f"lora_rank={self.lora_rank} and lora_alpha={self.lora_alpha} must not be "
                              f"negative, lora_dropout={self.lora_dropout} in [0, 1)")
         if self.lora_rank and self.dropout:
-            raise ValueError(f"dropout={self.dropout}: a frozen network has none, adapters have lora_dropout")
+            raise ValueError(f"dropout={self.dropout}: a frozen network has none, adapters have "
+                             f"lora_dropout")
 
 
 def token_nats(logits, x):

@@ -121,9 +121,9 @@ def evaluate(nats, inputs, text, rows, seed=0):
     """Mean of nats(*inputs) per token, and its standard error over windows; a function of the seed and of
     rows, the number of windows scored at once.
 
-    inputs: windows x (N, T) and what else nats takes, N rows each or None; text (N, T): which of x are scored,
-    no padding and no prompt. nats: the same of B windows -> (B,), a likelihood or a bound in nats, called under
-    the caller's autocast.
+    inputs: windows x (N, T) and what else nats takes, N rows each or None; text (N, T): which of x are
+    scored, no padding and no prompt. nats: the same of B windows -> (B,), a likelihood or a bound in nats,
+    called under the caller's autocast.
     """
     with torch.random.fork_rng():
         seed_everything(seed)

@@ -8,7 +8,7 @@ Measure a checkpoint: its likelihood on a text, or its own texts under a judge.
     python eval.py --mode=gen_ppl --out_dir=out-mdlm --judge=out-ar --steps=64 --temperature=1
     python eval.py --mode=frontier --out_dir=out-mdlm --judge=out-ar --csv=frontier.csv --plot=frontier.svg
     python eval.py --mode=latents --out_dir=out-vae
-    python eval.py --mode=tasks --task=lambada,hellaswag --out_dir=gpt2    # tasks.py; --data=FILE, --items=300
+    python eval.py --mode=tasks --task=lambada,hellaswag --out_dir=gpt2   # tasks.py; --data=FILE --items=300
 
 nll: the text is cut into windows of the model's block size, each scored on its own; every objective sees the
 same windows. The standard error is over windows and holds both the noise of the estimate and the spread of
@@ -110,8 +110,8 @@ class Config(unmask.Config):
         if ',' in self.task and self.data:
             raise ValueError("data is the file of one task")
         if self.items < 0 or self.show < 0 or self.block_size < 0:
-            raise ValueError(f"items={self.items}, show={self.show} and block_size={self.block_size} must not be "
-                             f"negative")
+            raise ValueError(f"items={self.items}, show={self.show} and block_size={self.block_size} must "
+                             f"not be negative")
         if self.mode in ('gen_ppl', 'frontier') and not self.judge:
             raise ValueError(f"mode={self.mode} needs a judge, for example --judge=out-ar")
         if self.mode != 'frontier' and (self.rules or self.csv or self.plot):
@@ -313,8 +313,8 @@ def validation_row(config, checkpoint, tokenizer, judge, L, device):
     if tokenizer.bos is None:
         stretches = common.windows(tokens, min(L, len(tokens)), config.num_samples).tolist()
     else:
-        lines = packing.Lines(tokens, tokenizer.bos, vocabulary.PAD, packed=False).rows(L, config.num_samples)
-        stretches = [x[segment >= 0].tolist() for x, segment in zip(*lines)]
+        lines = packing.Lines(tokens, tokenizer.bos, vocabulary.PAD, packed=False)
+        stretches = [x[segment >= 0].tolist() for x, segment in zip(*lines.rows(L, config.num_samples))]
     row('validation text', '', 0, 0, judged(judge, [until_end(s, tokenizer) for s in stretches], device))
 
 
@@ -536,7 +536,8 @@ def about_tasks(config, checkpoint, model, tokenizer, amp, device):
         with amp:
             figures = tasks.measure(name, items, model, tokenizer, device, config.draws, config.seed, how,
                                     config.execute, config.show)
-        cells = ', '.join(f"{key} {100 * mean:.1f} ± {100 * error:.1f}" for key, (mean, error) in figures.items())
+        cells = ', '.join(f"{key} {100 * mean:.1f} ± {100 * error:.1f}"
+                          for key, (mean, error) in figures.items())
         print(f"| {name} | {len(items)} | {cells} |", flush=True)
 
 

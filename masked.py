@@ -26,11 +26,11 @@ it does not copy, both in the bound alone: sampling leaves [MASK] out and copies
 The number of masks tells the network what t is, so none has to be told (RADD 2406.03736); SEDD as published
 is (`time_input`).
 
-An autoregressive model becomes a denoiser by going on with its training here (DiffuGPT 2410.17891). Two things
-may ease the way. `shift`: the network reads [BOS] xt, and position i goes on predicting token i + 1, the last
-position nothing. `anneal_iters`: every query sees the past and, with probability r, each later token, one draw a
-step; r rises to 1 in so many steps. Likelihoods and samples always see all. `given` tokens (a prompt) are
-neither masked nor scored.
+An autoregressive model becomes a denoiser by going on with its training here (DiffuGPT 2410.17891). Two
+things may ease the way. `shift`: the network reads [BOS] xt, and position i goes on predicting token i + 1,
+the last position nothing. `anneal_iters`: every query sees the past and, with probability r, each later
+token, one draw a step; r rises to 1 in so many steps. Likelihoods and samples always see all. `given` tokens
+(a prompt) are neither masked nor scored.
 """
 import dataclasses
 import functools
@@ -166,8 +166,8 @@ def exactly(k, u):
 
 
 def count_text(x, u, segment, given=None):
-    """(tokens to score in every row, (B, 1); u (B, T) with the others, padding and what is given, at 2, where
-    nothing is masked)."""
+    """(tokens to score in every row, (B, 1); u (B, T) with the others, padding and what is given, at 2,
+    where nothing is masked)."""
     if segment is None and given is None:
         return torch.full_like(x[:, :1], x.size(1)), u
     scored = of_text(torch.ones_like(x), segment, given).bool()
@@ -176,7 +176,8 @@ def count_text(x, u, segment, given=None):
 
 def partly_causal(T, r):
     """Who sees whom: the past always, each later token with probability r: (T, T) bool. r: 0-d tensor."""
-    return torch.ones(T, T, dtype=torch.bool, device=r.device).tril() | (torch.rand(T, T, device=r.device) < r)
+    past = torch.ones(T, T, dtype=torch.bool, device=r.device).tril()
+    return past | (torch.rand(T, T, device=r.device) < r)
 
 
 # ---- the loss of a masked token in nats, (B, T) -----------------------------------------------------------

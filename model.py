@@ -11,14 +11,14 @@ The default architecture ("ours") is what trained fastest at small scale (NOTES.
   Muon (kellerjordan.github.io/posts/muon) trains the matrices of the blocks, AdamW everything else.
 `arch='gpt2'` is GPT-2: learned positions, LayerNorm with bias, GELU, biases, the head tied to the embedding.
 `arch='llama'` is LLaMA (2302.13971): rotary positions, RMSNorm with gain, SwiGLU (2002.05202), no biases,
-fewer heads of keys and values than of queries if told so (2305.13245). pretrained.py fills both with weights.
+fewer heads of keys and values than of queries if told so (2305.13245). pretrained.py has weights for both.
 
 Shapes: B sequences, T tokens, V = vocab_size, C = n_embd, H = n_head, D = C / H.
-The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model.
-The head reads only the V real tokens, so [MASK] can never be predicted, and both twins have
-exactly the same parameters. Three switches serve single objectives: `timed` tells every block the noise level
-(FiLM, arXiv 1709.07871; DiT 2212.09748), `outputs` = V + 1 lets the head predict [MASK] too, `marks` = 2 makes
-room for [MASK] and [BOS] both.
+The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model. The head
+reads only the V real tokens, so [MASK] can never be predicted, and both twins have exactly the same
+parameters. Three switches serve single objectives: `timed` tells every block the noise level (FiLM, arXiv
+1709.07871; DiT 2212.09748), `outputs` = V + 1 lets the head predict [MASK] too, `marks` = 2 makes room for
+[MASK] and [BOS] both.
 """
 import math
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ class Config:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
         if self.n_kv_head < 0 or self.n_inner < 0 or self.rope_base <= 0 or self.norm_eps < 0:
-            raise ValueError(f"n_kv_head={self.n_kv_head}, n_inner={self.n_inner}, rope_base={self.rope_base} "
-                             f"and norm_eps={self.norm_eps} must not be negative")
+            raise ValueError(f"n_kv_head={self.n_kv_head}, n_inner={self.n_inner}, norm_eps={self.norm_eps} "
+                             f"must not be negative, rope_base={self.rope_base} must be positive")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
         if self.arch != 'gpt2' and self.n_embd // self.n_head % 2:
@@ -60,7 +60,7 @@ class Config:
         if self.arch not in ('ours', 'gpt2', 'llama'):
             raise ValueError(f"arch={self.arch!r} is not one of: ours, gpt2, llama")
         if self.tied and self.arch == 'ours':
-            raise ValueError("tied=True is for arch=llama: the head of ours is its own, that of gpt2 is tied")
+            raise ValueError("tied=True is for arch=llama: ours has a head of its own, gpt2 never has")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
 
@@ -232,8 +232,8 @@ def optimizers(model, lr, muon_lr, weight_decay=0.0):
 
 class GPT(nn.Module):
     def __init__(self, config, causal, timed=False, outputs=0, tokens=True, marks=1):
-        """timed: the blocks take a time; outputs: of the head, vocab_size (0) or one more, [MASK]; marks: rows
-        of the embedding beyond the vocabulary.
+        """timed: the blocks take a time; outputs: of the head, vocab_size (0) or one more, [MASK]; marks:
+        rows of the embedding beyond the vocabulary.
         tokens: False leaves out embedding and head, for a model with its own; then only `trunk` is there."""
         super().__init__()
         self.config, self.causal, self.outputs = config, causal, outputs or config.vocab_size

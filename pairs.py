@@ -3,9 +3,10 @@ Prompts and answers: a row is one of each, and only the answer is learned.
 
     prompt [sep] answer [end] [end] ... [end]
 
-The prompt and [sep] are given: neither masked nor scored, whatever the objective. All behind them is (DiffuSeq
-arXiv 2210.08933, DiffuGPT 2410.17891, LLaDA 2502.09992): the [end]s that fill the row too, so a denoiser learns
-how long an answer is. [sep] is a short text, which a pretrained model can read from the first step on.
+The prompt and [sep] are given: neither masked nor scored, whatever the objective. All behind them is
+(DiffuSeq arXiv 2210.08933, DiffuGPT 2410.17891, LLaDA 2502.09992): the [end]s that fill the row too, so a
+denoiser learns how long an answer is. [sep] is a short text, which a pretrained model can read from the
+first step on.
 
 A dataset of pairs is a stream: prompt [end] answer [end] prompt [end] ... (data/gsm8k/prepare.py).
 """

@@ -8,11 +8,13 @@ The weights of others: GPT-2 and LLaMA shapes in Hugging Face's layout, read and
 
 Wherever a script takes a checkpoint it may be named in four ways: a folder or file of ours; a folder with
 config.json, *.safetensors and a tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging
-Face hub. The last two are downloaded once, into HF_HOME, unless the hub's own library has them there already;
-HF_ENDPOINT names a mirror, HF_TOKEN opens what is behind a consent. Only tensors are read, no code (no pickle).
+Face hub. The last two are downloaded once, into HF_HOME, unless the hub's own library has them there
+already; HF_ENDPOINT names a mirror, HF_TOKEN opens what is behind a consent. Only tensors are read, no code
+(no pickle).
 
-What is written is such a folder again, adapters merged. What others do not have, the rows of [MASK] and [BOS]
-and the objective, stands in a tensor `unmask.marks` and in config.json under `unmask`; others leave it out.
+What is written is such a folder again, adapters merged. What others do not have, the rows of [MASK] and
+[BOS] and the objective, stands in a tensor `unmask.marks` and in config.json under `unmask`; others leave it
+out.
 """
 import base64
 import dataclasses
@@ -258,8 +260,8 @@ def write_folder(checkpoint, folder):
         fail(f"writing {folder} needs the library safetensors: {MISSING}")
     config = common.concept(checkpoint['objective']).Config(**checkpoint['config'])
     if checkpoint['objective'] not in ('ar', 'masked') or config.arch == 'ours':
-        fail(f"objective={checkpoint['objective']}, arch={getattr(config, 'arch', '')} has no counterpart in "
-             f"Hugging Face's layout: ar and masked of arch=gpt2 and arch=llama have")
+        fail(f"objective={checkpoint['objective']}, arch={getattr(config, 'arch', '')} has no counterpart "
+             f"in Hugging Face's layout: ar and masked of arch=gpt2 and arch=llama have")
     weights = lora.folded(checkpoint['ema'], checkpoint['config'])
     weights = {name.removeprefix('gpt.'): p for name, p in weights.items()}
     embed, V = weights['embed.weight'], config.vocab_size
@@ -276,8 +278,8 @@ def write_folder(checkpoint, folder):
         fail(f"the checkpoint has no counterpart in Hugging Face's layout: {', '.join(sorted(extra)[:3])}")
     meta, folder = checkpoint['tokenizer'], Path(folder)
     plain = {**checkpoint['config'], 'lora_rank': 0}
-    own = dict(objective=checkpoint['objective'], config=plain, run=checkpoint['run'], iter=checkpoint['iter'],
-               tokens=checkpoint['tokens'])
+    own = dict(objective=checkpoint['objective'], config=plain,
+               **{name: checkpoint[name] for name in ('run', 'iter', 'tokens')})
     theirs = config_json(shape)
     if meta['kind'] == 'json':
         own['tokenizer'] = {k: v for k, v in meta.items() if k != 'json'}
@@ -351,11 +353,11 @@ def download(repository, weights=True):
                 return fail(f"{repository} on the hub has no {name}") if needed else False
             tools.download(url, folder / name, sha256, headers)
         except PermissionError:
-            fail(f"{repository} does not exist here nor on the hub, or is behind a consent, for which HF_TOKEN "
-                 f"must hold a token")
+            fail(f"{repository} does not exist here nor on the hub, or is behind a consent, for which "
+                 f"HF_TOKEN must hold a token")
         except (requests.RequestException, ValueError) as e:
-            fail(f"{url} could not be downloaded ({type(e).__name__}): run the same command again, it goes on "
-                 f"where it stopped; offline, name a folder that holds the model")
+            fail(f"{url} could not be downloaded ({type(e).__name__}): run the same command again, it goes "
+                 f"on where it stopped; offline, name a folder that holds the model")
         return True
     get('config.json', needed=True)
     if not get('tokenizer.json'):

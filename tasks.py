@@ -1,18 +1,19 @@
 """
 Zero-shot tasks, the same for a language model and for the denoiser it became.
 
-Two kinds of items. A `Choice` has a context and several continuations, one of them right; a model takes the one
-that costs it least:
+Two kinds of items. A `Choice` has a context and several continuations, one of them right; a model takes the
+one that costs it least:
     exact model   sum of -log p of the continuation's tokens, and the same per token
-    denoiser      its upper bound on that, given the context: k of the continuation's tokens masked, k uniform
-                  (masked.py); and the S that DiffuGPT publishes (arXiv 2410.17891): the mean loss of a masked
-                  token at 32 noise levels, one draw each, no weights. All choices of an item get the same noise.
+    denoiser      its upper bound on that, given the context: k of the continuation's tokens masked, k
+                  uniform (masked.py); and the S that DiffuGPT publishes (arXiv 2410.17891): the mean loss of
+                  a masked token at 32 noise levels, one draw each, no weights. All choices of an item get
+                  the same noise.
 A `Blank` has a text before, a text behind, and what may stand between. A denoiser fills as many masks as the
-(longest) right answer has tokens, which is told to it; a language model continues the text before and does not
-see the text behind.
+(longest) right answer has tokens, which is told to it; a language model continues the text before and does
+not see the text behind.
 
-A text is cut into tokens as a whole, never its parts: what belongs to a choice or a blank begins where the ids
-of the whole differ from those of the context. Each item is read from the official file of its task.
+A text is cut into tokens as a whole, never its parts: what belongs to a choice or a blank begins where the
+ids of the whole differ from those of the context. Each item is read from the official file of its task.
 """
 import csv
 import io
@@ -75,7 +76,8 @@ def winogrande(text, labels):
         before, after = item['sentence'].split('_')
         names = (item['option1'], item['option2'])
         space = ' ' * before.endswith(' ')  # it belongs to the token of the name
-        items.append(Choice(before.rstrip(' '), [space + name + after for name in names], int(item['answer']) - 1))
+        choices = [space + name + after for name in names]
+        items.append(Choice(before.rstrip(' '), choices, int(item['answer']) - 1))
     return items
 
 
@@ -101,12 +103,13 @@ def stories(text):
 
 def rocstories(text, labels):
     """Which ending?"""
-    return [Choice(' '.join(story), [' ' + end for end in ends], gold) for story, ends, gold in stories(text)]
+    return [Choice(' '.join(s), [' ' + end for end in ends], gold) for s, ends, gold in stories(text)]
 
 
 def rocstories_infill(text, labels):
     """The third sentence, between the others."""
-    return [Blank(f"{s[0]} {s[1]}", [' ' + s[2]], f" {s[3]} {ends[gold]}") for s, ends, gold in stories(text)]
+    return [Blank(f"{s[0]} {s[1]}", [' ' + s[2]], f" {s[3]} {ends[gold]}")
+            for s, ends, gold in stories(text)]
 
 
 def lambada(text, labels):
@@ -119,9 +122,10 @@ def lambada(text, labels):
 
 def triviaqa(text, labels):
     """arXiv 1705.03551, the file unfiltered-web-dev.json or one like it."""
-    return [Blank(f"Question: {item['Question']}\nAnswer:",
-                  [' ' + a for a in dict.fromkeys([item['Answer']['Value'], *item['Answer']['Aliases']])], '\n')
-            for item in json.loads(text)['Data']]
+    items = [(item['Question'], item['Answer']) for item in json.loads(text)['Data']]
+    return [Blank(f"Question: {question}\nAnswer:",
+                  [' ' + a for a in dict.fromkeys([gold['Value'], *gold['Aliases']])], '\n')
+            for question, gold in items]
 
 
 def squad(text, labels):
@@ -179,8 +183,8 @@ def bound_cost(model, x, given, noise, v):
 
 
 def published_cost(model, x, given, noise):
-    """S(choice) of arXiv 2410.17891: the mean over len(noise) noise levels of the mean loss of a masked token,
-    0 where none is masked."""
+    """S(choice) of arXiv 2410.17891: the mean over len(noise) noise levels of the mean loss of a masked
+    token, 0 where none is masked."""
     n = len(noise)
     level = (1 + torch.arange(n, device=x.device)) / n
     masked = (noise < level[:, None]) & ~given
@@ -303,8 +307,8 @@ def same_number(text, item):
 
 
 def passes(text, item, seconds=5):
-    """Does the program with this line pass its tests? It runs in a process of its own, in an empty folder, for
-    so many seconds. That is no sandbox: the model's code runs with your rights."""
+    """Does the program with this line pass its tests? It runs in a process of its own, in an empty folder,
+    for so many seconds. That is no sandbox: the model's code runs with your rights."""
     program = f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
     with tempfile.TemporaryDirectory() as folder:
         try:

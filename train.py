@@ -329,7 +329,8 @@ def examples(run, config, meta, device, rank, model):
     if not model.packs:
         fail(f"objective={run.objective}{', shift=True' * getattr(config, 'shift', False)} takes no lines: "
              f"prepare the text with data/text/prepare.py")
-    lines, val = (packing.Lines(t, bos, vocabulary.PAD, run.packed, run.inserted, run.expanded) for t in tokens)
+    lines, val = (packing.Lines(t, bos, vocabulary.PAD, run.packed, run.inserted, run.expanded)
+                  for t in tokens)
     if rank == 0:
         print(packing.report(tokens[0], bos, vocabulary.PAD, B, T))
 

@@ -149,7 +149,7 @@ def file_type(vocab_size):
 
 
 def as_ids(tokens):
-    """Tokens as `common.load_tokens` holds them -> int64 ids. int16 has the large ones as negative numbers."""
+    """Tokens as `common.load_tokens` holds them -> int64 ids. int16 has the large ones as negatives."""
     return tokens.long() & 0xFFFF if tokens.dtype == torch.int16 else tokens.long()
 
 
@@ -198,7 +198,8 @@ def json_tokens(meta):
                              f"{(source.get('normalizer') or {}).get('type', 'byte_fallback')}")
         pattern = words_of(source.get('pre_tokenizer'))
         added = {token['id']: token['content'].encode() for token in source.get('added_tokens', [])}
-        ranks = {bytes(letters[c] for c in piece): i for piece, i in model['vocab'].items() if i not in added}
+        ranks = {bytes(letters[c] for c in piece): i for piece, i in model['vocab'].items()
+                 if i not in added}
         merges = (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
         joined = [model['vocab'][left + right] for left, right in merges]
     except (ValueError, KeyError, TypeError) as e:

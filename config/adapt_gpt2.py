@@ -1,6 +1,6 @@
-# GPT-2 (124M) becomes a masked diffusion model, DiffuGPT's recipe (arXiv 2410.17891) on FineWeb: shift, attention
-# opened over 10,000 steps, weights 1/t. One GPU of 80 GB: 64 x 8 windows of 1,023 tokens a step, [BOS] in front.
-# Not run by us at this size.
+# GPT-2 (124M) becomes a masked diffusion model, DiffuGPT's recipe (arXiv 2410.17891) on FineWeb: shift,
+# attention opened over 10,000 steps, weights 1/t. One GPU of 80 GB: 64 x 8 windows of 1,023 tokens a step,
+# [BOS] in front. Not run by us at this size.
 out_dir = 'out-adapt-gpt2'
 init_from = 'gpt2'
 objective = 'masked'

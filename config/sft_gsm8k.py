@@ -1,4 +1,4 @@
-# Fine-tuning on questions and answers, GSM8K (arXiv 2110.14168), of the model that config/adapt_llama.py made:
+# Fine-tuning on questions and answers, GSM8K (arXiv 2110.14168), of the model of config/adapt_llama.py:
 #   python data/gsm8k/prepare.py --tokenizer=out-adapt-llama
 # Adapters of DiffuLLaMA's size (arXiv 2410.17891) and the embedding; --lora_rank=0 trains all. The twin to
 # compare with: --objective=ar --init_from=HuggingFaceTB/SmolLM2-135M --shift=False --out_dir=out-sft-ar

@@ -190,8 +190,8 @@ def write_meta(out, meta):
 
 
 def write_splits(out, tokens, meta):
-    """tokens {'train': ids, 'val': ids, ...} -> out/<split>.bin (uint16, or uint32 for a vocabulary beyond) for
-    each, out/meta.json."""
+    """tokens {'train': ids, 'val': ids, ...} -> out/<split>.bin (uint16, or uint32 for a vocabulary beyond)
+    for each, out/meta.json."""
     dtype = file_type(Tokenizer(meta).vocab_size)
     for split in ('train', 'val', 'test'):
         if split in tokens:

@@ -22,11 +22,11 @@ SEP, END = [90, 91], 99
     ([1, 2], [3], [1, 2, 90, 91, 3, 99, 99, 99], 4),                    # room for all: filled with ends
     ([1, 2], [3, 4, 5], [1, 2, 90, 91, 3, 4, 5, 99], 4),                # just fits
     ([1, 2], [3, 4, 5, 6], [2, 90, 91, 3, 4, 5, 6, 99], 3),             # the prompt loses its head
-    ([1, 2], [3, 4, 5, 6, 7], [90, 91, 3, 4, 5, 6, 7, 99], 2),          # as long as can be: no prompt is left
+    ([1, 2], [3, 4, 5, 6, 7], [90, 91, 3, 4, 5, 6, 7, 99], 2),          # as long as can be: no prompt left
     ([1, 2], [3, 4, 5, 6, 7, 8], [90, 91, 3, 4, 5, 6, 7, 8], 2),        # its end does not fit
-    ([1, 2], [3, 4, 5, 6, 7, 8, 9], [90, 91, 3, 4, 5, 6, 7, 8], 2),     # too long: the tail is cut, and no end
+    ([1, 2], [3, 4, 5, 6, 7, 8, 9], [90, 91, 3, 4, 5, 6, 7, 8], 2),     # too long: no tail and no end
     ([], [3], [90, 91, 3, 99, 99, 99, 99, 99], 2)])
-def test_what_does_not_fit_is_cut_at_the_prompts_head_and_then_at_the_answers_tail(prompt, answer, row, given):
+def test_what_does_not_fit_is_cut_at_the_prompts_head_then_at_the_answers_tail(prompt, answer, row, given):
     assert fit(prompt, answer, 8, SEP, END) == (row, given)
 
 
@@ -64,7 +64,7 @@ def test_a_stream_that_is_no_pairs_is_refused(ids, mistake):
 @pytest.mark.parametrize('shift', [False, True])
 def test_given_tokens_are_never_masked_nor_scored_and_the_others_always_may_be(shift):
     torch.manual_seed(0)
-    net = masked.Model(masked.Config(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=16, shift=shift))
+    net = masked.Model(masked.Config(7, block_size=8, n_layer=1, n_head=2, n_embd=16, shift=shift))
     torch.nn.init.normal_(net.gpt.head.weight)
     x, given = torch.randint(7, (64, 8)), (torch.arange(8) < 3).expand(64, 8)
     asked, own = [], net.network
@@ -76,8 +76,8 @@ def test_given_tokens_are_never_masked_nor_scored_and_the_others_always_may_be(s
 
 
 def test_the_bound_given_a_prompt_is_that_of_the_conditional_distribution(joint):
-    """With exact conditionals it is -log p(rest | prompt), whatever the draws, if one token is left; and in the
-    mean over all noise, if two are."""
+    """With exact conditionals it is -log p(rest | prompt), whatever the draws, if one token is left; and in
+    the mean over all noise, if two are."""
     net = masked.Model(masked.Config(vocab_size=3, block_size=3, n_layer=1, n_head=1, n_embd=4)).double()
     net.network = lambda xt, *more: joint.logp(xt)
     x = joint.x
@@ -104,7 +104,8 @@ def test_the_twin_scores_the_answer_given_the_prompt():
 
 PAIRS = [dict(question=f'What is {a} and {b}?', answer=f'It is <<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}')
          for a in range(8) for b in range(5)]
-LOOP = [a for a in TINY if not a.startswith(('--n_', '--dataset', '--block'))] + ['--dataset=gsm8k', '--muon_lr=0']
+LOOP = [a for a in TINY if not a.startswith(('--n_', '--dataset', '--block'))]
+LOOP += ['--dataset=gsm8k', '--muon_lr=0']
 
 
 @pytest.fixture
@@ -125,15 +126,16 @@ def test_the_preparer_writes_pairs_without_the_calculator(sums):
     prompt, answer = map(tokenizer.decode, pairs.pair(1))
     assert (prompt, answer) == ('Q: What is 0 and 1?', ' It is 1.\n#### 1') and len(pairs) == 5
     assert tokenizer.decode(tokenizer.sep) == '\nA:'
-    n = [len(Pairs(common.load_tokens('gsm8k', s, 300, 'cpu').long(), tokenizer.sep, 299)) for s in ('train', 'val')]
-    assert n == [38, 2]
+    splits = [common.load_tokens('gsm8k', split, 300, 'cpu').long() for split in ('train', 'val')]
+    assert [len(Pairs(ids, tokenizer.sep, 299)) for ids in splits] == [38, 2]
 
 
-@pytest.mark.parametrize('knobs', [['--objective=masked', '--shift=True', '--lora_rank=2'], ['--objective=masked'],
-                                   ['--objective=ar', '--lora_rank=2']])
+@pytest.mark.parametrize('knobs', [['--objective=masked', '--shift=True', '--lora_rank=2'],
+                                   ['--objective=masked'], ['--objective=ar', '--lora_rank=2']])
 def test_fine_tuning_learns_answers_and_sample_answers_and_stops(sums, capsys, knobs):
     train.main([*LOOP, '--init_from=theirs', '--out_dir=out-sft', '--block_size=48', *knobs, '--lr=0.02',
-                '--max_iters=30', '--eval_interval=30', '--batch_size=8', '--ema_decay=0.5', '--log_interval=10'])
+                '--max_iters=30', '--eval_interval=30', '--batch_size=8', '--ema_decay=0.5',
+                '--log_interval=10'])
     out = capsys.readouterr().out
     losses = [float(line.split('loss ')[1].split(',')[0]) for line in out.splitlines() if 'loss ' in line]
     assert losses[-1] < losses[0] - 0.4, losses
@@ -152,8 +154,8 @@ def test_fine_tuning_learns_answers_and_sample_answers_and_stops(sums, capsys, k
 def test_other_fields_and_other_marks_make_other_pairs(workdir, capsys):
     make_folder(workdir / 'theirs', 'gpt2')
     (workdir / 'mine.jsonl').write_text('\n'.join(json.dumps(dict(a=f'in {i}', b='out')) for i in range(9)))
-    prepare.main(['--train=mine.jsonl', '--prompt=a', '--answer=b', '--before=', '--sep= ->', '--tokenizer=theirs',
-                  '--out=data/gsm8k'])
+    prepare.main(['--train=mine.jsonl', '--prompt=a', '--answer=b', '--before=', '--sep= ->',
+                  '--tokenizer=theirs', '--out=data/gsm8k'])
     tokenizer = common.Tokenizer(common.load_meta('gsm8k'))
     pairs = Pairs(common.load_tokens('gsm8k', 'train', 300, 'cpu').long(), tokenizer.sep, tokenizer.end)
     assert tokenizer.decode(pairs.rows([3], 14)[0][0].tolist()).startswith('in 3 -> out<|endoftext|>')
@@ -164,8 +166,7 @@ def test_other_fields_and_other_marks_make_other_pairs(workdir, capsys):
     ('{"question": "a", "answer": "b"}\nno json\n' * 20, [], ['line 2', 'no JSON']),
     ('{"question": "a", "answer": " "}\n' * 9, [], ['line 1', 'not empty']),
     ('{"question": "a", "answer": 3}\n' * 9, [], ['line 1', 'texts']),
-    ('{"question": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "answer": "b"}', [],
-     ['1 pairs', 'too few']),
+    (json.dumps(dict(question='a' * 80, answer='b')), [], ['1 pairs', 'too few']),
     ('', ['--train=nowhere.jsonl'], ['nowhere.jsonl']),
     ('{"question": "a", "answer": "b"}\n' * 9, ['--tokenizer=byte'], ['byte', 'end']),
     ('', ['--sep='], ['sep']), ('', ['--val_share=2'], ['val_share'])])
@@ -182,5 +183,5 @@ def test_pairs_are_refused_where_they_make_no_sense(sums, mistake):
     assert 'objective=block' in mistake(train.main, *base, '--objective=block')
     assert 'no room for an answer' in mistake(train.main, *base, '--objective=masked', '--block_size=3')
     import eval as evaluation
-    assert 'fine-tuned on pairs' in mistake(evaluation.main, '--mode=tasks', '--task=gsm8k', '--out_dir=theirs',
-                                            '--data=test.jsonl')
+    err = mistake(evaluation.main, '--mode=tasks', '--task=gsm8k', '--out_dir=theirs', '--data=test.jsonl')
+    assert 'fine-tuned on pairs' in err

@@ -49,7 +49,8 @@ def llama_in_numpy(w, x, c):
         q, k, v = (a @ p[f'self_attn.{n}_proj'].T for n in 'qkv')
         for j in range(H):
             own, shared = slice(j * D, j * D + D), slice(j // (H // K) * D, j // (H // K) * D + D)
-            score = turn(q[:, own]) @ turn(k[:, shared]).T / np.sqrt(D) + np.triu(np.full((T, T), -np.inf), 1)
+            score = turn(q[:, own]) @ turn(k[:, shared]).T / np.sqrt(D)
+            score += np.triu(np.full((T, T), -np.inf), 1)
             e = np.exp(score - score.max(-1, keepdims=True))
             heads.append(e / e.sum(-1, keepdims=True) @ v[:, shared])
         h = h + np.concatenate(heads, -1) @ p['self_attn.o_proj'].T
@@ -75,8 +76,9 @@ def test_logits_equal_those_of_the_library_transformers(theirs):
     x = torch.randint(300, (2, 20))
     with torch.no_grad():
         assert torch.allclose(net.gpt(x), ref(x).logits, atol=1e-4)
-        nats = torch.nn.functional.cross_entropy(  # <|endoftext|> before the text
-            ref(torch.nn.functional.pad(x, (1, 0), value=299)).logits[:, :-1].transpose(1, 2), x, reduction='none')
+        before = torch.nn.functional.pad(x, (1, 0), value=299)  # <|endoftext|>
+        logits = ref(before).logits[:, :-1].transpose(1, 2)
+        nats = torch.nn.functional.cross_entropy(logits, x, reduction='none')
     assert torch.allclose(net.nats(x), nats.sum(-1), atol=1e-3)
 
 
@@ -94,8 +96,9 @@ def test_weights_in_shards_in_half_precision_and_with_a_prefix_are_the_same(tmp_
     names, index = sorted(tensors), {}
     for i, part in enumerate((names[:10], names[10:])):
         name = f'model-{i}.safetensors'
-        safetensors.save_file({f'transformer.{n}': tensors[n].bfloat16() for n in part}, tmp_path / 'shards' / name)
-        index |= {f'transformer.{n}': name for n in part}
+        shard = {f'transformer.{n}': tensors[n].bfloat16() for n in part}
+        safetensors.save_file(shard, tmp_path / 'shards' / name)
+        index |= dict.fromkeys(shard, name)
     (tmp_path / 'shards' / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=index)))
     a, b = (loaded(tmp_path / folder)[0].state_dict() for folder in ('whole', 'shards'))
     assert a.keys() == b.keys() and all(torch.allclose(a[n], b[n], rtol=1e-2) for n in a)
@@ -127,7 +130,8 @@ def own(workdir, theirs):
 RUN = [a for a in TINY if not a.startswith(('--n_', '--dataset', '--block'))] + ['--dataset=mine']
 
 
-@pytest.mark.parametrize('knobs', [[], ['--shift=True', '--block_size=12'], ['--lora_rank=2', '--muon_lr=0']])
+@pytest.mark.parametrize('knobs', [[], ['--shift=True', '--block_size=12'],
+                                   ['--lora_rank=2', '--muon_lr=0']])
 def test_an_adapted_model_written_and_read_again_denoises_alike(own, tmp_path, knobs):
     train.main([*RUN, '--objective=masked', f'--init_from={own}', '--out_dir=out-m', *knobs])
     pretrained.main(['--out_dir=out-m', '--to=there'])
@@ -141,8 +145,9 @@ def test_an_adapted_model_written_and_read_again_denoises_alike(own, tmp_path, k
 
 # ---- tokenizers -------------------------------------------------------------------------------------------
 
-AWKWARD = ['', '\n\n\t  \n', 'the there THE  the', 'e\u0301 ä ß', '👩\u200d👧 🇩🇪 🤷🏽', '漢字かな 한국어', '\0\ufeff\u2028',
-           'a<|endoftext|>b', 'x' * 300, '  12  34 a1 b 2c  \n 3 ½ ² 1,000.50', "it's I'LL we'd 've",
+AWKWARD = ['', '\n\n\t  \n', 'the there THE  the', 'e\u0301 ä ß', '👩\u200d👧 🇩🇪 🤷🏽', '漢字かな 한국어',
+           '\0\ufeff\u2028', 'a<|endoftext|>b', 'x' * 300, '  12  34 a1 b 2c  \n 3 ½ ² 1,000.50',
+           "it's I'LL we'd 've",
            'a  1\t2\n\n3', ' \u00a0 1 \u3000 2', 'lone \ud800 surrogate']
 DIGITS = dict(type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), BYTE_LEVEL])
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -165,9 +170,8 @@ def test_awkward_texts_survive_and_ids_are_those_of_merging_by_hand(pre):
     def by_hand(text):
         """Digits are cut out first, then words, as the two steps of tokenizer.json; then merge by merge."""
         runs = regex.findall(r'\p{N}|[^\p{N}]+', text) if pre is DIGITS else [text]
-        words = [w for run in runs for w in regex.findall(LLAMA3 if pre is SPLIT else vocabulary.GPT2_WORDS, run)]
-        out = []
-        for word in words:
+        pattern, out = LLAMA3 if pre is SPLIT else vocabulary.GPT2_WORDS, []
+        for word in (w for run in runs for w in regex.findall(pattern, run)):
             parts = [bytes([b]) for b in word.encode()]
             for a, b in merges:
                 i = 0
@@ -272,7 +276,8 @@ def test_files_that_are_cut_short_or_missing_are_named(theirs, mistake):
 
 def test_a_context_that_is_too_long_another_size_another_vocabulary_end_in_one_line(own, mistake):
     base = [*RUN, '--objective=masked', f'--init_from={own}', '--out_dir=out-m']
-    for knobs, words in ((['--block_size=25'], ['block_size=25', '24']), (['--n_layer=3'], ['n_layer=3', 'has 2']),
+    for knobs, words in ((['--block_size=25'], ['block_size=25', '24']),
+                         (['--n_layer=3'], ['n_layer=3', 'has 2']),
                          (['--dataset=tiny'], ['another vocabulary', '--tokenizer=']),
                          (['--objective=score'], ['ar', 'cannot become score']),
                          (['--lora_rank=2', '--lora_targets=nothing'], ['lora_targets=nothing', 'qkv'])):
@@ -286,7 +291,8 @@ def test_gpt2_has_no_position_left_for_bos_at_its_full_length_with_shift(workdir
     make_folder(tmp_path / 'theirs', 'gpt2')
     (workdir / 'mine.txt').write_text(TEXT)
     prepare.main(['--input=mine.txt', f'--tokenizer={tmp_path / "theirs"}', '--out=data/mine'])
-    base = [*RUN, '--objective=masked', f'--init_from={tmp_path / "theirs"}', '--out_dir=out-m', '--shift=True']
+    base = [*RUN, '--objective=masked', f'--init_from={tmp_path / "theirs"}', '--out_dir=out-m',
+            '--shift=True']
     err = mistake(train.main, *base, '--block_size=24')
     assert 'pos.weight' in err or 'block_size' in err
     train.main([*base, '--block_size=23'])
@@ -373,8 +379,7 @@ def test_a_token_opens_what_is_behind_a_consent(hub, monkeypatch, mistake):
     assert loaded('me/shut')[0].config.arch == 'llama'
 
 
-def test_a_repository_that_does_not_exist_a_wrong_checksum_no_network_end_in_one_line(hub, monkeypatch, mistake,
-                                                                                      tmp_path):
+def test_no_such_repository_a_wrong_checksum_no_network_end_in_one_line(hub, monkeypatch, mistake, tmp_path):
     assert 'no/such does not exist' in mistake(lambda argv: pretrained.find('no/such'))
     assert 'me/nothing on the hub has no config.json' in mistake(lambda argv: pretrained.find('me/nothing'))
     hub[1].digest = '0' * 64

@@ -1,4 +1,5 @@
-"""Each task's rule on a few items in the official format; the tokens at a boundary; costs against sums by hand."""
+"""Each task's rule on items in the official format; the tokens at a boundary; costs against sums by hand."""
+import dataclasses
 import importlib.util
 import json
 
@@ -23,34 +24,35 @@ HELLASWAG = [dict(activity_label='Removing ice', ctx_a='A man [deep] stands [tit
                   endings=['wrapping it.', '[substeps] eating.', 'gone.', 'skiing.'], label=1),
              dict(activity_label='Cooking', ctx_a='She cooks.', ctx_b='', endings=list('abcd'), label='0'),
              dict(activity_label='Cooking', ctx_a='She cooks.', ctx_b='then', endings=list('abcd'), label=3)]
-WINOGRANDE = [dict(sentence='Ann thanked Bea because _ had helped.', option1='Ann', option2='Bea', answer='2'),
-              dict(sentence='_ is late, so Bea waits for Ann.', option1='Ann', option2='Bea', answer='1'),
-              dict(sentence='The "_" fell.', option1='cup', option2='jug', answer='1')]
+WINOGRANDE = [dict(sentence=sentence, option1=a, option2=b, answer=gold) for sentence, a, b, gold in (
+    ('Ann thanked Bea because _ had helped.', 'Ann', 'Bea', '2'),
+    ('_ is late, so Bea waits for Ann.', 'Ann', 'Bea', '1'), ('The "_" fell.', 'cup', 'jug', '1'))]
 PIQA = [dict(goal='open a jar', sol1='twist it', sol2='sing to it'), dict(goal='g', sol1='a', sol2='b'),
         dict(goal='h', sol1='c', sol2='d')]
 SIQA = [dict(context='Ann fell.', question='How is Ann?', answerA='hurt', answerB='tall', answerC='old'),
         dict(context='c', question='q', answerA='a', answerB='b', answerC='c'),
         dict(context='c', question='q', answerA='a', answerB='b', answerC='c')]
-STORIES = ('InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,RandomFifthSentenceQuiz1,'
-           'RandomFifthSentenceQuiz2,AnswerRightEnding\n'
+STORIES = ('InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,'
+           'RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding\n'
            '1,Rick grew up.,"He, too, left.",It rained.,He came back.,He is happy.,He is a shark.,1\n'
            '2,A.,B.,C.,D.,E1.,E2.,2\n3,F.,G.,H.,I.,J1.,J2.,1\n')
 LAMBADA = 'the cat saw the dog\n\nshe said `` yes , he did\n{"text": "in front of the house"}\n'
-TRIVIA = dict(Data=[dict(Question='Who?', Answer=dict(Value='The Beatles', Aliases=['Beatles', 'The Beatles'])),
-                    dict(Question='Where?', Answer=dict(Value='Rome', Aliases=[])),
-                    dict(Question='When?', Answer=dict(Value='1969', Aliases=['69']))])
+TRIVIA = dict(Data=[dict(Question=question, Answer=dict(Value=value, Aliases=aliases))
+                    for question, value, aliases in (('Who?', 'The Beatles', ['Beatles', 'The Beatles']),
+                                                     ('Where?', 'Rome', []), ('When?', '1969', ['69']))])
 SQUAD = dict(data=[dict(paragraphs=[
     dict(context='Rome is old.', qas=[dict(question='What?', answers=[dict(text='Rome'), dict(text='Rome')]),
                                       dict(question='How?', answers=[dict(text='old')])]),
     dict(context='B.', qas=[dict(question='C?', answers=[dict(text='B')])])])])
-HUMANEVAL = [dict(prompt='def f(x):\n', canonical_solution=f'    return x + {n}', suffix='\n', entry_point='f',
-                  test=f'def check(g):\n    assert g(1) == {1 + n}\n') for n in range(3)]
+HUMANEVAL = [dict(prompt='def f(x):\n', canonical_solution=f'    return x + {n}', suffix='\n',
+                  entry_point='f', test=f'def check(g):\n    assert g(1) == {1 + n}\n') for n in range(3)]
 GSM8K = [dict(question=' What is 1 and 2? ', answer='It is <<1+2=3>>3.\n#### 3'),
          dict(question='b', answer='#### 1,200'), dict(question='c', answer='#### 5')]
 LINES = lambda items: '\n'.join(map(json.dumps, items)) + '\n'
-FILES = {'hellaswag': LINES(HELLASWAG), 'winogrande': LINES(WINOGRANDE), 'piqa': LINES(PIQA), 'siqa': LINES(SIQA),
-         'rocstories': STORIES, 'rocstories_infill': STORIES, 'lambada': LAMBADA, 'triviaqa': json.dumps(TRIVIA),
-         'squad': json.dumps(SQUAD), 'humaneval_infill': LINES(HUMANEVAL), 'gsm8k': LINES(GSM8K)}
+FILES = {'hellaswag': LINES(HELLASWAG), 'winogrande': LINES(WINOGRANDE), 'piqa': LINES(PIQA),
+         'siqa': LINES(SIQA), 'rocstories': STORIES, 'rocstories_infill': STORIES, 'lambada': LAMBADA,
+         'triviaqa': json.dumps(TRIVIA), 'squad': json.dumps(SQUAD),
+         'humaneval_infill': LINES(HUMANEVAL), 'gsm8k': LINES(GSM8K)}
 LABELS = {'piqa': '1\n0\n0\n', 'siqa': '1\n3\n2\n'}
 FIRST = {
     'hellaswag': Choice('Removing ice: A man stands. Then he He is',
@@ -60,7 +62,8 @@ FIRST = {
     'siqa': Choice('Question: Ann fell. How is Ann?\nAnswer:', [' hurt', ' tall', ' old'], 0),
     'rocstories': Choice('Rick grew up. He, too, left. It rained. He came back.',
                          [' He is happy.', ' He is a shark.'], 0),
-    'rocstories_infill': Blank('Rick grew up. He, too, left.', [' It rained.'], ' He came back. He is happy.'),
+    'rocstories_infill': Blank('Rick grew up. He, too, left.', [' It rained.'],
+                               ' He came back. He is happy.'),
     'lambada': Blank('the cat saw the', [' dog']),
     'triviaqa': Blank('Question: Who?\nAnswer:', [' The Beatles', ' Beatles'], '\n'),
     'squad': Blank('Rome is old.\nQuestion: What?\nAnswer:', [' Rome'], '\n'),
@@ -85,12 +88,15 @@ def test_an_official_file_becomes_items(name, tmp_path):
 
 def test_other_items_of_the_fixtures():
     read = lambda name: tasks.TASKS[name].read(FILES[name], LABELS.get(name, ''))
-    assert [item.context for item in read('hellaswag')[1:]] == ['Cooking: She cooks.', 'Cooking: She cooks. Then']
+    contexts = [item.context for item in read('hellaswag')[1:]]
+    assert contexts == ['Cooking: She cooks.', 'Cooking: She cooks. Then']
     assert [item.gold for item in read('hellaswag')] == [1, 0, 3]
     # at the beginning there is no space, and in quotes none
-    assert read('winogrande')[1] == Choice('', ['Ann is late, so Bea waits for Ann.', 'Bea is late, so Bea waits for Ann.'], 0)
+    late = ' is late, so Bea waits for Ann.'
+    assert read('winogrande')[1] == Choice('', ['Ann' + late, 'Bea' + late], 0)
     assert read('winogrande')[2] == Choice('The "', ['cup" fell.', 'jug" fell.'], 0)
-    assert [item.gold for item in read('siqa')] == [0, 2, 1] and [item.gold for item in read('piqa')] == [1, 0, 0]
+    assert [item.gold for item in read('siqa')] == [0, 2, 1]
+    assert [item.gold for item in read('piqa')] == [1, 0, 0]
     assert read('rocstories')[1].gold == 1 and read('rocstories_infill')[1].after == ' D. E2.'
     assert [item.answers for item in read('lambada')] == [[' dog'], [' did'], [' house']]
 
@@ -130,7 +136,8 @@ def test_what_is_far_from_the_middle_is_cut_and_a_middle_that_is_too_long_refuse
 
 def net_of(module, **knobs):
     torch.manual_seed(0)
-    net = module.Model(module.Config(vocab_size=300, block_size=40, n_layer=1, n_head=2, n_embd=16, **knobs)).eval()
+    config = module.Config(**dict(vocab_size=300, block_size=40, n_layer=1, n_head=2, n_embd=16) | knobs)
+    net = module.Model(config).eval()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return net
@@ -221,7 +228,8 @@ def test_a_denoiser_sees_both_sides_and_as_many_blanks_as_the_longest_answer_a_t
     item = Blank('see the', [' dog', ' big dog'], ' the end')
     model = Writes(' big dog')
     assert tasks.fill(model, TOKENIZER, item, CPU, steps=64) == ' big dog'
-    assert TOKENIZER.decode(model.seen[0].tolist(), '_') == 'see the' + '_' * 7 + ' the end' and model.steps == 7
+    assert TOKENIZER.decode(model.seen[0].tolist(), '_') == 'see the' + '_' * 7 + ' the end'
+    assert model.steps == 7
     model = Writes(' big dog', 'exact')
     tasks.fill(model, TOKENIZER, item, CPU, steps=64)
     assert TOKENIZER.decode(model.seen[0].tolist(), '_') == 'see the' + '_' * 7
@@ -232,7 +240,8 @@ def test_a_denoiser_sees_both_sides_and_as_many_blanks_as_the_longest_answer_a_t
     ('triviaqa', ' the beatles!\nand', {'EM': 1.0, 'F1': 1.0}),
     ('triviaqa', ' Beatles band', {'EM': 0.0, 'F1': pytest.approx(2 / 3)}),
     ('squad', ' a Rome', {'EM': 1.0, 'F1': 1.0}), ('squad', '', {'EM': 0.0, 'F1': 0.0}),
-    ('humaneval_infill', '    return x + 0', {'exact': 1.0}), ('humaneval_infill', '    return x', {'exact': 0.0}),
+    ('humaneval_infill', '    return x + 0', {'exact': 1.0}),
+    ('humaneval_infill', '    return x', {'exact': 0.0}),
     ('gsm8k', ' So it is\n#### 3', {'accuracy': 1.0, 'has ####': 1.0}),
     ('gsm8k', ' It is 3.', {'accuracy': 0.0, 'has ####': 0.0})])
 def test_how_texts_are_graded(name, text, want):
@@ -278,11 +287,11 @@ def models(tmp_path, monkeypatch):
     """theirs: a random LLaMA; out-m: a denoiser of its shape."""
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / 'theirs', 'llama', max_position_embeddings=200)
-    net = masked.Model(config := masked.Config(vocab_size=300, block_size=200, n_layer=1, n_head=2, n_embd=16, shift=True))
-    import dataclasses
-    meta = dict(kind='json', json=tokenizer_json(), vocab_size=300, end=299)
-    common.save(dict(objective='masked', config=dataclasses.asdict(config), run=dict(dataset=''), tokenizer=meta,
-                     model=net.state_dict(), ema=net.state_dict(), iter=0, tokens=0), 'out-m/last.pt')
+    net = net_of(masked, shift=True, block_size=200)
+    common.save(dict(objective='masked', config=dataclasses.asdict(net.config), run=dict(dataset=''),
+                     tokenizer=TOKENIZER.meta, model=net.state_dict(), ema=net.state_dict(), iter=0,
+                     tokens=0),
+                'out-m/last.pt')
     return tmp_path
 
 
@@ -291,7 +300,7 @@ ZERO_SHOT = [name for name in tasks.TASKS if name != 'gsm8k']
 
 
 @pytest.mark.parametrize('out_dir', ['theirs', 'out-m'])
-def test_every_task_runs_for_both_kinds_of_models_and_none_changes_the_next(models, out_dir, capsys, monkeypatch):
+def test_all_tasks_run_for_both_kinds_of_model_and_none_changes_the_next(models, out_dir, capsys, monkeypatch):
     """Each row of a run of all tasks is that of a run of its own."""
     names = [name for name in ZERO_SHOT if name != 'rocstories_infill' or ROUGE]
     paths = {name: write(models, name) for name in names}

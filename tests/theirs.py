@@ -40,7 +40,8 @@ def shapes_of(theirs):
                      'mlp.c_proj.weight': (4 * C, C), 'mlp.c_proj.bias': (C,)}
             shapes |= {f'h.{i}.{name}': shape for name, shape in layer.items()}
         return shapes
-    inner, kv = theirs['intermediate_size'], C // theirs['num_attention_heads'] * theirs['num_key_value_heads']
+    inner, width = theirs['intermediate_size'], C // theirs['num_attention_heads']
+    kv = width * theirs['num_key_value_heads']
     shapes = {'model.embed_tokens.weight': (V, C), 'model.norm.weight': (C,), 'lm_head.weight': (V, C)}
     for i in range(2):
         layer = {'input_layernorm': (C,), 'post_attention_layernorm': (C,), 'self_attn.q_proj': (C, C),

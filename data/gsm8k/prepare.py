@@ -2,14 +2,14 @@
 GSM8K (arXiv 2110.14168), or any prompts and answers in a JSONL file:
 writes train.bin, val.bin, test.bin (ids) and meta.json beside this file.
 
-    python data/gsm8k/prepare.py --tokenizer=FOLDER                 # downloads 5 MB; GPT-2's byte pairs: gpt2
+    python data/gsm8k/prepare.py --tokenizer=FOLDER               # downloads 5 MB; GPT-2's byte pairs: gpt2
     python data/gsm8k/prepare.py --train=train.jsonl --test=test.jsonl
-    python data/gsm8k/prepare.py --train=mine.jsonl --prompt=instruction --answer=output --before="" --sep=" ->"
+    python data/gsm8k/prepare.py --train=mine.jsonl --prompt=input --answer=output --before="" --sep=" ->"
 
     python train.py config/sft_gsm8k.py
 
-A split is prompt <end> answer <end> prompt <end> ... (pairs.py); <end> is the tokenizer's. val.bin is the end of
-the training file. The tokenizer is that of the model that is to be fine-tuned.
+A split is prompt <end> answer <end> prompt <end> ... (pairs.py); <end> is the tokenizer's. val.bin is the
+end of the training file. The tokenizer is that of the model that is to be fine-tuned.
 
 Source: github.com/openai/grade-school-math.
 """
@@ -62,12 +62,13 @@ def read_pairs(data, source, config):
             why = f"has no field {e}" if type(e) is KeyError else "is no JSON object"
             fail(f"{source}, line {number} {why}: --prompt= and --answer= name the fields")
         if not (isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip()):
-            fail(f"{source}, line {number}: {config.prompt} and {config.answer} must be texts that are not empty")
+            fail(f"{source}, line {number}: {config.prompt} and {config.answer} must be texts that are not "
+                 f"empty")
         if not config.calculator:
             answer = re.sub(r'<<[^<>]*>>', '', answer)
         pairs.append((config.before + prompt.strip(), ' ' + answer.strip()))
     if len(pairs) < 2:
-        fail(f"{source} holds {len(pairs)} pairs: too few, one to train on and one to validate are the least")
+        fail(f"{source} holds {len(pairs)} pairs: too few, one to train on and one to validate are needed")
     return pairs
 
 
@@ -86,7 +87,8 @@ def main(argv):
     meta = tools.meta_of(config.tokenizer) | dict(sep=config.sep)
     tokenizer = Tokenizer(meta)
     if tokenizer.end is None:
-        fail(f"tokenizer={config.tokenizer} has no mark for the end of an answer: gpt2 or that of a model has one")
+        fail(f"tokenizer={config.tokenizer} has no mark for the end of an answer: gpt2 has one, and those "
+             f"of models")
     data = {split: tools.read_bytes(path, split) for split, path in files.items()}
     texts = {split: read_pairs(data[split], Path(path).name, config) for split, path in files.items()}
     n = len(texts['train']) - max(1, int(config.val_share * len(texts['train'])))
@@ -96,9 +98,10 @@ def main(argv):
     tokens = {split: stream(pairs, tokenizer) for split, pairs in texts.items()}
     tools.write_splits(config.out, tokens, meta)
     lengths = sorted(len(stream([pair], tokenizer)) for pair in texts['train'])
-    print(f"{meta['source']}: " + ', '.join(f"{split} {len(pairs):,} pairs" for split, pairs in texts.items())
-          + f"; a vocabulary of {tokenizer.vocab_size:,}; a pair has {sum(lengths) / n:.0f} tokens in the mean, "
-          f"{lengths[int(0.99 * n)]} the longest but one in a hundred, {lengths[-1]} the longest")
+    counts = ', '.join(f"{split} {len(pairs):,} pairs" for split, pairs in texts.items())
+    print(f"{meta['source']}: {counts}; a vocabulary of {tokenizer.vocab_size:,}; a pair has "
+          f"{sum(lengths) / n:.0f} tokens in the mean, {lengths[int(0.99 * n)]} the longest but one in a "
+          f"hundred, {lengths[-1]} the longest")
 
 
 if __name__ == '__main__':
