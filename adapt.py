@@ -21,6 +21,7 @@ BECOMES = ('ar', 'masked', 'block')  # objectives whose weights are those of one
 
 
 SHAPE = {f.name for f in fields(model.Config)} - {'dropout'}
+OWN = ('dropout', 'anneal_iters', 'random_length')  # knobs of a run's training, as are those of lora.py
 
 
 def inherited(checkpoint, knobs, source):
@@ -32,7 +33,8 @@ def inherited(checkpoint, knobs, source):
     if not same and not {objective, checkpoint['objective']} <= set(BECOMES):
         fail(f"init_from={source} is of {checkpoint['objective']}, which cannot become {objective}: "
              f"one of {', '.join(BECOMES)} can become another")
-    kept = {k: v for k, v in theirs.items() if k in SHAPE or same and not k.startswith('lora_')}
+    kept = {k: v for k, v in theirs.items()
+            if k in SHAPE or same and k not in OWN and not k.startswith('lora_')}
     return {**kept, **knobs, 'objective': objective}
 
 
@@ -66,4 +68,7 @@ def take_over(net, objective, config, checkpoint):
     if 'gpt.pos.weight' in weights:  # the context may be cut
         rows = config['block_size'] + config.get('shift', False)  # [BOS] takes one
         weights['gpt.pos.weight'] = weights['gpt.pos.weight'][:rows]
+    homeless = weights.keys() - {name.replace('.linear.', '.') for name in net.state_dict()}
+    if homeless:
+        raise ValueError(f"objective={objective} has no place for {min(homeless)}")
     return lora.load_base(net, weights)

@@ -128,31 +128,39 @@ def as_tokens(ids, device):
 
 
 def load_text(config, checkpoint, tokenizer, device):
-    """Tokens of --input, of --dataset, or of the dataset the checkpoint was trained on."""
+    """Tokens of --input, of --dataset, or of the dataset the checkpoint was trained on; and what stands between
+    prompt and answer, if that dataset is made of these, else None."""
     if config.input:
         try:
             text = Path(config.input).read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as e:
             fail(f"cannot read --input={config.input}: {e}")
-        return as_tokens(tokenizer.stream(text), device)
+        return as_tokens(tokenizer.stream(text), device), None
     dataset = config.dataset or checkpoint['run']['dataset']
+    if not dataset:
+        fail("this model comes without a dataset: name one with --dataset=, or a text with --input=")
     meta, own = common.load_meta(dataset), checkpoint['tokenizer']
     if not config.dataset and meta != own:
         fail(f"data/{dataset} has been prepared anew from another text: score a text with --input=FILE")
     other = vocabulary.Tokenizer(meta)
     tokens = common.load_tokens(dataset, config.split, other.vocab_size, device)
     if other.pieces == tokenizer.pieces:
-        return tokens
-    return as_tokens(tokenizer.stream(other.decode(vocabulary.as_ids(tokens).tolist())), device)
+        return tokens, other.sep
+    if other.sep is not None:
+        fail(f"data/{dataset} holds prompts and answers in other tokens than this model's: prepare it with its "
+             f"tokenizer")
+    return as_tokens(tokenizer.stream(other.decode(vocabulary.as_ids(tokens).tolist())), device), None
 
 
-def rows_of(tokens, tokenizer, model, most, run, plain=False):
+def rows_of(tokens, sep, tokenizer, model, most, run):
     """What `nats` takes of the tokens, as in training: windows [x (N, T)], with what is before them for the
-    concepts of windows.py; packed lines, [x, segment]; prompts and answers [x, None, given], unless the text
-    is a plain one. And which of x are scored, (N, T) bool."""
+    concepts of windows.py; packed lines, [x, segment]; prompts and answers (sep is not None)
+    [x, None, given]. And which of x are scored, (N, T) bool."""
     T = model.config.block_size
-    if tokenizer.sep is not None and not plain:
-        pairs = Pairs(vocabulary.as_ids(tokens), tokenizer.sep, tokenizer.end)
+    if sep is not None:
+        if run.get('objective', 'ar') not in ('ar', 'masked'):
+            fail("prompts and answers are for ar and masked")
+        pairs = Pairs(vocabulary.as_ids(tokens), sep, tokenizer.end)
         x, given = (t.to(tokens.device) for t in pairs.rows(pairs.spread(most), T))
         return [x, None, given], ~given
     if tokenizer.bos is not None:
@@ -173,9 +181,8 @@ def rows_of(tokens, tokenizer, model, most, run, plain=False):
 def nll(config, checkpoint, model, tokenizer, amp):
     """Print one row of the table."""
     T = model.config.block_size
-    tokens = load_text(config, checkpoint, tokenizer, next(model.parameters()).device)
-    (x, *others), kept = rows_of(tokens, tokenizer, model, config.windows, checkpoint['run'],
-                                 plain=bool(config.input))
+    tokens, sep = load_text(config, checkpoint, tokenizer, next(model.parameters()).device)
+    (x, *others), kept = rows_of(tokens, sep, tokenizer, model, config.windows, checkpoint['run'])
     text = x[kept]
     nats = lambda x, *others: model.nats(x, config.draws, *others)
     label = {'exact': 'exact', 'upper': 'upper bound'}[model.bound]
@@ -189,8 +196,7 @@ def nll(config, checkpoint, model, tokenizer, amp):
         mean, error = common.evaluate(nats, (x, *others), kept, common.rows_at_once(T, tokenizer.vocab_size),
                                        config.seed)
     per_byte = text.numel() / tokenizer.n_bytes(text.cpu()) / math.log(2)
-    apart = tokenizer.bos is not None or tokenizer.sep is not None and not config.input
-    whole = text if apart else vocabulary.as_ids(tokens)
+    whole = text if (tokenizer.bos, sep) != (None, None) else vocabulary.as_ids(tokens)
     words = len(tokenizer.decode(whole.tolist()).split())
     parameters = sum(p.numel() for p in model.parameters())
     word_perplexity = math.exp(min(700, mean * len(whole) / max(1, words)))
@@ -309,7 +315,7 @@ def row(name, knob, calls, speed, figures):
 
 def validation_row(config, checkpoint, tokenizer, judge, L, device):
     """The same figures for as many stretches of the validation text."""
-    tokens = load_text(config, checkpoint, tokenizer, device)
+    tokens, _ = load_text(config, checkpoint, tokenizer, device)
     if tokenizer.bos is None:
         stretches = common.windows(tokens, min(L, len(tokens)), config.num_samples).tolist()
     else:
@@ -493,8 +499,8 @@ def about_latents(config, checkpoint, model, tokenizer, amp, device):
         fail(f"mode=latents is for vae and latent, not for {checkpoint['objective']}")
     judge = Judge(config.judge, device) if config.judge else None
     common.seed_everything(config.seed)
-    tokens = load_text(config, checkpoint, tokenizer, device)
-    (x, prefix, *before), _ = rows_of(tokens, tokenizer, model, config.windows, checkpoint['run'])
+    tokens, sep = load_text(config, checkpoint, tokenizer, device)
+    (x, prefix, *before), _ = rows_of(tokens, sep, tokenizer, model, config.windows, checkpoint['run'])
     rows = common.rows_at_once(x.size(1), tokenizer.vocab_size)
     with amp:
         table = condition_effect(model, x, *before, rows) if before else reconstruction(model, x, rows)
@@ -523,7 +529,7 @@ def about_tasks(config, checkpoint, model, tokenizer, amp, device):
     """Print a table of tasks: every figure with its standard error over the items."""
     if checkpoint['objective'] not in ('ar', 'masked') or not getattr(model, 'copies', True):
         fail(f"mode=tasks is for ar and for masked (subs, sedd), not for {checkpoint['objective']}")
-    how = {k: v for k, v in config.knobs().items() if k in ('steps', 'temperature', 'top_k', 'top_p')}
+    how = config.knobs()
     if model.bound != 'exact':
         how['rule'] = config.rule or 'confidence'
     print(f"| {checkpoint['objective']} | items | figures |\n|---|---|---|", flush=True)
@@ -534,11 +540,12 @@ def about_tasks(config, checkpoint, model, tokenizer, amp, device):
         if 0 < config.items < len(items):
             items = [items[i] for i in np.linspace(0, len(items) - 1, config.items).astype(int)]
         with amp:
-            figures = tasks.measure(name, items, model, tokenizer, device, config.draws, config.seed, how,
-                                    config.execute, config.show)
+            figures, n = tasks.measure(name, items, model, tokenizer, device, config.draws, config.seed, how,
+                                       config.execute, config.show)
         cells = ', '.join(f"{key} {100 * mean:.1f} ± {100 * error:.1f}"
                           for key, (mean, error) in figures.items())
-        print(f"| {name} | {len(items)} | {cells} |", flush=True)
+        left_out = f" ({len(items) - n} too long)" if n < len(items) else ''
+        print(f"| {name} | {n}{left_out} | {cells} |", flush=True)
 
 
 def shortened(T, checkpoint):
@@ -546,7 +553,7 @@ def shortened(T, checkpoint):
     own = checkpoint['config']['block_size']
     if checkpoint['objective'] in ('vae', 'latent') or T > own:
         fail(f"block_size={T}: the model's is {own}; it can be made shorter, but not that of vae and latent")
-    for state in (checkpoint['ema'], checkpoint['model']):
+    for state in (checkpoint.get(name, {}) for name in ('ema', 'model', 'slow')):
         if 'gpt.pos.weight' in state:
             state['gpt.pos.weight'] = state['gpt.pos.weight'][:T + checkpoint['config'].get('shift', False)]
     return dict(block_size=T)

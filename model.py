@@ -52,6 +52,8 @@ class Config:
         if self.n_kv_head < 0 or self.n_inner < 0 or self.rope_base <= 0 or self.norm_eps < 0:
             raise ValueError(f"n_kv_head={self.n_kv_head}, n_inner={self.n_inner}, norm_eps={self.norm_eps} "
                              f"must not be negative, rope_base={self.rope_base} must be positive")
+        if self.n_kv_head and self.arch == 'gpt2':
+            raise ValueError(f"n_kv_head={self.n_kv_head} is not for arch=gpt2")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
         if self.arch != 'gpt2' and self.n_embd // self.n_head % 2:

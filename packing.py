@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from configurator import fail
+from vocabulary import as_ids
 
 
 # ---- who is where: functions of the segment ids (B, T) int64 ----------------------------------------------
@@ -101,12 +102,12 @@ def expand(text, T, pad, rng):
 class Lines:
     """The lines of a stream of tokens: random batches for training, all of them for evaluation.
 
-    tokens: int16 as of common.load_tokens; bos: the id every line starts with; pad: that of padding.
+    tokens: as of common.load_tokens, or ids; bos: the id every line starts with; pad: that of padding.
     packed: several lines to a row. inserted, expanded: see `insert` and `expand`.
     """
 
     def __init__(self, tokens, bos, pad, packed=True, inserted=0.0, expanded=False):
-        self.tokens = tokens.cpu().numpy().view(np.uint16)
+        self.tokens = as_ids(tokens).cpu().numpy()
         first = np.flatnonzero(self.tokens == bos)
         if not len(first):
             fail("a dataset of lines without <bos>: prepare it again (data/lines/prepare.py)")

@@ -50,6 +50,8 @@ class Pairs:
 
     def rows(self, which, T):
         """The pairs `which` as x (N, T) int64 and given (N, T) bool."""
+        if T <= len(self.sep):
+            fail(f"block_size={T} leaves no room for an answer: {len(self.sep)} stand before it")
         rows, n = zip(*(fit(*self.pair(i), T, self.sep, self.end) for i in which))
         return torch.tensor(rows), torch.arange(T) < torch.tensor(n)[:, None]
 

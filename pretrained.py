@@ -21,8 +21,10 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import torch
@@ -144,12 +146,8 @@ class Tensors:
             from safetensors import safe_open
         except ImportError:
             fail(f"reading {folder} needs the library safetensors: {MISSING}")
-        index = Path(folder, 'model.safetensors.index.json')
-        files = {'model.safetensors'}
-        if index.is_file():
-            files = set(read_json(index).get('weight_map', {}).values())
         self.where = {}
-        for name in sorted(files):
+        for name in shards(Path(folder)):
             path = Path(folder, name)
             if not path.is_file():
                 fail(f"{path} is missing" + (": weights in a pickle (pytorch_model.bin) are not read"
@@ -202,12 +200,28 @@ def tensors_of(weights, config):
 # ---- folders ----------------------------------------------------------------------------------------------
 
 def read_json(path):
+    """The dict in a JSON file, or the script ends."""
     try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
+        found = json.loads(Path(path).read_text(encoding='utf-8'))
+        if not isinstance(found, dict):
+            raise ValueError(f"{type(found).__name__} instead of an object")
+        return found
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror}")
     except ValueError as e:
         fail(f"{path} is cut short or damaged ({e}): remove it and get it again")
+
+
+def shards(folder):
+    """The names of the files that hold the tensors, as the index says, if there is one."""
+    index = folder / 'model.safetensors.index.json'
+    if not index.is_file():
+        return ['model.safetensors']
+    names = read_json(index).get('weight_map', {})
+    names = sorted(set(names.values())) if isinstance(names, dict) else []
+    if not names or any(Path(name).name != name or not name.endswith('.safetensors') for name in names):
+        fail(f"{index} names no files, or others than *.safetensors beside it")
+    return names
 
 
 def tokenizer_of(folder, theirs):
@@ -215,13 +229,18 @@ def tokenizer_of(folder, theirs):
     end, own = theirs.get('eos_token_id'), theirs.get('unmask', {}).get('tokenizer', {})
     if own.get('kind', 'json') != 'json':
         return own
-    known = dict(vocab_size=theirs['vocab_size'], end=end[0] if isinstance(end, list) else end) | own
-    if Path(folder, 'tokenizer.json').is_file():
-        return known | dict(kind='json', json=read_json(Path(folder, 'tokenizer.json')))
-    if Path(folder, 'tokenizer.model').is_file():
-        data = Path(folder, 'tokenizer.model').read_bytes()
-        return known | dict(kind='sentencepiece', model=base64.b64encode(data).decode())
-    if theirs['model_type'] == 'gpt2' and theirs['vocab_size'] == 50257:
+    size = theirs.get('vocab_size')
+    if not isinstance(size, int):
+        fail(f"{Path(folder, 'config.json')} has no vocab_size")
+    known = dict(vocab_size=size, bos=theirs.get('bos_token_id'), end=end[0] if isinstance(end, list) else end)
+    pieces, model_file = Path(folder, 'tokenizer.json'), Path(folder, 'tokenizer.model')
+    source = read_json(pieces) if pieces.is_file() else {}
+    own_model = source.get('model') or {}  # LLaMA 2 has both files, and its tokenizer.json is not of bytes
+    if source and not (model_file.is_file() and isinstance(own_model, dict) and own_model.get('byte_fallback')):
+        return known | own | dict(kind='json', json=source)
+    if model_file.is_file():
+        return known | dict(kind='sentencepiece', model=base64.b64encode(model_file.read_bytes()).decode())
+    if theirs.get('model_type') == 'gpt2' and size == 50257:
         return dict(kind='gpt2')
     return fail(f"{folder} holds no tokenizer.json and no tokenizer.model")
 
@@ -266,6 +285,8 @@ def write_folder(checkpoint, folder):
     weights = {name.removeprefix('gpt.'): p for name, p in weights.items()}
     embed, V = weights['embed.weight'], config.vocab_size
     weights['embed.weight'] = embed[:V]
+    if len(weights.get('head.weight', embed[:V])) != V:
+        fail("a head that predicts [MASK] (d3pm) has no counterpart in Hugging Face's layout")
     shape = model.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(model.Config)})
     if config.arch == 'gpt2':  # with shift there is a position more, for [BOS]
         shape = dataclasses.replace(shape, block_size=len(weights['pos.weight']))
@@ -283,10 +304,12 @@ def write_folder(checkpoint, folder):
     theirs = config_json(shape)
     if meta['kind'] == 'json':
         own['tokenizer'] = {k: v for k, v in meta.items() if k != 'json'}
-        theirs['eos_token_id'] = meta['end']
+        theirs |= dict(eos_token_id=meta['end'], bos_token_id=meta.get('bos'))
         tools.write(folder / 'tokenizer.json', json.dumps(meta['json'], ensure_ascii=False).encode())
     else:
         own['tokenizer'] = meta
+        print(f"note: a tokenizer of kind {meta['kind']} has no file in that layout, it goes into config.json, "
+              f"where only this repository looks", file=sys.stderr)
     with tools.disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors | {'unmask.marks': embed[V:].contiguous()}, folder / 'model.safetensors.tmp',
@@ -304,10 +327,11 @@ def hf_home():
 
 def whole(folder, weights):
     """Does the folder hold all there is to a model, its weights too if told so?"""
-    index = folder / 'model.safetensors.index.json'
-    files = set(read_json(index)['weight_map'].values()) if index.exists() else {'model.safetensors'}
-    return all((folder / name).exists() for name in ('config.json', *(files if weights else ()))) and any(
-        (folder / name).exists() for name in ('tokenizer.json', 'tokenizer.model'))
+    if not (folder / 'config.json').exists() or weights and not all(map(Path.exists, map(folder.joinpath,
+                                                                                         shards(folder)))):
+        return False
+    tokens = any((folder / name).exists() for name in ('tokenizer.json', 'tokenizer.model'))
+    return tokens or read_json(folder / 'config.json').get('model_type') == 'gpt2'  # tiktoken has those
 
 
 def snapshot(repository):
@@ -322,7 +346,12 @@ def snapshot(repository):
 def published(url, headers):
     """The sha256 that the hub publishes for a large file, or ''; None if there is no such file. Raises
     requests.RequestException."""
-    response = requests.head(url, headers=headers, timeout=20)
+    for _ in range(5):
+        response = requests.head(url, headers=headers, timeout=20)
+        there = urljoin(url, response.headers.get('location', ''))
+        if not response.is_redirect or urlsplit(there).netloc != urlsplit(url).netloc:
+            break  # to where large files lie; what is published about them is said here
+        url = there  # the repository has another name now, as gpt2 has
     if response.status_code == 404:
         return None
     if response.status_code in (401, 403):
@@ -339,6 +368,10 @@ def download(repository, weights=True):
     for there in (snapshot(repository), folder):
         if whole(there, weights):
             return there
+    while int(os.environ.get('LOCAL_RANK', 0)):  # of several processes one downloads
+        time.sleep(1)
+        if whole(folder, weights):
+            return folder
     token = os.environ.get('HF_TOKEN')
     headers = {'Authorization': f'Bearer {token}'} if token else {}
 
@@ -360,15 +393,11 @@ def download(repository, weights=True):
                  f"on where it stopped; offline, name a folder that holds the model")
         return True
     get('config.json', needed=True)
-    if not get('tokenizer.json'):
-        get('tokenizer.model')
-    if not weights:
-        return folder
-    if get('model.safetensors.index.json'):
-        for name in sorted(set(read_json(folder / 'model.safetensors.index.json')['weight_map'].values())):
+    get('tokenizer.json'), get('tokenizer.model')
+    if weights:
+        get('model.safetensors.index.json')
+        for name in shards(folder):
             get(name, needed=True)
-    else:
-        get('model.safetensors', needed=True)
     return folder
 
 
@@ -392,8 +421,8 @@ def find(source, which='best'):
         return path, read_folder(path)
     if path.is_file():
         return path, common.load(path)
-    hub = source.count('/') == 1 and not source.startswith(('.', '/', '~', 'out')) and path.suffix != '.pt'
-    if source in GPT2 or hub and not path.exists():
+    hub = source.count('/') == 1 and path.suffix != '.pt' and not path.parent.exists()
+    if source in GPT2 and not path.exists() or hub:
         return source, read_folder(download(source))
     path = common.find_checkpoint(source, which)
     return path, common.load(path)

@@ -45,7 +45,7 @@ class Config(unmask.Config):
     dtype: str = 'auto'        # auto | float32 | bfloat16
     seed: int = 1337           # equal seeds, equal texts
     num_samples: int = 2       # texts, side by side in one batch
-    length: int = 0            # tokens of a text, prompt included; 0: the model's block size
+    length: int = 0            # tokens of a text, prompt included; 0: the model's block size, at most 1,024
     overlap: int = 0           # beyond the block: tokens of the last part kept as context; 0: half a block
     start: str = ''            # given text at the start; FILE:path: one a line, num_samples texts for each
     suffix: str = ''           # given text at the end; FILE:path reads it from a file, as for template
@@ -123,7 +123,7 @@ def make_canvas(config, start, tokenizer, block_size, window=0):
             start = start + sep
         if window:
             block_size = len(start) + (config.sentences or SENTENCES) * window
-        length = config.length or block_size
+        length = config.length or min(block_size, 1024)
         block_size = length if window else block_size
         if len(start) >= min(length, block_size):
             fail(f"start has {len(start)} tokens: it must be shorter than the text ({length}) "

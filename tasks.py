@@ -12,13 +12,18 @@ A `Blank` has a text before, a text behind, and what may stand between. A denois
 (longest) right answer has tokens, which is told to it; a language model continues the text before and does
 not see the text behind.
 
-A text is cut into tokens as a whole, never its parts: what belongs to a choice or a blank begins where the
-ids of the whole differ from those of the context. Each item is read from the official file of its task.
+A context and a choice are cut into tokens together: the choice begins where the ids of the whole differ from
+those of the context. The parts of a text with a blank are cut each by itself, so that all that is given is
+given, and nothing of it has to be written again. Each item is read from the official file of its task.
 """
+import contextlib
 import csv
 import io
 import json
+import os
 import re
+import secrets
+import signal
 import string
 import subprocess
 import sys
@@ -54,8 +59,16 @@ class Blank:
 
 # ---- files -> items ---------------------------------------------------------------------------------------
 
+class TooLong(ValueError):
+    """An item does not fit into the model's context."""
+
+
+def lines(text):
+    return [line for line in text.split('\n') if line.strip()]  # splitlines() would cut inside of JSON, too
+
+
 def json_lines(text):
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return list(map(json.loads, lines(text)))
 
 
 def hellaswag(text, labels):
@@ -114,9 +127,8 @@ def rocstories_infill(text, labels):
 
 def lambada(text, labels):
     """arXiv 1606.06031: the last word of every line, or of the `text` of every line of JSON."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    lines = [json.loads(line)['text'] if line.startswith('{') else line for line in lines]
-    cut = [line.strip().rsplit(' ', 1) for line in lines]
+    texts = [json.loads(line)['text'] if line.startswith('{') else line for line in lines(text)]
+    cut = [line.strip().rsplit(' ', 1) for line in texts]
     return [Blank(before, [' ' + word]) for before, word in cut]
 
 
@@ -143,28 +155,25 @@ def humaneval_infill(text, labels):
 
 def gsm8k(text, labels):
     """arXiv 2110.14168, for a model fine-tuned on pairs (data/gsm8k/prepare.py): what stands behind ####."""
-    return [Blank('Q: ' + item['question'].strip(), [' ' + item['answer']]) for item in json_lines(text)]
+    return [Blank(item['question'].strip(), [' ' + item['answer']]) for item in json_lines(text)]
 
 
 # ---- a text in tokens -------------------------------------------------------------------------------------
 
-def locate(tokenizer, before, middle, after=''):
-    """(ids of the whole text, from, to): the ids that belong to the middle, or share a token with it."""
-    ids = tokenizer.encode(before + middle + after)
-    left, right = tokenizer.encode(before), tokenizer.encode(after)
-    start, end = 0, len(ids)
+def locate(tokenizer, context, choice):
+    """(ids of the whole text, where the choice begins): at the first id that is not one of the context, so a
+    token across the border belongs to the choice."""
+    ids, left, start = tokenizer.encode(context + choice), tokenizer.encode(context), 0
     while start < min(len(left), len(ids) - 1) and left[start] == ids[start]:
         start += 1
-    while len(ids) - end < len(right) and end > start + 1 and right[end - len(ids) - 1] == ids[end - 1]:
-        end -= 1
-    return ids, start, end
+    return ids, start
 
 
 def fit(ids, start, end, T):
-    """The same with at most T ids: what is far from the middle is cut, first before it, then behind it.
-    Raises ValueError if the middle alone is longer."""
+    """The same with at most T ids: what is far from [start, end) is cut, first before it, then behind it.
+    Raises TooLong if that alone is longer."""
     if end - start > T:
-        raise ValueError(f"an item of {end - start} tokens is longer than the model's context, {T}")
+        raise TooLong(f"{end - start} tokens are longer than the model's context, {T}")
     cut = min(start, max(0, len(ids) - T))
     return ids[cut:cut + T], start - cut, end - cut
 
@@ -176,10 +185,18 @@ def exact_cost(model, x, given):
     return model.nats(x, 1, None, given).item()
 
 
+def in_parts(cost, model, x, *rows):
+    """The mean of cost(*rows) over the draws, as many at once as memory has room for."""
+    at_once = common.rows_at_once(x.size(1), model.config.vocab_size)
+    return torch.cat([cost(*part) for part in zip(*(t.split(at_once) for t in rows))]).mean().item()
+
+
 def bound_cost(model, x, given, noise, v):
     """The denoiser's bound on it, from one draw a row: noise (n, T), v (n,) in [0, 1), stratified."""
-    n = len(v)
-    return model.count_nats(x.expand(n, -1), v, None, given.expand(n, -1), noise).mean().item()
+    def cost(noise, v):
+        n = len(v)
+        return model.count_nats(x.expand(n, -1), v, None, given.expand(n, -1), noise)
+    return in_parts(cost, model, x, noise, v)
 
 
 def published_cost(model, x, given, noise):
@@ -188,8 +205,11 @@ def published_cost(model, x, given, noise):
     n = len(noise)
     level = (1 + torch.arange(n, device=x.device)) / n
     masked = (noise < level[:, None]) & ~given
-    loss = model.masked_nats(x.expand(n, -1), masked, m=level, m_before=level)
-    return (loss / masked.sum(-1).clamp(min=1)).mean().item()
+
+    def cost(masked, level):
+        loss = model.masked_nats(x.expand(len(masked), -1), masked, m=level, m_before=level)
+        return loss / masked.sum(-1).clamp(min=1)
+    return in_parts(cost, model, x, masked, level)
 
 
 @torch.no_grad()
@@ -197,13 +217,12 @@ def costs(model, tokenizer, item, draws, seed, device):
     """{rule: cost of every choice}; the choices of an item get the same noise, a function of the seed."""
     T, rows = model.config.block_size, []
     cut = [locate(tokenizer, item.context, choice) for choice in item.choices]
-    start = min(s for _, s, _ in cut)  # the same context for all
+    start = min(start for _, start in cut)  # the same context for all
     generator = torch.Generator().manual_seed(seed)
-    width = max(len(ids) for ids, _, _ in cut) - start
+    width = max(len(ids) for ids, _ in cut) - start
     noise = torch.rand(max(draws, LEVELS), width, generator=generator)
     v = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
-    out = {}
-    for ids, _, _ in cut:
+    for ids, _ in cut:
         ids, begin, end = fit(ids, start, len(ids), T)
         x, n = torch.tensor([ids], device=device), end - begin
         given = torch.arange(len(ids), device=device)[None] < begin
@@ -214,9 +233,7 @@ def costs(model, tokenizer, item, draws, seed, device):
             figures = {'nats': bound_cost(model, x, given, u[:draws], v.to(device)),
                        'S': published_cost(model, x, given, u[:LEVELS])}
         rows.append(figures | {'nats/token': figures['nats'] / n})
-    for rule in rows[0]:
-        out[rule] = [row[rule] for row in rows]
-    return out
+    return {rule: [row[rule] for row in rows] for rule in rows[0]}
 
 
 # ---- what stands in a blank -------------------------------------------------------------------------------
@@ -224,22 +241,22 @@ def costs(model, tokenizer, item, draws, seed, device):
 @torch.no_grad()
 def fill(model, tokenizer, item, device, **how):
     """The text that the model puts into a blank."""
-    T = model.config.block_size
-    cut = [locate(tokenizer, item.before, answer, item.after) for answer in item.answers]
-    ids, start, end = max(cut, key=lambda c: c[2] - c[1])
-    ids, start, end = fit(ids, start, end, T)
-    row = torch.tensor(ids[:end] if model.bound == 'exact' else ids, device=device)[None]
-    row[:, start:end] = model.blank
+    before, after = tokenizer.encode(item.before), tokenizer.encode(item.after)
+    n = max(len(tokenizer.encode(answer)) for answer in item.answers)
+    ids = before + [model.blank] * n + (after if model.bound != 'exact' else [])
+    ids, start, end = fit(ids, len(before), len(before) + n, model.config.block_size)
+    row = torch.tensor(ids, device=device)[None]
     for canvas in model.sample(row, **{**how, 'steps': min(how['steps'], end - start)}):
         pass
     return until(tokenizer, canvas[0, start:end].tolist())
 
 
 @torch.no_grad()
-def answer(model, tokenizer, prompt, device, **how):
-    """What a model that was fine-tuned on pairs answers: the text up to its end."""
-    T, given = model.config.block_size, tokenizer.encode(prompt) + tokenizer.sep
-    given = given[-(T * 3 // 4):]
+def answer(model, tokenizer, item, device, **how):
+    """What a model that was fine-tuned on pairs answers: the text up to its end. A quarter of its context is
+    kept for that; a prompt that leaves less loses its head."""
+    T, before = model.config.block_size, tokenizer.meta.get('before', '')
+    given = (tokenizer.encode(before + item.before) + tokenizer.sep)[-(T * 3 // 4):]
     row = torch.tensor(given + [model.blank] * (T - len(given)), device=device)[None]
     for canvas in model.sample(row, **how):
         if tokenizer.end in canvas[0, len(given):].tolist() and model.bound == 'exact':
@@ -308,15 +325,24 @@ def same_number(text, item):
 
 def passes(text, item, seconds=5):
     """Does the program with this line pass its tests? It runs in a process of its own, in an empty folder,
-    for so many seconds. That is no sandbox: the model's code runs with your rights."""
-    program = f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
-    with tempfile.TemporaryDirectory() as folder:
+    without our environment, for so many seconds, and must come to its end, where it says a word that only we
+    know. That is no sandbox: the model's code runs with your rights."""
+    word = secrets.token_hex(16)
+    program = (f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
+               f"print({word!r})\n")
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, 'said'), 'w+b') as said:
+        process = subprocess.Popen([sys.executable, '-I', '-c', program], cwd=folder, env={}, stdout=said,
+                                   stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            done = subprocess.run([sys.executable, '-I', '-c', program], cwd=folder, timeout=seconds,
-                                  stdin=subprocess.DEVNULL, capture_output=True)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+            process.wait()
+        said.seek(0)
+        return said.read().decode(errors='replace').endswith(word + '\n')
 
 
 # ---- the tasks --------------------------------------------------------------------------------------------
@@ -328,6 +354,7 @@ MOSAIC = 'https://storage.googleapis.com/ai2-mosaic/public'
 class Task:
     read: object         # (text of the file, text of its labels) -> items
     grade: object = None  # of a Blank: (text, item) -> {name: figure}
+    write: object = fill  # of a Blank: (model, tokenizer, item, device, how) -> text
     url: str = ''        # '': by hand only
     member: str = ''     # of a zip archive
     labels: str = ''     # '.jsonl' of the file becomes this, if labels are in a file of their own
@@ -346,13 +373,14 @@ TASKS = {
     'rocstories': Task(rocstories, otherwise='cs.rochester.edu/nlp/rocstories, the cloze test of 2016'),
     'rocstories_infill': Task(rocstories_infill, rouge,
                               otherwise='cs.rochester.edu/nlp/rocstories, the cloze test of 2016'),
-    'lambada': Task(lambada, same_word, 'https://storage.googleapis.com/gpt-2/data/lambada_test.jsonl'),
+    'lambada': Task(lambada, same_word, url='https://openaipublic.blob.core.windows.net/gpt-2/data/'
+                                       'lambada_test.jsonl'),
     'triviaqa': Task(triviaqa, em_f1, otherwise='nlp.cs.washington.edu/triviaqa, unfiltered-web-dev.json'),
-    'squad': Task(squad, em_f1, 'https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v1.1.json'),
+    'squad': Task(squad, em_f1, url='https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v1.1.json'),
     'humaneval_infill': Task(humaneval_infill, same_line,
                              otherwise='github.com/openai/human-eval-infilling, '
                                        'HumanEval-SingleLineInfilling.jsonl, unpacked'),
-    'gsm8k': Task(gsm8k, same_number, 'https://raw.githubusercontent.com/openai/grade-school-math/master/'
+    'gsm8k': Task(gsm8k, same_number, answer, 'https://raw.githubusercontent.com/openai/grade-school-math/master/'
                                       'grade_school_math/data/test.jsonl'),
 }
 
@@ -374,30 +402,38 @@ def load(name, path=''):
         labels = Path(task.member).with_suffix('').as_posix() + task.labels
         labels = tools.unzip(there, labels) if task.labels else b''
     try:
-        return task.read(text.decode(), labels.decode()) or fail(f"task={name}: {path or task.url} is empty")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:  # UnicodeDecodeError is a ValueError
+        items = task.read(text.decode(), labels.decode())
+        for number, item in enumerate(items, 1):
+            if isinstance(item, Choice) and not 0 <= item.gold < len(item.choices):
+                raise ValueError(f"item {number} says that choice {item.gold + 1} is right")
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:  # UnicodeDecodeError is one
         fail(f"task={name}: {path or task.url} is not in the official format ({type(e).__name__}: {e})")
+    return items or fail(f"task={name}: {path or task.url} is empty")
 
 
 def measure(name, items, model, tokenizer, device, draws, seed, how, execute=False, show=0):
-    """{figure: (mean over the items, standard error)}; a function of its arguments alone. how: what
-    `Model.sample` takes. show: print so many of the texts."""
+    """({figure: (mean over the items, standard error)}, how many items there were room for); a function of
+    its arguments alone. how: what `Model.sample` takes. show: print so many of the texts."""
     figures = []
     for number, item in enumerate(tqdm(items, desc=name, disable=not sys.stderr.isatty())):
-        if isinstance(item, Choice):
-            cost = costs(model, tokenizer, item, draws, seed + number, device)
-            figures.append({rule: float(min(range(len(c)), key=c.__getitem__) == item.gold)
-                            for rule, c in cost.items()})
+        try:
+            if isinstance(item, Choice):
+                cost = costs(model, tokenizer, item, draws, seed + number, device)
+                figures.append({rule: float(min(range(len(c)), key=c.__getitem__) == item.gold)
+                                for rule, c in cost.items()})
+                continue
+            common.seed_everything(seed, number)
+            text = TASKS[name].write(model, tokenizer, item, device, **how)
+        except TooLong as e:
+            why = e
             continue
-        common.seed_everything(seed, number)
-        if name == 'gsm8k':
-            text = answer(model, tokenizer, item.before, device, **how)
-        else:
-            text = fill(model, tokenizer, item, device, **how)
         figures.append(TASKS[name].grade(text, item))
         if execute and item.test:
             figures[-1]['passes'] = float(passes(text, item))
         if number < show:
             print(f"{item.before[-60:]!r} [{text}] {item.after[:60]!r}; right: {item.answers[0]!r}")
+    if not figures:
+        raise why
     table = {key: torch.tensor([f[key] for f in figures]).double() for key in figures[0]}
-    return {key: (t.mean().item(), t.std().item() / len(t) ** 0.5) for key, t in table.items()}
+    return {key: (t.mean().item(), t.std(correction=min(1, len(t) - 1)).item() / len(t) ** 0.5)
+            for key, t in table.items()}, len(figures)

@@ -137,6 +137,8 @@ def check(run, config, meta, checkpoint, base):
     if base and not same_tokens(base['tokenizer']):
         fail(f"dataset={run.dataset} has another vocabulary than base={run.base}")
     if not checkpoint:
+        if run.objective in adapt.BECOMES and getattr(config, 'lora_rank', 0):
+            fail(f"lora_rank={config.lora_rank} is for a run with init_from=: adapters change a trained model")
         return
     theirs = checkpoint['config']
     if run.init_from == 'resume':
@@ -312,7 +314,7 @@ def examples(run, config, meta, device, rank, model):
     tokenizer = vocabulary.Tokenizer(meta)
     bos = tokenizer.bos
     if tokenizer.sep is not None:
-        return prompts(run, tokens, tokenizer, T, device)
+        return prompts(run, tokens, tokenizer, T, device, rank)
     if bos is None:
         if run.inserted or run.expanded or not run.packed:
             fail(f"packed, inserted, expanded are for datasets of lines (data/lines), not for {run.dataset}")
@@ -341,14 +343,15 @@ def examples(run, config, meta, device, rank, model):
     return batch, val, val[1] >= 0
 
 
-def prompts(run, tokens, tokenizer, T, device):
+def prompts(run, tokens, tokenizer, T, device, rank):
     """`examples` of a dataset of prompts and answers: x, no segment, and which of x are given."""
     if run.objective not in ('ar', 'masked'):
         fail(f"objective={run.objective} takes no pairs of prompt and answer: ar and masked do")
+    if run.inserted or run.expanded or not run.packed:
+        fail(f"packed, inserted, expanded are for datasets of lines (data/lines), not for {run.dataset}")
     pairs, val = (Pairs(vocabulary.as_ids(t), tokenizer.sep, tokenizer.end) for t in tokens)
-    if T <= len(pairs.sep):
-        fail(f"block_size={T} leaves no room for an answer")
-    print(f"{len(pairs):,} pairs, {pairs.longer(T):,} longer than {T} tokens and cut")
+    if rank == 0:
+        print(f"{len(pairs):,} pairs, {pairs.longer(T):,} longer than {T} tokens and cut")
 
     def batch():
         x, given = pairs.batch(run.batch_size, T)

@@ -3,8 +3,9 @@ Text <-> token ids: characters, bytes, byte pairs.
 
 A dataset says in its meta.json what its ids mean, a checkpoint carries that along, `Tokenizer` reads it.
 The byte pairs of others, as Hugging Face's tokenizer.json writes them down, run in tiktoken: the id of a
-piece is its rank, and of all neighbours that make a known piece those of the lowest rank are joined first,
-which is what a list of merges says too (arXiv 1508.07909, GPT-2).
+piece is its rank, and of all neighbours that make a known piece those of the lowest rank are joined first. A
+list of merges (arXiv 1508.07909, GPT-2) says the same where every piece is the result of one and they stand in
+the order of their ids, as in the files of GPT-2, SmolLM2 and LLaMA-3; others are refused.
 """
 import base64
 import itertools
@@ -189,37 +190,39 @@ def words_of(pre):
 def json_tokens(meta):
     """A tokenizer.json of byte pairs -> (bytes of every id, text -> ids, id of the end). Ids that it leaves
     out have no bytes. A special token in a text is text; a character with a byte that is no piece (SmolLM2
-    lacks some control characters) is left out, as the library does. Ends the script for other kinds."""
-    tiktoken, source = load_tiktoken('json'), meta['json']
-    model, letters = source['model'], byte_letters()
+    lacks some control characters) is left out. Ends the script for other kinds."""
+    tiktoken, source, V = load_tiktoken('json'), meta['json'], meta['vocab_size']
     try:
+        model, letters = source['model'], byte_letters()
         if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or source.get('normalizer'):
             raise ValueError(f"is of kind {model.get('type')} with "
                              f"{(source.get('normalizer') or {}).get('type', 'byte_fallback')}")
         pattern = words_of(source.get('pre_tokenizer'))
-        added = {token['id']: token['content'].encode() for token in source.get('added_tokens', [])}
+        added = {token['id']: token['content'].encode() for token in source.get('added_tokens', [])
+                 if token['id'] < V}  # others have no row in the embedding
         ranks = {bytes(letters[c] for c in piece): i for piece, i in model['vocab'].items()
                  if i not in added}
         merges = (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
         joined = [model['vocab'][left + right] for left, right in merges]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         fail(f"the tokenizer.json {e if type(e) is ValueError else f'is damaged ({e!r})'}: "
              f"byte-level byte pairs (GPT-2, SmolLM2, LLaMA-3) are what can be read")
-    if joined != sorted(joined):
-        fail("the tokenizer.json has ids in another order than its merges: not known here")
-    pieces = [b''] * max(meta['vocab_size'], 1 + max(*ranks.values(), *added, 0))
-    for piece, i in ranks.items():
-        pieces[i] = piece
-    for i, piece in added.items():
-        pieces[i] = piece
+    made = {i for piece, i in ranks.items() if len(piece) > 1}
+    if joined != sorted(joined) or not (model.get('ignore_merges') or made <= set(joined)):
+        fail("the tokenizer.json has ids in another order than its merges, or pieces without one: not known here")
+    if max(ranks.values(), default=0) >= V:
+        fail(f"the tokenizer.json has id {max(ranks.values())}, the model a vocabulary of {V}")
+    known = {i: piece for piece, i in ranks.items()} | added
+    pieces = [known.get(i, b'') for i in range(V)]
     encoding = tiktoken.Encoding('json', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    known = {b for b in range(256) if bytes([b]) in ranks}
+    able = {b for b in range(256) if bytes([b]) in ranks}
 
     def encode(text):
         text = text.encode(errors='replace').decode()
-        runs = itertools.groupby(text, lambda c: known.issuperset(c.encode())) if len(known) < 256 else ()
-        able = [''.join(run) for able, run in runs if able] if runs else [text]
-        return [i for run in able for i in encoding.encode_ordinary(run)]
+        if able.issuperset(text.encode()):
+            return encoding.encode_ordinary(text)
+        runs = itertools.groupby(text, lambda c: able.issuperset(c.encode()))
+        return [i for good, run in runs if good for i in encoding.encode_ordinary(''.join(run))]
     return pieces, encode, meta['end']
 
 

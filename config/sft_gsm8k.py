@@ -1,7 +1,7 @@
 # Fine-tuning on questions and answers, GSM8K (arXiv 2110.14168), of the model of config/adapt_llama.py:
 #   python data/gsm8k/prepare.py --tokenizer=out-adapt-llama
 # Adapters of DiffuLLaMA's size (arXiv 2410.17891) and the embedding; --lora_rank=0 trains all. The twin to
-# compare with: --objective=ar --init_from=HuggingFaceTB/SmolLM2-135M --shift=False --out_dir=out-sft-ar
+# compare with: --objective=ar --init_from=HuggingFaceTB/SmolLM2-135M --out_dir=out-sft-ar
 out_dir = 'out-sft'
 init_from = 'out-adapt-llama'
 objective = 'masked'
@@ -14,5 +14,5 @@ lr, muon_lr, weight_decay = 1e-4, 0.0, 0.0
 lr_schedule, warmup_iters = 'cosine', 100
 eval_interval, log_interval = 250, 10
 
-cpu = dict(block_size=192, batch_size=6, max_iters=300, lr=1e-3, warmup_iters=20, ema_decay=0.99,
+cpu = dict(block_size=128, batch_size=8, max_iters=300, lr=1e-3, warmup_iters=20, ema_decay=0.99,
            eval_interval=100, eval_windows=50)

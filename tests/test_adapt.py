@@ -159,6 +159,13 @@ def test_an_out_dir_of_ours_becomes_any_of_the_three_and_says_so_in_its_checkpoi
     assert type(net) is {'masked': masked, 'block': block, 'ar': ar}[objective].Model
 
 
+def test_a_run_that_goes_on_does_not_anneal_again_but_keeps_the_shift(workdir):
+    train.main([*TINY, '--shift=True', '--anneal_iters=3', '--random_length=0.5', '--out_dir=out-m'])
+    train.main([*(a for a in TINY if not a.startswith('--n_')), '--init_from=out-m', '--out_dir=out-n'])
+    config = common.load('out-n/last.pt')['config']
+    assert (config['shift'], config['anneal_iters'], config['random_length']) == (True, 0, 0.0)
+
+
 def test_without_an_objective_of_its_own_a_run_goes_on_with_that_of_the_checkpoint(workdir):
     train.main([*TINY, '--objective=ar', '--out_dir=out-ar'])
     train.main(['--dataset=tiny', '--init_from=out-ar', '--out_dir=out-b', '--max_iters=1', '--device=cpu',
@@ -234,7 +241,10 @@ def test_a_run_with_adapters_resumes_bit_for_bit(workdir):
         train.main([*run, '--out_dir=out-cut'])
     train.main(['--init_from=resume', '--out_dir=out-cut', '--device=cpu'])
     a, b = (common.load(f'{folder}/last.pt') for folder in ('out-whole', 'out-cut'))
-    assert all(torch.equal(a['model'][name], b['model'][name]) for name in a['model'])
+    for which in ('model', 'ema'):
+        assert all(torch.equal(a[which][name], b[which][name]) for name in a[which])
+    moments = [[p['exp_avg'] for o in c['optimizers'] for p in o['state'].values()] for c in (a, b)]
+    assert len(moments[0]) == 9 and all(map(torch.equal, *moments))
 
 
 @pytest.mark.parametrize('knobs, word', [(dict(lora_rank=-1), 'lora_rank=-1'),

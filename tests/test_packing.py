@@ -316,3 +316,17 @@ def test_positions_of_every_row_may_differ():
     both = gpt.trunk(h, where=where)
     for row in range(2):
         assert torch.allclose(both[row], gpt.trunk(h[row:row + 1], where=where[row])[0], atol=1e-5)
+
+
+def test_a_model_of_lines_scores_another_text_line_by_line(lines, capsys):
+    import eval as evaluation
+    train.main([*TINY, '--dataset=lines', '--out_dir=a', '--max_iters=2', '--objective=ar'])
+    text = common.Tokenizer(common.load_meta('lines')).decode(
+        vocabulary.as_ids(common.load_tokens('lines', 'val', 2 ** 16, 'cpu')).tolist())
+    (lines / 'val.txt').write_text(text)
+    capsys.readouterr()
+    rows = []
+    for flags in ([], ['--input=val.txt']):
+        evaluation.main(['--out_dir=a', *flags])
+        rows.append(capsys.readouterr().out.splitlines()[-1])
+    assert rows[0] == rows[1]

@@ -146,9 +146,25 @@ def test_fine_tuning_learns_answers_and_sample_answers_and_stops(sums, capsys, k
     evaluation.main(['--out_dir=out-sft', '--split=test'])
     row = capsys.readouterr().out.splitlines()[-1]
     assert '5 of 48' in row
+    if 'ar' in knobs[0]:  # the base on the same answers, and the fine-tuned one on a plain text
+        evaluation.main(['--out_dir=theirs', '--dataset=gsm8k', '--split=test', '--block_size=48'])
+        base = capsys.readouterr().out.splitlines()[-1]
+        assert '5 of 48' in base
+        nats = lambda row: float(row.split('|')[4].split('±')[0])
+        assert nats(base) > nats(row) + 0.3
+    evaluation.main(['--out_dir=out-sft', '--input=train.jsonl', '--windows=3'])
+    assert '3 of 48' in capsys.readouterr().out
     evaluation.main(['--out_dir=out-sft', '--mode=tasks', '--task=gsm8k', '--data=test.jsonl', '--items=2',
                      '--steps=4'])
     assert 'accuracy' in capsys.readouterr().out
+
+
+def test_only_the_calculator_is_taken_out_of_an_answer():
+    config = prepare.Config()
+    read = lambda answer: prepare.read_pairs(json.dumps(dict(question='q' * 100, answer=answer)).encode() * 1 + b'\n'
+                                             + json.dumps(dict(question='q', answer='a')).encode(), 'f', config)
+    assert read('cin>>a; cout<<a; cin>>b;')[0][1] == ' cin>>a; cout<<a; cin>>b;'
+    assert read('<<1+1=2>>2')[0][1] == ' 2'
 
 
 def test_other_fields_and_other_marks_make_other_pairs(workdir, capsys):
@@ -169,7 +185,8 @@ def test_other_fields_and_other_marks_make_other_pairs(workdir, capsys):
     (json.dumps(dict(question='a' * 80, answer='b')), [], ['1 pairs', 'too few']),
     ('', ['--train=nowhere.jsonl'], ['nowhere.jsonl']),
     ('{"question": "a", "answer": "b"}\n' * 9, ['--tokenizer=byte'], ['byte', 'end']),
-    ('', ['--sep='], ['sep']), ('', ['--val_share=2'], ['val_share'])])
+    ('', ['--sep='], ['sep']), ('{"question": "a", "answer": "b"}\n' * 9, ['--test=nowhere'], ['nowhere']),
+     ('', ['--val_share=2'], ['val_share'])])
 def test_files_that_are_no_pairs_are_refused_by_line(workdir, mistake, text, flags, words):
     make_folder(workdir / 'theirs', 'gpt2')
     (workdir / 'mine.jsonl').write_text(text)
@@ -182,6 +199,7 @@ def test_pairs_are_refused_where_they_make_no_sense(sums, mistake):
     base = [*LOOP, '--init_from=theirs', '--out_dir=out-x']
     assert 'objective=block' in mistake(train.main, *base, '--objective=block')
     assert 'no room for an answer' in mistake(train.main, *base, '--objective=masked', '--block_size=3')
+    assert 'packed' in mistake(train.main, *base, '--objective=masked', '--packed=False')
     import eval as evaluation
     err = mistake(evaluation.main, '--mode=tasks', '--task=gsm8k', '--out_dir=theirs', '--data=test.jsonl')
     assert 'fine-tuned on pairs' in err

@@ -209,6 +209,28 @@ def test_a_character_whose_bytes_are_unknown_is_left_out_as_the_library_does():
     assert tokenizer.decode(tokenizer.encode('a\x04b ä')) == 'ab ä'
 
 
+@pytest.mark.parametrize('source', [[], {}, dict(model=[]), dict(model={})])
+def test_a_tokenizer_file_of_something_else_ends_in_one_line(source, mistake):
+    assert 'tokenizer.json' in mistake(lambda argv: tokenizer_of(source))
+
+
+def test_added_tokens_without_a_row_are_left_out_and_pieces_without_one_refused(mistake):
+    source = tokenizer_json()
+    source['added_tokens'] = source['added_tokens'] + [dict(id=300, content='<pad>')]
+    assert tokenizer_of(source).vocab_size == 300
+    source['model']['vocab']['thethe'] = 300
+    source['model']['merges'].append(['the', 'the'])
+    assert 'id 300' in mistake(lambda argv: tokenizer_of(source))
+
+
+def test_a_piece_that_no_merge_makes_is_refused_unless_merges_are_to_be_ignored(mistake):
+    source = tokenizer_json()
+    source['model']['vocab']['xyz'] = 280
+    assert 'pieces without' in mistake(lambda argv: tokenizer_of(source))
+    source['model']['ignore_merges'] = True
+    assert tokenizer_of(source).encode('xyz') == [280]
+
+
 @pytest.mark.parametrize('change, words', [
     (dict(model=dict(type='Unigram')), ['Unigram', 'byte-level']),
     (dict(normalizer=dict(type='NFC')), ['NFC']),
@@ -270,8 +292,24 @@ def test_files_that_are_cut_short_or_missing_are_named(theirs, mistake):
     assert 'tokenizer.json is cut short' in mistake(find)
     (theirs / 'tokenizer.json').unlink()
     assert 'no tokenizer.json' in mistake(find)
-    (theirs / 'config.json').write_text('{')
-    assert 'config.json is cut short' in mistake(find)
+    for text in ('{', '[]'):
+        (theirs / 'config.json').write_text(text)
+        assert 'config.json is cut short' in mistake(find)
+
+
+@pytest.mark.parametrize('index', [{}, dict(weight_map={}), dict(weight_map={'a': '../b.safetensors'}),
+                                   dict(weight_map={'a': 'b.bin'}), dict(weight_map=[1])])
+def test_an_index_that_names_no_files_beside_it_is_refused(theirs, index, mistake):
+    (theirs / 'model.safetensors.index.json').write_text(json.dumps(index))
+    assert 'index.json names no files' in mistake(lambda argv: pretrained.find(str(theirs)))
+
+
+def test_what_a_checkpoint_has_and_the_run_no_place_for_is_named(workdir, mistake):
+    train.main([*TINY, '--objective=masked', '--parameterization=sedd', '--time_input=True', '--out_dir=out-s'])
+    loop = [a for a in TINY if not a.startswith('--n_')]
+    assert 'film' in mistake(train.main, *loop, '--objective=ar', '--init_from=out-s', '--out_dir=out-x')
+    assert 'init_from' in mistake(train.main, *TINY, '--objective=ar', '--lora_rank=2', '--out_dir=out-x')
+    assert not os.path.exists('out-x')
 
 
 def test_a_context_that_is_too_long_another_size_another_vocabulary_end_in_one_line(own, mistake):
@@ -294,7 +332,7 @@ def test_gpt2_has_no_position_left_for_bos_at_its_full_length_with_shift(workdir
     base = [*RUN, '--objective=masked', f'--init_from={tmp_path / "theirs"}', '--out_dir=out-m',
             '--shift=True']
     err = mistake(train.main, *base, '--block_size=24')
-    assert 'pos.weight' in err or 'block_size' in err
+    assert 'gpt.pos.weight is of shape (24, 16) in the base, it must be of shape (25, 16)' in err
     train.main([*base, '--block_size=23'])
 
 
@@ -302,6 +340,13 @@ def test_writing_refuses_what_has_no_counterpart_and_a_folder_that_is_taken(own,
     train.main([*TINY, '--objective=ar', '--out_dir=out-ours'])
     assert 'arch=ours' in mistake(pretrained.main, '--out_dir=out-ours', '--to=there')
     assert not os.path.exists('there')
+    train.main([*RUN, '--objective=masked', f'--init_from={own}', '--out_dir=out-d'])
+    checkpoint = common.load('out-d/best.pt')
+    checkpoint['config'] |= dict(parameterization='d3pm', T=10)
+    checkpoint['ema']['gpt.head.weight'] = torch.zeros(301, 16)
+    if pretrained.model.Config(**{k: v for k, v in checkpoint['config'].items() if k in
+                                  pretrained.model.Config.__dataclass_fields__}).arch == 'llama':
+        assert 'd3pm' in mistake(lambda argv: pretrained.write_folder(checkpoint, 'there'))
     assert 'holds a model already' in mistake(pretrained.main, '--out_dir=out-ours', f'--to={own}')
     assert '--to=' in mistake(pretrained.main, '--out_dir=out-ours')
 
@@ -320,6 +365,11 @@ def hub(tmp_path, monkeypatch):
             if self.path.startswith('/me/shut/') and self.headers.get('Authorization') != 'Bearer secret':
                 return self.send_error(401)
             name = self.path.removeprefix('/me/tiny/resolve/main/').removeprefix('/me/shut/resolve/main/')
+            if self.path.startswith('/old/name/'):  # the hub's way for what has been renamed
+                self.send_response(307)
+                self.send_header('Location', self.path.replace('/old/name/', '/me/tiny/'))
+                self.send_header('Content-Length', '0')
+                return self.end_headers()
             if not (tmp_path / 'served' / name).is_file():
                 return self.send_error(404 if self.path.startswith('/me/') else 401)
             data = (tmp_path / 'served' / name).read_bytes()
@@ -360,6 +410,25 @@ def test_a_repository_is_downloaded_once_and_equals_the_folder_it_is_served_from
     assert len(hub[0]) == n  # so it works offline, too
 
 
+def test_a_renamed_repository_is_found_and_its_checksum_too(hub, mistake):
+    assert loaded('old/name')[0].config.arch == 'llama'
+    hub[1].digest = '0' * 64
+    assert 'could not be downloaded' in mistake(lambda argv: pretrained.find('me/tiny'))
+
+
+def test_of_several_processes_one_downloads_and_the_others_wait_for_it(hub, monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        with monkeypatch.context() as m:
+            m.setenv('LOCAL_RANK', '0')
+            pretrained.download('me/tiny')
+    monkeypatch.setattr(pretrained.time, 'sleep', sleep)
+    assert loaded('me/tiny')[0].config.arch == 'llama' and len(waited) == 1
+
+
 def test_what_the_hubs_own_library_has_is_taken_from_its_cache(hub, tmp_path):
     cache = tmp_path / 'home' / 'hub' / 'models--me--else'
     make_folder(cache / 'snapshots' / 'abc', 'gpt2')
@@ -395,3 +464,31 @@ def test_without_safetensors_the_line_names_it(theirs, monkeypatch, mistake):
     import sys
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     assert 'pip install safetensors' in mistake(lambda argv: pretrained.find(str(theirs)))
+
+
+def test_a_model_of_sentencepiece_is_read_by_its_library_and_named_where_that_is_missing(tmp_path, monkeypatch,
+                                                                                          mistake):
+    import base64
+    import io
+    import sys
+    meta = dict(kind='sentencepiece', model='', vocab_size=70, end=2)
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, 'sentencepiece', None)
+        assert 'pip install sentencepiece' in mistake(lambda argv: vocabulary.Tokenizer(meta))
+    library = pytest.importorskip('sentencepiece')
+    assert 'damaged' in mistake(lambda argv: vocabulary.Tokenizer(meta | dict(model='abcd')))
+    out = io.BytesIO()
+    library.SentencePieceTrainer.train(sentence_iterator=iter(TEXT.splitlines()), model_writer=out, vocab_size=300,
+                                       model_type='bpe', byte_fallback=True, minloglevel=2)
+    meta = meta | dict(model=base64.b64encode(out.getvalue()).decode(), vocab_size=310)
+    tokenizer = vocabulary.Tokenizer(meta)
+    both = tmp_path / 'both'  # as LLaMA 2 has them
+    make_folder(both, 'llama')
+    source = tokenizer_json()
+    source['model']['byte_fallback'] = True
+    (both / 'tokenizer.json').write_text(json.dumps(source))
+    (both / 'tokenizer.model').write_bytes(out.getvalue())
+    assert pretrained.tokenizer(str(both))['kind'] == 'sentencepiece'
+    for text in ('To be, or not', 'naïve 漢字 🤷🏽'):
+        assert tokenizer.decode(tokenizer.encode(text)) == ' ' + text  # its space before every text
+    assert tokenizer.vocab_size == 310 and tokenizer.pieces[309] == b'' and tokenizer.n_bytes([2]) == 0

@@ -286,3 +286,11 @@ def test_help_gives_every_knob_a_comment(script, capsys):
     script.main(['--help'])
     for line in capsys.readouterr().out.partition('knobs of')[2].splitlines()[1:]:
         assert re.match(r'  --\w+=\S* +\S', line), line
+
+
+def test_configs_that_build_on_each_other_fit_on_a_cpu_and_on_a_gpu():
+    from configurator import read
+    configs = [read([str(ROOT / f'config/{name}.py')])[:2] for name in ('adapt_llama', 'sft_gsm8k')]
+    for device in ('cuda', 'cpu'):
+        first, second = ({**files, **(cpu if device == 'cpu' else {})} for files, cpu in configs)
+        assert second['init_from'] == first['out_dir'] and second['block_size'] <= first['block_size']

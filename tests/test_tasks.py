@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.util
 import json
+import time
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ SQUAD = dict(data=[dict(paragraphs=[
     dict(context='Rome is old.', qas=[dict(question='What?', answers=[dict(text='Rome'), dict(text='Rome')]),
                                       dict(question='How?', answers=[dict(text='old')])]),
     dict(context='B.', qas=[dict(question='C?', answers=[dict(text='B')])])])])
-HUMANEVAL = [dict(prompt='def f(x):\n', canonical_solution=f'    return x + {n}', suffix='\n',
+HUMANEVAL = [dict(prompt='def f(x):\n', canonical_solution=f'    y = x + {n}\n', suffix='    return y\n',
                   entry_point='f', test=f'def check(g):\n    assert g(1) == {1 + n}\n') for n in range(3)]
 GSM8K = [dict(question=' What is 1 and 2? ', answer='It is <<1+2=3>>3.\n#### 3'),
          dict(question='b', answer='#### 1,200'), dict(question='c', answer='#### 5')]
@@ -67,9 +68,9 @@ FIRST = {
     'lambada': Blank('the cat saw the', [' dog']),
     'triviaqa': Blank('Question: Who?\nAnswer:', [' The Beatles', ' Beatles'], '\n'),
     'squad': Blank('Rome is old.\nQuestion: What?\nAnswer:', [' Rome'], '\n'),
-    'humaneval_infill': Blank('def f(x):\n', ['    return x + 0'], '\n',
+    'humaneval_infill': Blank('def f(x):\n', ['    y = x + 0\n'], '    return y\n',
                               dict(code='def check(g):\n    assert g(1) == 1\n', entry='f')),
-    'gsm8k': Blank('Q: What is 1 and 2?', [' It is <<1+2=3>>3.\n#### 3'])}
+    'gsm8k': Blank('What is 1 and 2?', [' It is <<1+2=3>>3.\n#### 3'])}
 
 
 def write(folder, name):
@@ -84,6 +85,11 @@ def write(folder, name):
 def test_an_official_file_becomes_items(name, tmp_path):
     items = tasks.load(name, write(tmp_path, name))
     assert items[0] == FIRST[name] and len(items) == 3
+
+
+def test_a_line_of_json_may_hold_what_ends_lines_elsewhere():
+    text = json.dumps(PIQA[0] | dict(goal='a\u2028b\x85c'), ensure_ascii=False) + '\n'
+    assert tasks.piqa(text, '1')[0].context == 'Question: a\u2028b\x85c\nAnswer:'
 
 
 def test_other_items_of_the_fixtures():
@@ -103,24 +109,35 @@ def test_other_items_of_the_fixtures():
 
 # ---- tokens at a boundary ---------------------------------------------------------------------------------
 
-def test_the_middle_is_what_differs_from_the_context_and_what_stands_behind_is_left_alone():
-    ids, start, end = tasks.locate(TOKENIZER, 'see the', ' big dog', ' the end')
-    assert TOKENIZER.decode(ids[:start]) == 'see the' and TOKENIZER.decode(ids[start:end]) == ' big dog'
-    assert TOKENIZER.decode(ids[end:]) == ' the end'
+def test_a_choice_is_what_differs_from_the_context():
+    ids, start = tasks.locate(TOKENIZER, 'see the', ' big dog')
+    assert TOKENIZER.decode(ids[:start]) == 'see the' and TOKENIZER.decode(ids[start:]) == ' big dog'
 
 
-def test_a_token_across_the_boundary_belongs_to_the_middle():
+def test_a_token_across_the_border_belongs_to_the_choice():
     """'t' + 'he' is one token: the whole text has it, its parts have not."""
-    ids, start, end = tasks.locate(TOKENIZER, 'see t', 'he dog')
-    assert ids == TOKENIZER.encode('see the dog') and TOKENIZER.decode(ids[start:end]) == ' the dog'
-    ids, start, end = tasks.locate(TOKENIZER, 'a', ' t', 'he')
-    assert TOKENIZER.decode(ids[start:end]) == ' the' and end == len(ids)
+    ids, start = tasks.locate(TOKENIZER, 'see t', 'he dog')
+    assert ids == TOKENIZER.encode('see the dog') and TOKENIZER.decode(ids[start:]) == ' the dog'
 
 
-def test_a_middle_that_repeats_what_is_around_it_keeps_at_least_a_token():
-    for before, middle, after in (('aaa', 'a', 'aaa'), ('', 'x', ''), ('a', '', 'a'), ('', 'a', 'a')):
-        ids, start, end = tasks.locate(TOKENIZER, before, middle, after)
-        assert 0 <= start < end <= len(ids) and ids == TOKENIZER.encode(before + middle + after)
+def test_a_choice_keeps_at_least_a_token():
+    for context, choice in (('aaa', 'a'), ('', 'x'), ('a', '')):
+        ids, start = tasks.locate(TOKENIZER, context, choice)
+        assert 0 <= start < len(ids) and ids == TOKENIZER.encode(context + choice)
+
+
+def test_a_border_in_the_middle_of_a_token_leaves_what_is_given_as_it_is():
+    """A newline and the spaces behind it are one token of the whole text; the line ends before the spaces."""
+    tokenizer = vocabulary.Tokenizer(dict(kind='json', vocab_size=300, end=299,
+                                          json=tokenizer_json([('Ċ', 'Ġ'), ('ĊĠ', 'Ġ'), ('ĊĠĠ', 'Ġ')])))
+    item = Blank('def f(x):\n', ['    y = x\n'], '    return y\n')
+    whole = item.before + item.answers[0] + item.after
+    assert [tokenizer.piece(i) for i in tokenizer.encode(whole)].count('\n   ') == 2
+    model = Writes(item.answers[0], tokenizer=tokenizer)
+    text = tasks.fill(model, tokenizer, item, CPU, steps=64)
+    assert item.before + text + item.after == whole
+    given = [i for i in model.seen[0].tolist() if i != 300]
+    assert tokenizer.decode(given) == item.before + item.after
 
 
 def test_what_is_far_from_the_middle_is_cut_and_a_middle_that_is_too_long_refused():
@@ -128,7 +145,7 @@ def test_what_is_far_from_the_middle_is_cut_and_a_middle_that_is_too_long_refuse
     assert tasks.fit(ids, 6, 8, 10) == (ids, 6, 8)
     assert tasks.fit(ids, 6, 8, 5) == (ids[5:], 1, 3)
     assert tasks.fit(ids, 1, 3, 5) == (ids[1:6], 0, 2)
-    with pytest.raises(ValueError, match='5 tokens'):
+    with pytest.raises(tasks.TooLong, match='5 tokens'):
         tasks.fit(ids, 2, 7, 4)
 
 
@@ -203,8 +220,13 @@ def test_a_model_that_knows_the_answer_scores_all_and_the_rule_takes_the_least()
 
         def nats(self, x, n, segment, given):
             return torch.tensor([0.0 if 'bad' in TOKENIZER.decode(x[0].tolist()) else 9.0])
-    found = tasks.measure('piqa', [ITEM, ITEM], Knows(), TOKENIZER, CPU, 2, 0, {})
-    assert found['nats'] == (1.0, 0.0)
+    found, n = tasks.measure('piqa', [ITEM, ITEM], Knows(), TOKENIZER, CPU, 2, 0, {})
+    assert found['nats'] == (1.0, 0.0) and n == 2
+    assert tasks.measure('piqa', [ITEM], Knows(), TOKENIZER, CPU, 2, 0, {})[0]['nats'] == (1.0, 0.0)
+    long = Choice('see', [' the' * 200, ' a'], 1)
+    assert tasks.measure('piqa', [long, ITEM, long], Knows(), TOKENIZER, CPU, 2, 0, {})[1] == 1
+    with pytest.raises(tasks.TooLong):
+        tasks.measure('piqa', [long], Knows(), TOKENIZER, CPU, 2, 0, {})
 
 
 # ---- blanks -----------------------------------------------------------------------------------------------
@@ -213,8 +235,8 @@ class Writes:
     """Writes `text` into the blanks, whatever they are; keeps the canvas that it was given."""
     config, blank = ar.Config(vocab_size=300, block_size=99), 300
 
-    def __init__(self, text, bound='upper'):
-        self.ids, self.bound, self.seen = TOKENIZER.encode(text), bound, None
+    def __init__(self, text, bound='upper', tokenizer=TOKENIZER):
+        self.ids, self.bound, self.seen = tokenizer.encode(text), bound, None
 
     def sample(self, xt, steps, **how):
         self.seen, self.steps = xt, steps
@@ -240,8 +262,8 @@ def test_a_denoiser_sees_both_sides_and_as_many_blanks_as_the_longest_answer_a_t
     ('triviaqa', ' the beatles!\nand', {'EM': 1.0, 'F1': 1.0}),
     ('triviaqa', ' Beatles band', {'EM': 0.0, 'F1': pytest.approx(2 / 3)}),
     ('squad', ' a Rome', {'EM': 1.0, 'F1': 1.0}), ('squad', '', {'EM': 0.0, 'F1': 0.0}),
-    ('humaneval_infill', '    return x + 0', {'exact': 1.0}),
-    ('humaneval_infill', '    return x', {'exact': 0.0}),
+    ('humaneval_infill', '    y = x + 0', {'exact': 1.0}),
+    ('humaneval_infill', '    y = x', {'exact': 0.0}),
     ('gsm8k', ' So it is\n#### 3', {'accuracy': 1.0, 'has ####': 1.0}),
     ('gsm8k', ' It is 3.', {'accuracy': 0.0, 'has ####': 0.0})])
 def test_how_texts_are_graded(name, text, want):
@@ -263,10 +285,21 @@ def test_rouge_is_that_of_the_library():
 def test_programs_run_only_in_a_process_of_their_own_with_a_time_limit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     item = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')[1]
-    assert tasks.passes('    return 1 + x', item) and not tasks.passes('    return x', item)
-    assert not tasks.passes('    while True: pass', item, seconds=0.5)
-    assert not tasks.passes('    raise SystemExit(3)', item)
-    assert tasks.passes("    open('left', 'w'); return x + 1", item) and not (tmp_path / 'left').exists()
+    assert tasks.passes('    y = 1 + x\n', item) and not tasks.passes('    y = x\n', item)
+    assert not tasks.passes('    while True: pass\n', item, seconds=0.5)
+    for leave in ('exit()', 'import os; os._exit(0)', 'raise SystemExit(3)'):  # before the tests are over
+        assert not tasks.passes(f'    y = x + 1; {leave}\n', item)
+    assert tasks.passes("    y = x + 1; open('left', 'w')\n", item) and not (tmp_path / 'left').exists()
+    monkeypatch.setenv('HF_TOKEN', 'secret')
+    assert tasks.passes("    import os; y = x + 1 + ('HF_TOKEN' in os.environ)\n", item)
+
+
+def test_what_a_program_has_started_ends_with_it(tmp_path):
+    item = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')[0]
+    code = f"import subprocess; subprocess.Popen(['/bin/sh', '-c', 'sleep 1; touch {tmp_path}/late']); y = x\n"
+    assert tasks.passes(f'    {code}', item)
+    time.sleep(1.5)
+    assert not (tmp_path / 'late').exists()
 
 
 def test_nothing_is_executed_without_the_flag(monkeypatch):
@@ -274,8 +307,8 @@ def test_nothing_is_executed_without_the_flag(monkeypatch):
     monkeypatch.setattr(tasks, 'passes', lambda text, item: calls.append(text) or True)
     items = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')
     for execute in (False, True):
-        found = tasks.measure('humaneval_infill', items, Writes('    return x + 0'), TOKENIZER, CPU, 1, 0,
-                              dict(steps=4), execute)
+        found, _ = tasks.measure('humaneval_infill', items, Writes('    y = x + 0\n'), TOKENIZER, CPU, 1, 0,
+                                 dict(steps=4), execute)
         assert ('passes' in found) == execute == bool(calls)
     assert found['exact'][0] == pytest.approx(1 / 3)
 
@@ -325,7 +358,13 @@ def test_mistakes_end_in_one_line(models, mistake):
     (models / 'short-labels.lst').write_text('1\n')
     (models / 'short.jsonl').write_text(FILES['piqa'])
     assert 'official format' in run('--task=piqa', '--data=short.jsonl')
+    (models / 'gold-labels.lst').write_text('0\n3\n1\n')  # from 0, as they should not be
+    (models / 'gold.jsonl').write_text(FILES['siqa'])
+    assert 'item 1' in run('--task=siqa', '--data=gold.jsonl')
+    (models / 'bare.csv').write_bytes(STORIES.replace('\n', '\r').encode() * 2)
+    assert 'official format' in run('--task=rocstories', '--data=bare.csv')
+    assert 'gamma' in run('--task=lambada', f"--data={write(models, 'lambada')}", '--gamma=3')
     assert 'one task' in run('--task=lambada,piqa', '--data=short.jsonl')
     assert 'longer than the model' in run('--task=rocstories', f"--data={write(models, 'rocstories')}",
-                                          '--block_size=4')
+                                          '--block_size=1')
     assert 'block_size=300' in run('--task=lambada', '--block_size=300')

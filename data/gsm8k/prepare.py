@@ -32,7 +32,7 @@ URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_s
 @dataclass
 class Config:
     train: str = ''  # a JSONL file instead of the download; its end becomes val.bin
-    test: str = ''  # becomes test.bin
+    test: str = ''  # becomes test.bin; without it and with --train= there is none
     prompt: str = 'question'  # the field that holds a prompt
     answer: str = 'answer'  # the field that holds its answer
     before: str = 'Q: '  # what stands before every prompt
@@ -65,7 +65,7 @@ def read_pairs(data, source, config):
             fail(f"{source}, line {number}: {config.prompt} and {config.answer} must be texts that are not "
                  f"empty")
         if not config.calculator:
-            answer = re.sub(r'<<[^<>]*>>', '', answer)
+            answer = re.sub(r'<<[^<>=]*=[^<>]*>>', '', answer)
         pairs.append((config.before + prompt.strip(), ' ' + answer.strip()))
     if len(pairs) < 2:
         fail(f"{source} holds {len(pairs)} pairs: too few, one to train on and one to validate are needed")
@@ -80,11 +80,11 @@ def stream(pairs, tokenizer):
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
     files = {split: path for split, path in (('train', config.train), ('test', config.test)) if path}
-    if not config.train:
-        for split in ('train', 'test'):
-            files[split] = Path(config.out, f'{split}.jsonl')
-            tools.fetch(f'{URL}{split}.jsonl', files[split], otherwise="give files with --train= --test=")
-    meta = tools.meta_of(config.tokenizer) | dict(sep=config.sep)
+    for split in () if config.train else {'train', 'test'} - files.keys():
+        files[split] = Path(config.out, f'{split}.jsonl')
+        tools.fetch(f'{URL}{split}.jsonl', files[split], otherwise="give files with --train= --test=")
+    files = dict(sorted(files.items(), reverse=True))
+    meta = tools.meta_of(config.tokenizer) | dict(before=config.before, sep=config.sep)
     tokenizer = Tokenizer(meta)
     if tokenizer.end is None:
         fail(f"tokenizer={config.tokenizer} has no mark for the end of an answer: gpt2 has one, and those "

@@ -1,6 +1,6 @@
 """
 Any UTF-8 text:
-writes train.bin, val.bin (uint16, 90/10 of the characters) and meta.json beside this file.
+writes train.bin, val.bin (90/10 of the characters) and meta.json beside this file.
 
     python data/text/prepare.py --input=my.txt                     # one token a byte: knows every text
     python data/text/prepare.py --input=my.txt --tokenizer=char    # one a character of this text

@@ -1,6 +1,6 @@
 """
 WikiText-2 (arXiv 1609.07843), raw:
-writes train.bin, val.bin, test.bin (uint16) and meta.json beside this file.
+writes train.bin, val.bin, test.bin and meta.json beside this file.
 
     python data/wikitext2/prepare.py                                      # downloads 5 MB
     python data/wikitext2/prepare.py --tokenizer=byte
