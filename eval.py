@@ -128,8 +128,8 @@ def as_tokens(ids, device):
 
 
 def load_text(config, checkpoint, tokenizer, device):
-    """Tokens of --input, of --dataset, or of the dataset the checkpoint was trained on; and what stands between
-    prompt and answer, if that dataset is made of these, else None."""
+    """Tokens of --input, of --dataset, or of the dataset the checkpoint was trained on; and what stands
+    between prompt and answer, if that dataset is made of these, else None."""
     if config.input:
         try:
             text = Path(config.input).read_text(encoding='utf-8')
@@ -147,8 +147,8 @@ def load_text(config, checkpoint, tokenizer, device):
     if other.pieces == tokenizer.pieces:
         return tokens, other.sep
     if other.sep is not None:
-        fail(f"data/{dataset} holds prompts and answers in other tokens than this model's: prepare it with its "
-             f"tokenizer")
+        fail(f"data/{dataset} holds prompts and answers in other tokens than this model's: prepare it with "
+             f"its tokenizer")
     return as_tokens(tokenizer.stream(other.decode(vocabulary.as_ids(tokens).tolist())), device), None
 
 

@@ -232,14 +232,15 @@ def tokenizer_of(folder, theirs):
     size = theirs.get('vocab_size')
     if not isinstance(size, int):
         fail(f"{Path(folder, 'config.json')} has no vocab_size")
-    known = dict(vocab_size=size, bos=theirs.get('bos_token_id'), end=end[0] if isinstance(end, list) else end)
+    end = end[0] if isinstance(end, list) else end
+    known = dict(vocab_size=size, bos=theirs.get('bos_token_id'), end=end) | own
     pieces, model_file = Path(folder, 'tokenizer.json'), Path(folder, 'tokenizer.model')
     source = read_json(pieces) if pieces.is_file() else {}
-    own_model = source.get('model') or {}  # LLaMA 2 has both files, and its tokenizer.json is not of bytes
-    if source and not (model_file.is_file() and isinstance(own_model, dict) and own_model.get('byte_fallback')):
-        return known | own | dict(kind='json', json=source)
-    if model_file.is_file():
+    of_bytes = source and not (isinstance(source.get('model'), dict) and source['model'].get('byte_fallback'))
+    if model_file.is_file() and not of_bytes:  # LLaMA 2 has both files
         return known | dict(kind='sentencepiece', model=base64.b64encode(model_file.read_bytes()).decode())
+    if source:
+        return known | dict(kind='json', json=source)
     if theirs.get('model_type') == 'gpt2' and size == 50257:
         return dict(kind='gpt2')
     return fail(f"{folder} holds no tokenizer.json and no tokenizer.model")
@@ -308,8 +309,8 @@ def write_folder(checkpoint, folder):
         tools.write(folder / 'tokenizer.json', json.dumps(meta['json'], ensure_ascii=False).encode())
     else:
         own['tokenizer'] = meta
-        print(f"note: a tokenizer of kind {meta['kind']} has no file in that layout, it goes into config.json, "
-              f"where only this repository looks", file=sys.stderr)
+        print(f"note: a tokenizer of kind {meta['kind']} has no file in that layout, it goes into "
+              f"config.json, where only this repository looks", file=sys.stderr)
     with tools.disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors | {'unmask.marks': embed[V:].contiguous()}, folder / 'model.safetensors.tmp',

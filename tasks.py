@@ -331,8 +331,9 @@ def passes(text, item, seconds=5):
     program = (f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
                f"print({word!r})\n")
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, 'said'), 'w+b') as said:
-        process = subprocess.Popen([sys.executable, '-I', '-c', program], cwd=folder, env={}, stdout=said,
-                                   stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen([sys.executable, '-I', '-c', program], cwd=folder, env={},
+                                   start_new_session=True, stdin=subprocess.DEVNULL, stdout=said,
+                                   stderr=subprocess.DEVNULL)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -380,8 +381,8 @@ TASKS = {
     'humaneval_infill': Task(humaneval_infill, same_line,
                              otherwise='github.com/openai/human-eval-infilling, '
                                        'HumanEval-SingleLineInfilling.jsonl, unpacked'),
-    'gsm8k': Task(gsm8k, same_number, answer, 'https://raw.githubusercontent.com/openai/grade-school-math/master/'
-                                      'grade_school_math/data/test.jsonl'),
+    'gsm8k': Task(gsm8k, same_number, answer, 'https://raw.githubusercontent.com/openai/grade-school-math/'
+                                              'master/grade_school_math/data/test.jsonl'),
 }
 
 

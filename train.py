@@ -138,7 +138,8 @@ def check(run, config, meta, checkpoint, base):
         fail(f"dataset={run.dataset} has another vocabulary than base={run.base}")
     if not checkpoint:
         if run.objective in adapt.BECOMES and getattr(config, 'lora_rank', 0):
-            fail(f"lora_rank={config.lora_rank} is for a run with init_from=: adapters change a trained model")
+            fail(f"lora_rank={config.lora_rank} is for a run with init_from=: adapters change a model that "
+                 f"has been trained")
         return
     theirs = checkpoint['config']
     if run.init_from == 'resume':

@@ -4,8 +4,8 @@ Text <-> token ids: characters, bytes, byte pairs.
 A dataset says in its meta.json what its ids mean, a checkpoint carries that along, `Tokenizer` reads it.
 The byte pairs of others, as Hugging Face's tokenizer.json writes them down, run in tiktoken: the id of a
 piece is its rank, and of all neighbours that make a known piece those of the lowest rank are joined first. A
-list of merges (arXiv 1508.07909, GPT-2) says the same where every piece is the result of one and they stand in
-the order of their ids, as in the files of GPT-2, SmolLM2 and LLaMA-3; others are refused.
+list of merges (arXiv 1508.07909, GPT-2) says the same where every piece is the result of one and they stand
+in the order of their ids, as in the files of GPT-2, SmolLM2 and LLaMA-3; others are refused.
 """
 import base64
 import itertools
@@ -209,7 +209,8 @@ def json_tokens(meta):
              f"byte-level byte pairs (GPT-2, SmolLM2, LLaMA-3) are what can be read")
     made = {i for piece, i in ranks.items() if len(piece) > 1}
     if joined != sorted(joined) or not (model.get('ignore_merges') or made <= set(joined)):
-        fail("the tokenizer.json has ids in another order than its merges, or pieces without one: not known here")
+        fail("the tokenizer.json has ids in another order than its merges, or pieces without one: "
+             "that is not known here")
     if max(ranks.values(), default=0) >= V:
         fail(f"the tokenizer.json has id {max(ranks.values())}, the model a vocabulary of {V}")
     known = {i: piece for piece, i in ranks.items()} | added

@@ -305,7 +305,8 @@ def test_an_index_that_names_no_files_beside_it_is_refused(theirs, index, mistak
 
 
 def test_what_a_checkpoint_has_and_the_run_no_place_for_is_named(workdir, mistake):
-    train.main([*TINY, '--objective=masked', '--parameterization=sedd', '--time_input=True', '--out_dir=out-s'])
+    sedd = ['--objective=masked', '--parameterization=sedd', '--time_input=True']
+    train.main([*TINY, *sedd, '--out_dir=out-s'])
     loop = [a for a in TINY if not a.startswith('--n_')]
     assert 'film' in mistake(train.main, *loop, '--objective=ar', '--init_from=out-s', '--out_dir=out-x')
     assert 'init_from' in mistake(train.main, *TINY, '--objective=ar', '--lora_rank=2', '--out_dir=out-x')
@@ -466,8 +467,7 @@ def test_without_safetensors_the_line_names_it(theirs, monkeypatch, mistake):
     assert 'pip install safetensors' in mistake(lambda argv: pretrained.find(str(theirs)))
 
 
-def test_a_model_of_sentencepiece_is_read_by_its_library_and_named_where_that_is_missing(tmp_path, monkeypatch,
-                                                                                          mistake):
+def test_a_model_of_sentencepiece_is_read_by_its_library(tmp_path, monkeypatch, mistake):
     import base64
     import io
     import sys
@@ -478,8 +478,8 @@ def test_a_model_of_sentencepiece_is_read_by_its_library_and_named_where_that_is
     library = pytest.importorskip('sentencepiece')
     assert 'damaged' in mistake(lambda argv: vocabulary.Tokenizer(meta | dict(model='abcd')))
     out = io.BytesIO()
-    library.SentencePieceTrainer.train(sentence_iterator=iter(TEXT.splitlines()), model_writer=out, vocab_size=300,
-                                       model_type='bpe', byte_fallback=True, minloglevel=2)
+    library.SentencePieceTrainer.train(sentence_iterator=iter(TEXT.splitlines()), model_writer=out,
+                                       vocab_size=300, model_type='bpe', byte_fallback=True, minloglevel=2)
     meta = meta | dict(model=base64.b64encode(out.getvalue()).decode(), vocab_size=310)
     tokenizer = vocabulary.Tokenizer(meta)
     both = tmp_path / 'both'  # as LLaMA 2 has them

@@ -127,7 +127,7 @@ def test_a_choice_keeps_at_least_a_token():
 
 
 def test_a_border_in_the_middle_of_a_token_leaves_what_is_given_as_it_is():
-    """A newline and the spaces behind it are one token of the whole text; the line ends before the spaces."""
+    """A newline and the spaces behind it are one token of the whole; the line ends before the spaces."""
     tokenizer = vocabulary.Tokenizer(dict(kind='json', vocab_size=300, end=299,
                                           json=tokenizer_json([('Ċ', 'Ġ'), ('ĊĠ', 'Ġ'), ('ĊĠĠ', 'Ġ')])))
     item = Blank('def f(x):\n', ['    y = x\n'], '    return y\n')
@@ -296,8 +296,8 @@ def test_programs_run_only_in_a_process_of_their_own_with_a_time_limit(tmp_path,
 
 def test_what_a_program_has_started_ends_with_it(tmp_path):
     item = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')[0]
-    code = f"import subprocess; subprocess.Popen(['/bin/sh', '-c', 'sleep 1; touch {tmp_path}/late']); y = x\n"
-    assert tasks.passes(f'    {code}', item)
+    late = f"subprocess.Popen(['/bin/sh', '-c', 'sleep 1; touch {tmp_path}/late'])"
+    assert tasks.passes(f'    import subprocess; {late}; y = x\n', item)
     time.sleep(1.5)
     assert not (tmp_path / 'late').exists()
 
@@ -333,7 +333,7 @@ ZERO_SHOT = [name for name in tasks.TASKS if name != 'gsm8k']
 
 
 @pytest.mark.parametrize('out_dir', ['theirs', 'out-m'])
-def test_all_tasks_run_for_both_kinds_of_model_and_none_changes_the_next(models, out_dir, capsys, monkeypatch):
+def test_all_tasks_run_for_both_kinds_of_model_none_changes_the_next(models, out_dir, capsys, monkeypatch):
     """Each row of a run of all tasks is that of a run of its own."""
     names = [name for name in ZERO_SHOT if name != 'rocstories_infill' or ROUGE]
     paths = {name: write(models, name) for name in names}
