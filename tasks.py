@@ -432,7 +432,7 @@ def measure(name, items, model, tokenizer, device, draws, seed, how, execute=Fal
         if execute and item.test:
             figures[-1]['passes'] = float(passes(text, item))
         if number < show:
-            print(f"{item.before[-60:]!r} [{text}] {item.after[:60]!r}; right: {item.answers[0]!r}")
+            print(f"{item.before[-60:]!r} [{text!r}] {item.after[:60]!r}; right: {item.answers[0]!r}")
     if not figures:
         raise why
     table = {key: torch.tensor([f[key] for f in figures]).double() for key in figures[0]}
