@@ -93,6 +93,7 @@ def help_text(doc, *classes):
         comments = {s.split(':')[0].strip(): s.partition('#')[2].strip()
                     for s in source.splitlines() if ':' in s}
         lines.append(f"\nknobs of {Path(inspect.getsourcefile(cls)).name}:")
-        lines += [f"  --{f'{f.name}={f.default}':<26} {comments.get(f.name, '')}"
-                  for f in dataclasses.fields(cls)]
+        shown = {f.name: str(f.default).replace('\n', '\\n') for f in dataclasses.fields(cls)}
+        lines += [f"  --{f'{name}={default}':<26} {comments.get(name, '')}"
+                  for name, default in shown.items()]
     return '\n'.join(lines)

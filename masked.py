@@ -312,8 +312,8 @@ class Model(nn.Module):
         how = apart(segment)
         if seen is not None:
             how['mask'] = seen & how.get('mask', True)
-        h = self.gpt.trunk(self.gpt.embed(xt), time=m if self.config.time_input else None, **how)
-        return self.gpt.logits(h[:, :-1] if shift else h)
+        out = self.gpt(xt, time=m if self.config.time_input else None, **how)
+        return out[:, :-1] if shift else out
 
     def nats(self, x, n=1, segment=None, given=None):
         """An estimate, with n draws, of the upper bound on -log p(x | given) in nats: (B,). x, segment,
