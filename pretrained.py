@@ -236,7 +236,8 @@ def tokenizer_of(folder, theirs):
     known = dict(vocab_size=size, bos=theirs.get('bos_token_id'), end=end) | own
     pieces, model_file = Path(folder, 'tokenizer.json'), Path(folder, 'tokenizer.model')
     source = read_json(pieces) if pieces.is_file() else {}
-    of_bytes = source and not (isinstance(source.get('model'), dict) and source['model'].get('byte_fallback'))
+    merges = source.get('model')
+    of_bytes = isinstance(merges, dict) and not merges.get('byte_fallback')
     if model_file.is_file() and not of_bytes:  # LLaMA 2 has both files
         return known | dict(kind='sentencepiece', model=base64.b64encode(model_file.read_bytes()).decode())
     if source:
@@ -328,8 +329,8 @@ def hf_home():
 
 def whole(folder, weights):
     """Does the folder hold all there is to a model, its weights too if told so?"""
-    if not (folder / 'config.json').exists() or weights and not all(map(Path.exists, map(folder.joinpath,
-                                                                                         shards(folder)))):
+    needed = ['config.json', *(shards(folder) if weights else [])]
+    if not all((folder / name).exists() for name in needed):
         return False
     tokens = any((folder / name).exists() for name in ('tokenizer.json', 'tokenizer.model'))
     return tokens or read_json(folder / 'config.json').get('model_type') == 'gpt2'  # tiktoken has those
@@ -411,7 +412,7 @@ def tokenizer(source):
         if not folder.is_dir():
             folder = download(source, weights=False)
         meta = tokenizer_of(folder, read_json(folder / 'config.json'))
-    return {k: v for k, v in meta.items() if k not in ('source', 'sha256', 'sep')}
+    return {k: v for k, v in meta.items() if k not in ('source', 'sha256', 'before', 'sep')}
 
 
 def find(source, which='best'):

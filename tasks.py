@@ -285,8 +285,8 @@ def normalised(text):
 def f1(text, gold):
     """Harmonic mean of the shares of words that are in both."""
     a, b = normalised(text).split(), normalised(gold).split()
-    common = sum((Counter(a) & Counter(b)).values())
-    return 2 * common / (len(a) + len(b)) if common else float(a == b)
+    both = sum((Counter(a) & Counter(b)).values())
+    return 2 * both / (len(a) + len(b)) if both else float(a == b)
 
 
 def em_f1(text, item):
@@ -325,8 +325,8 @@ def same_number(text, item):
 
 def passes(text, item, seconds=5):
     """Does the program with this line pass its tests? It runs in a process of its own, in an empty folder,
-    without our environment, for so many seconds, and must come to its end, where it says a word that only we
-    know. That is no sandbox: the model's code runs with your rights."""
+    without our environment, for so many seconds, and must come to its end, where it says a word drawn for
+    this run. That is no sandbox: the model's code runs with your rights."""
     word = secrets.token_hex(16)
     program = (f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
                f"print({word!r})\n")
@@ -375,7 +375,7 @@ TASKS = {
     'rocstories_infill': Task(rocstories_infill, rouge,
                               otherwise='cs.rochester.edu/nlp/rocstories, the cloze test of 2016'),
     'lambada': Task(lambada, same_word, url='https://openaipublic.blob.core.windows.net/gpt-2/data/'
-                                       'lambada_test.jsonl'),
+                                             'lambada_test.jsonl'),
     'triviaqa': Task(triviaqa, em_f1, otherwise='nlp.cs.washington.edu/triviaqa, unfiltered-web-dev.json'),
     'squad': Task(squad, em_f1, url='https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v1.1.json'),
     'humaneval_infill': Task(humaneval_infill, same_line,

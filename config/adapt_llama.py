@@ -1,6 +1,7 @@
 # A LLaMA-style model becomes a masked diffusion model on WikiText-2 in its own tokens, first
 #   python data/wikitext2/prepare.py --tokenizer=HuggingFaceTB/SmolLM2-135M
-# (or the folder or repository of another model, then --init_from= the same here).
+# (or the folder or repository of another model, then --init_from= the same here). What it writes looks like
+# its text, in WikiText-2 "<unk>" and " = = "; plain text of your own: data/text/prepare.py, --dataset=text.
 out_dir = 'out-adapt-llama'
 init_from = 'HuggingFaceTB/SmolLM2-135M'
 objective = 'masked'
