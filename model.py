@@ -40,6 +40,8 @@ class Config:
     n_kv_head: int = 0      # heads of keys and values, must divide n_head; 0: n_head
     n_inner: int = 0        # width of the MLPs; 0: 4 C
     rope_base: float = 10000.0  # of the rotary positions
+    rope_factor: float = 1.0    # slows the slow rotations, for a longer context (LLaMA 3.2: 32)
+    rope_trained: int = 0       # slow are those of fewer than 4 turns in so many tokens (8192); 0: all
     norm_eps: float = 1e-5  # of the norms of gpt2 and llama
     tied: bool = False      # llama: is the head the embedding? gpt2: always
 
@@ -49,9 +51,12 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
-        if self.n_kv_head < 0 or self.n_inner < 0 or self.rope_base <= 0 or self.norm_eps < 0:
-            raise ValueError(f"n_kv_head={self.n_kv_head}, n_inner={self.n_inner}, norm_eps={self.norm_eps} "
-                             f"must not be negative, rope_base={self.rope_base} must be positive")
+        for name in ('n_kv_head', 'n_inner', 'norm_eps', 'rope_trained'):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ('rope_base', 'rope_factor'):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.n_kv_head and self.arch == 'gpt2':
             raise ValueError(f"n_kv_head={self.n_kv_head} is not for arch=gpt2")
         if self.n_kv_head and self.n_head % self.n_kv_head:
@@ -67,9 +72,16 @@ class Config:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
 
 
-def rotary_table(length, width, base=10000.0):
-    """cos and sin of the rotary angles, (length, width/2) each, float32 (arXiv 2104.09864)."""
+def rotary_table(length, width, base=10000.0, factor=1.0, trained=0):
+    """cos and sin of the rotary angles, (length, width/2) each, float32 (arXiv 2104.09864).
+
+    factor: pairs that turn less than once in `trained` tokens are slowed by it, those that turn more than 4
+    times are not, those between in part (LLaMA 3.1, 2407.21783 and its code). trained=0: all are slowed.
+    """
     freq = base ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    turns = trained * freq / (2 * math.pi)
+    kept = ((turns - 1) / 3).clamp(0, 1)
+    freq = freq * (kept + (1 - kept) / factor)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), freq)
     return angle.cos(), angle.sin()
 
@@ -247,7 +259,8 @@ class GPT(nn.Module):
         self.norm = Norm(config)
         own = tokens and config.arch != 'gpt2' and not config.tied
         self.head = nn.Linear(config.n_embd, self.outputs, bias=False) if own else None
-        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head, config.rope_base)
+        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head, config.rope_base,
+                                config.rope_factor, config.rope_trained)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()

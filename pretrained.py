@@ -97,7 +97,7 @@ def shape_of(theirs):
     kind = theirs.get('model_type')
     refused = {'gpt2': dict(activation_function='gelu_new', scale_attn_weights=True,
                             scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True),
-               'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None)}
+               'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False)}
     if kind not in refused:
         raise ValueError(f"model_type={kind} is not one of: gpt2, llama")
     for name, known in refused[kind].items():
@@ -107,9 +107,7 @@ def shape_of(theirs):
         return dict(arch='gpt2', vocab_size=theirs['vocab_size'], block_size=theirs['n_positions'],
                     n_layer=theirs['n_layer'], n_head=theirs['n_head'], n_embd=theirs['n_embd'],
                     n_inner=theirs.get('n_inner') or 0, norm_eps=theirs.get('layer_norm_epsilon', 1e-5))
-    rope = theirs.get('rope_parameters') or {}  # where transformers 5 writes what had names of its own
-    if rope.get('rope_type', 'default') != 'default':
-        raise ValueError(f"rope_type={rope['rope_type']} is not something model.py does")
+    rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}  # of transformers 5; before
     width, heads = theirs['hidden_size'], theirs['num_attention_heads']
     if (theirs.get('head_dim') or width // heads) != width // heads:
         raise ValueError(f"head_dim={theirs['head_dim']} is not something model.py does")
@@ -117,7 +115,20 @@ def shape_of(theirs):
                 n_layer=theirs['num_hidden_layers'], n_head=heads, n_embd=width,
                 n_kv_head=theirs.get('num_key_value_heads') or heads, n_inner=theirs['intermediate_size'],
                 rope_base=float(theirs.get('rope_theta') or rope.get('rope_theta') or 10000.0),
-                norm_eps=theirs.get('rms_norm_eps', 1e-6), tied=theirs.get('tie_word_embeddings', False))
+                norm_eps=theirs.get('rms_norm_eps', 1e-6), tied=theirs.get('tie_word_embeddings', False),
+                **rope_of(rope))
+
+
+def rope_of(rope):
+    """What a config.json says of longer contexts -> the knobs of model.Config. Raises ValueError."""
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    if kind == 'default':
+        return {}
+    if kind == 'linear':
+        return dict(rope_factor=float(rope['factor']))
+    if kind != 'llama3' or (rope['low_freq_factor'], rope['high_freq_factor']) != (1, 4):
+        raise ValueError(f"rotary positions of {rope} are not something model.py does")
+    return dict(rope_factor=float(rope['factor']), rope_trained=rope['original_max_position_embeddings'])
 
 
 def config_json(config):
@@ -128,11 +139,16 @@ def config_json(config):
                     n_positions=c.block_size, n_ctx=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
                     n_embd=c.n_embd, n_inner=c.n_inner or None, layer_norm_epsilon=c.norm_eps,
                     activation_function='gelu_new', tie_word_embeddings=True)
+    rope = None if c.rope_factor == 1 else dict(rope_type='linear', factor=c.rope_factor)
+    if rope and c.rope_trained:
+        rope |= dict(rope_type='llama3', low_freq_factor=1.0, high_freq_factor=4.0,
+                     original_max_position_embeddings=c.rope_trained)
     return dict(model_type='llama', architectures=['LlamaForCausalLM'], vocab_size=c.vocab_size,
                 max_position_embeddings=c.block_size, num_hidden_layers=c.n_layer,
                 num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head or c.n_head,
                 hidden_size=c.n_embd, intermediate_size=c.n_inner or 4 * c.n_embd, hidden_act='silu',
-                rope_theta=c.rope_base, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied)
+                rope_theta=c.rope_base, rope_scaling=rope, rms_norm_eps=c.norm_eps,
+                tie_word_embeddings=c.tied)
 
 
 # ---- tensors ----------------------------------------------------------------------------------------------
@@ -426,6 +442,9 @@ def find(source, which='best'):
     hub = source.count('/') == 1 and path.suffix != '.pt' and not path.parent.exists()
     if source in GPT2 and not path.exists() or hub:
         return source, read_folder(download(source))
+    if source and not path.exists() and len(path.parts) == 1 and not source.startswith('out'):
+        fail(f"there is no {source} here: `python train.py config/train_mdlm.py` makes a checkpoint; "
+             f"others' are {', '.join(GPT2)}, and owner/name on the hub")
     path = common.find_checkpoint(source, which)
     return path, common.load(path)
 

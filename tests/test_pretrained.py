@@ -32,15 +32,34 @@ def loaded(source):
 
 # ---- logits -----------------------------------------------------------------------------------------------
 
+LONG = [None, dict(rope_type='linear', factor=4.0),
+        dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+             original_max_position_embeddings=1000)]  # of 4 pairs one is between
+
+
+def slowed(frequency, rope):
+    """A rotary frequency of a model for longer contexts, by its wave length, as Meta's code puts it."""
+    if rope is None:
+        return frequency
+    length, wave = rope.get('original_max_position_embeddings', 0), 2 * np.pi / frequency
+    if wave > length / rope.get('low_freq_factor', 1):
+        return frequency / rope['factor']
+    if wave < length / rope['high_freq_factor']:
+        return frequency
+    kept = (length / wave - rope['low_freq_factor']) / (rope['high_freq_factor'] - rope['low_freq_factor'])
+    return (1 - kept) * frequency / rope['factor'] + kept * frequency
+
+
 def llama_in_numpy(w, x, c):
     """LLaMA's logits for ids x (T,), head by head and pair by pair, as the paper's formulas say."""
     H, K, C = c['num_attention_heads'], c['num_key_value_heads'], c['hidden_size']
     D, T = C // H, len(x)
     norm = lambda h, g: h / np.sqrt((h ** 2).mean(-1, keepdims=True) + c['rms_norm_eps']) * g
+    frequencies = [slowed(c['rope_theta'] ** (-2 * j / D), c.get('rope_scaling')) for j in range(D // 2)]
 
     def turn(v):  # (T, D): the pair (j, j + D/2) as one complex number
         z = v[:, :D // 2] + 1j * v[:, D // 2:]
-        z = z * np.exp(1j * np.arange(T)[:, None] * c['rope_theta'] ** (-2 * np.arange(D // 2) / D))
+        z = z * np.exp(1j * np.outer(np.arange(T), frequencies))
         return np.concatenate([z.real, z.imag], -1)
     h = w['model.embed_tokens.weight'][x]
     for i in range(c['num_hidden_layers']):
@@ -60,13 +79,15 @@ def llama_in_numpy(w, x, c):
     return norm(h, w['model.norm.weight']) @ w['lm_head.weight'].T
 
 
-def test_the_llama_preset_equals_llama_written_in_numpy(tmp_path):
-    tensors = make_folder(tmp_path / 'theirs', 'llama')
+@pytest.mark.parametrize('rope', LONG)
+def test_the_llama_preset_equals_llama_written_in_numpy(rope, tmp_path):
+    own = SHAPES['llama'] | dict(rope_scaling=rope, num_attention_heads=2, num_key_value_heads=1)
+    tensors = make_folder(tmp_path / 'theirs', 'llama', **own)
     net, _ = loaded(tmp_path / 'theirs')
     x = np.random.default_rng(0).integers(300, size=20)
     w = {name: t.double().numpy() for name, t in tensors.items()}
     ours = net.double().gpt(torch.tensor(x)[None])[0].numpy()
-    assert np.allclose(ours, llama_in_numpy(w, x, SHAPES['llama']), atol=1e-9)
+    assert np.allclose(ours, llama_in_numpy(w, x, own), atol=1e-6)
 
 
 def test_logits_equal_those_of_the_library_transformers(theirs):
@@ -80,6 +101,19 @@ def test_logits_equal_those_of_the_library_transformers(theirs):
         logits = ref(before).logits[:, :-1].transpose(1, 2)
         nats = torch.nn.functional.cross_entropy(logits, x, reduction='none')
     assert torch.allclose(net.nats(x), nats.sum(-1), atol=1e-3)
+
+
+@pytest.mark.parametrize('rope', LONG[1:])
+def test_longer_contexts_equal_those_of_the_library_transformers_and_are_written_back(rope, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    make_folder(tmp_path / 'theirs', 'llama', rope_scaling=rope)
+    net, _ = loaded(tmp_path / 'theirs')
+    pretrained.write_folder(pretrained.find(str(tmp_path / 'theirs'))[1], tmp_path / 'again')
+    x = torch.randint(300, (2, 20))
+    for folder in ('theirs', 'again'):
+        ref = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)
+        with torch.no_grad():
+            assert torch.allclose(net.gpt(x), ref.eval()(x).logits, atol=1e-4)
 
 
 def test_gpt2s_matrices_are_turned_and_its_bos_is_the_row_of_the_end(tmp_path):
@@ -105,6 +139,14 @@ def test_weights_in_shards_in_half_precision_and_with_a_prefix_are_the_same(tmp_
 
 
 # ---- writing ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('rope', LONG[1:])
+def test_what_is_written_of_longer_contexts_is_what_was_read(rope, tmp_path):
+    make_folder(tmp_path / 'theirs', 'llama', rope_scaling=rope)
+    _, checkpoint = pretrained.find(str(tmp_path / 'theirs'))
+    pretrained.write_folder(checkpoint, tmp_path / 'again')
+    assert json.loads((tmp_path / 'again' / 'config.json').read_text())['rope_scaling'] == rope
+
 
 def test_what_is_written_reads_back_to_equal_tensors_and_equal_logits(theirs, tmp_path):
     _, checkpoint = pretrained.find(str(theirs))
@@ -265,7 +307,9 @@ def test_a_vocabulary_beyond_uint16_is_written_in_uint32_and_read_back(workdir):
 
 @pytest.mark.parametrize('change, words', [
     (dict(model_type='bert'), ['model_type=bert', 'gpt2, llama']),
-    (dict(rope_scaling=dict(rope_type='llama3')), ['rope_scaling']),
+    (dict(rope_scaling=dict(rope_type='yarn', factor=2.0)), ['rotary', 'yarn']),
+    (dict(rope_scaling=dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0)), ['high_freq_factor']),
+    (dict(rope_scaling=LONG[2] | dict(high_freq_factor=8.0)), ['rotary', 'high_freq_factor']),
     (dict(attention_bias=True), ['attention_bias']),
     (dict(head_dim=64), ['head_dim']),
     (dict(num_key_value_heads=3), ['n_kv_head=3']),

@@ -213,7 +213,8 @@ def test_the_knobs_of_the_rules_have_the_same_defaults_in_the_scripts_and_in_the
     (['--template=a___', '--hole=20'], ['block_size=16']),
     (['--overlap=16'], ['overlap', 'block_size']),
     (['--which=worst'], ['which', 'best']),
-    (['--out_dir=nowhere'], ['nowhere', 'train.py']),
+    (['--out_dir=nowhere'], ['nowhere', 'train.py']), (['--out_dir=out-no'], ['out-no', 'train.py']),
+    (['--out_dir=gpt-3'], ['gpt-3', 'gpt2-xl', 'owner/name']),
 ])
 def test_a_mistake_in_sampling_is_one_line(trained, mistake, flags, words):
     message = mistake(sample.main, '--out_dir=out-m', *flags)
