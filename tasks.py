@@ -323,10 +323,19 @@ def same_number(text, item):
             'has ####': float(number is not None)}
 
 
-def passes(text, item, seconds=5):
+def limit(process, memory):
+    """Bound the memory of a process, in bytes, where the system can (Linux)."""
+    try:
+        import resource
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (memory, memory))
+    except (ImportError, AttributeError, ProcessLookupError):
+        pass
+
+
+def passes(text, item, seconds=5, memory=2 ** 31):
     """Does the program with this line pass its tests? It runs in a process of its own, in an empty folder,
-    without our environment, for so many seconds, and must come to its end, where it says a word drawn for
-    this run. That is no sandbox: the model's code runs with your rights."""
+    without our environment, for so many seconds, in so many bytes, and must come to its end, where it says a
+    word drawn for this run. That is no sandbox: the model's code runs with your rights."""
     word = secrets.token_hex(16)
     program = (f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
                f"print({word!r})\n")
@@ -334,6 +343,7 @@ def passes(text, item, seconds=5):
         process = subprocess.Popen([sys.executable, '-I', '-c', program], cwd=folder, env={},
                                    start_new_session=True, stdin=subprocess.DEVNULL, stdout=said,
                                    stderr=subprocess.DEVNULL)
+        limit(process, memory)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.util
 import json
+import sys
 import time
 
 import pytest
@@ -292,6 +293,13 @@ def test_programs_run_only_in_a_process_of_their_own_with_a_time_limit(tmp_path,
     assert tasks.passes("    y = x + 1; open('left', 'w')\n", item) and not (tmp_path / 'left').exists()
     monkeypatch.setenv('HF_TOKEN', 'secret')
     assert tasks.passes("    import os; y = x + 1 + ('HF_TOKEN' in os.environ)\n", item)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="other systems cannot limit another process's memory")
+def test_a_program_that_asks_for_too_much_memory_does_not_pass():
+    item = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')[1]
+    line = '    y = x + 1 + 0 * len(bytearray(2 ** 28))\n'
+    assert tasks.passes(line, item) and not tasks.passes(line, item, memory=2 ** 27)
 
 
 def test_what_a_program_has_started_ends_with_it(tmp_path):
