@@ -15,5 +15,5 @@ lr_schedule, warmup_iters = 'cosine', 100
 eval_interval, log_interval = 250, 10
 
 # adapters on all matrices and the embedding (which is the head too)
-cpu = dict(block_size=128, batch_size=8, max_iters=300, lora_rank=32, lr=1e-3, warmup_iters=20,
-           ema_decay=0.99, eval_interval=100, eval_windows=50)
+cpu = dict(block_size=256, batch_size=4, max_iters=450, lora_rank=32, lr=1e-3, warmup_iters=20,
+           ema_decay=0.99, eval_interval=150, eval_windows=25)
