@@ -137,6 +137,14 @@ def test_a_time_for_every_token_may_differ_and_every_scale_and_shift_is_used():
         assert all(part.abs().max() > 0 for part in block.film.weight.grad.chunk(4))
 
 
+def test_the_cost_of_a_token_is_right_to_the_last_digits_with_a_large_vocabulary():
+    V, x = 50_000, torch.tensor([[7, 0, 9]])
+    logits = torch.zeros(1, 3, V)
+    logits[..., 7] = 12.0  # the others' exponentials are small beside it, but many
+    total = math.log(math.exp(12) + V - 1)
+    assert ar.token_nats(logits, x)[0].tolist() == pytest.approx([total - 12, total, total], abs=3e-6)
+
+
 def test_more_tokens_than_the_block_are_refused():
     with pytest.raises(ValueError, match='block_size=12'):
         random_gpt(True)(torch.zeros(1, 13, dtype=torch.long))
