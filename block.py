@@ -31,8 +31,8 @@ from unmask import shares, unmask
 @dataclass
 class Config(model.Config):
     block_length: int = 4        # tokens of a block; must divide block_size, the longest sequence
-    mask_low: float = 0.0        # training only: the share of a block that is masked is uniform on
-    mask_high: float = 1.0       # training only: [mask_low, mask_high], clipped unless [0, 1]
+    mask_low: float = 0.0        # training only: the least share of a block's tokens that is masked
+    mask_high: float = 1.0       # training only: the largest, see mask_law
     loss_weight: str = 'flat'    # training only: elbo (the bound's unless clipped) | flat (all alike)
 
     def __post_init__(self):
@@ -42,8 +42,28 @@ class Config(model.Config):
         if not 0 <= self.mask_low < self.mask_high <= 1:
             raise ValueError(f"mask_low={self.mask_low} and mask_high={self.mask_high} must be "
                              "0 <= mask_low < mask_high <= 1")
+        if not mask_law(self.block_length, self.mask_low, self.mask_high).any():
+            raise ValueError(f"no number of masks in a block of {self.block_length} is a share between "
+                             f"mask_low={self.mask_low} and mask_high={self.mask_high}")
         if self.loss_weight not in ('elbo', 'flat'):
             raise ValueError(f"loss_weight={self.loss_weight!r} is not one of: elbo, flat")
+
+
+def mask_law(n, low, high):
+    """Probability that k of a block's n tokens are masked in training, k = 0..n: (n + 1,) float64, all 0 if
+    no k fits.
+
+    BD3-LM's clipped schedule (arXiv 2503.09573 and its code): t is uniform on [low, high], every token is
+    masked with probability t, and that again until the share k / n lies in [low, high] too. Blocks without a
+    mask cost nothing and are left out; so [0, 1] makes k uniform on 1..n, as in the bound.
+    """
+    k = torch.arange(n + 1, dtype=torch.float64, device='cpu')
+    t = low + (high - low) * (torch.arange(1000, dtype=torch.float64, device='cpu') + 0.5) / 1000
+    p = torch.distributions.Binomial(n, t[:, None]).log_prob(k).exp()
+    p = p * ((k / n >= low - 1e-9) & (k / n <= high + 1e-9))
+    p = (p / p.sum(-1, keepdim=True)).nan_to_num().mean(0)
+    p[0] = 0
+    return p / p.sum().clamp(min=1e-300)
 
 
 def block_mask(T, block_length, device=None):
@@ -70,28 +90,28 @@ class Model(nn.Module):
         self.gpt = model.GPT(config, causal=False)
         if config.block_length == 1:
             self.bound = 'exact'
+        law, n = mask_law(config.block_length, config.mask_low, config.mask_high), config.block_length
+        self.least, self.most = int(law.nonzero()[0]), int(law.nonzero()[-1])  # masks of a block
+        self.register_buffer('below', law.cumsum(0).float()[:-1], persistent=False)  # P(at most k masks)
         # flat is 1 / E[share of masked tokens]: the loss of a fresh model is ln V
-        n = config.block_length
-        share = torch.linspace(config.mask_low, config.mask_high, 1001)
-        self.flat = 1 / ((share * n).ceil().clamp(1, n) / n).mean().item()
+        self.flat = 1 / (law @ torch.arange(n + 1, dtype=law.dtype) / n).item()
 
-    def forward(self, x, t=None, u=None):
-        """x (B, T) -> (loss in nats per token, metrics). Noise may be given: t (B, T / block_length), the
-        share of each block that is masked, and u (B, T)."""
+    def forward(self, x, v=None, u=None):
+        """x (B, T) -> (loss in nats per token, metrics). Noise may be given: v (B, T / block_length), the
+        quantile of each block's number of masks in its law, and u (B, T)."""
         B, n = x.size(0), self.config.block_length
-        if t is None:
+        if v is None:
             blocks = B * (x.size(1) // n)
-            t = low_discrepancy(torch.rand((), device=x.device), blocks)
+            v = low_discrepancy(torch.rand((), device=x.device), blocks)
             # torch 2.13 does not compile randperm here
             shuffle = torch.rand(blocks, device=x.device).argsort()
-            t = t[shuffle].view(B, -1)
-            t = self.config.mask_low + (self.config.mask_high - self.config.mask_low) * t
+            v = v[shuffle].view(B, -1)
         if u is None:
             u = torch.rand(x.shape, device=x.device)
-        k = (t * n).ceil().clamp(1, n)
+        k = (v[..., None] >= self.below).sum(-1).clamp(self.least, self.most)
         masked = exactly(k.view(-1), u.view(-1, n)).view_as(x)
         nats = self.masked_nats(x, masked)
-        weight = n / k if self.config.loss_weight == 'elbo' else torch.full_like(k, self.flat)
+        weight = n / k if self.config.loss_weight == 'elbo' else self.flat
         loss = (weight * nats).sum() / x.numel()
         return loss, {'loss_per_masked': nats.detach().sum() / masked.sum()}
 
@@ -137,7 +157,7 @@ class Model(nn.Module):
         """Generator of canvases (B, T), one a network call but for the reading of clean blocks.
 
         xt starts with the given tokens; V is where to write. steps: of the whole text, shared out among the
-        blocks to be written, at least one each. The rule works inside a block (see unmask.py); by default
+        blocks by what is to be written there, at least one each. The rule works inside a block (see unmask.py); by default
         random, with its even counts: ancestral steps often reveal several of a block's few tokens at once.
         """
         if how.get('cfg'):
@@ -147,7 +167,8 @@ class Model(nn.Module):
         if first:
             self.read(xt[:, :first], cache)
         blocks = range(first, xt.size(1), n)
-        for begin, share in zip(blocks, shares(steps, len(blocks))):
+        sizes = [int((xt[:, i:i + n] == self.blank).sum(-1).max()) for i in blocks]
+        for begin, share in zip(blocks, shares(steps, sizes)):
             denoise = lambda block, t: self.denoise_block(block, cache)
             for block in unmask(denoise, xt[:, begin:begin + n], self.blank, share, rule or 'random', **how):
                 xt = torch.cat([xt[:, :begin], block, xt[:, begin + n:]], dim=1)

@@ -8,14 +8,14 @@ function of (seed, i) alone (`seed_everything`).
 import contextlib
 import importlib
 import itertools
-import json
-import os
-import pickle
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import files
 from configurator import fail
 from vocabulary import Tokenizer, as_ids, file_type
 
@@ -41,8 +41,11 @@ def pick_dtype(name, device):
     most CUDA GPUs, CPUs with AVX512-BF16 or AMX."""
     if name not in ('auto', 'float32', 'bfloat16'):
         fail(f"dtype={name!r} is not one of: auto, float32, bfloat16")
-    if name != 'auto':
-        return getattr(torch, name)
+    return fast_dtype(device) if name == 'auto' else getattr(torch, name)
+
+
+def fast_dtype(device):
+    """bfloat16 where the processor multiplies matrices in it, else float32."""
     if device.type == 'cuda':
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     known = device.type == 'cpu' and hasattr(torch.cpu, 'get_capabilities')
@@ -71,17 +74,34 @@ def load_meta(dataset):
             fail(f"{path} is missing: run `python data/{dataset}/prepare.py` first")
         fail(f"dataset={dataset!r} is not a folder of data/ that holds a prepare.py "
              f"({', '.join(known) or 'there is none here'})")
-    return json.loads(path.read_text(encoding='utf-8'))
+    return files.read_json(path)
+
+
+def token_files(dataset, split):
+    """Where the tokens of a split are: data/<dataset>/<split>.bin, or shards <split>_<number>.bin in the
+    order of their names; or the script ends."""
+    folder, prepare = Path('data', dataset), f"`python data/{dataset}/prepare.py`"
+    whole, shards = folder / f'{split}.bin', sorted(folder.glob(f'{split}_*.bin'))
+    shards = [path for path in shards if re.fullmatch(rf'{split}_\d+\.bin', path.name)]
+    if whole.is_file() and shards:
+        fail(f"{folder} holds {whole.name} and shards such as {shards[0].name}, two texts: remove one of them")
+    others = sorted({re.split(r'[._]', path.name)[0] for path in folder.glob('*.bin')} & {'train', 'val', 'test'})
+    if not shards and not whole.is_file():
+        fail(f"{whole} is missing: " + (f"this dataset has {' and '.join(others)} alone" if split == 'test'
+                                        and others else f"run {prepare} first"))
+    return shards or [whole]
+
+
+def count_tokens(dataset, split, vocab_size):
+    """How many tokens a split has, by the sizes of its files."""
+    item = np.dtype(file_type(vocab_size)).itemsize
+    return sum(path.stat().st_size // item for path in token_files(dataset, split))
 
 
 def load_tokens(dataset, split, vocab_size, device):
-    """All data/<dataset>/<split>*.bin (one file, or shards in the order of their names) as one stream on the
-    device, int16 if ids are uint16, else int32; `windows` and `batch` undo the sign."""
-    prepare = f"run `python data/{dataset}/prepare.py`"
-    paths = sorted(Path('data', dataset).glob(f'{split}*.bin'))
-    if not paths:
-        fail(f"{Path('data', dataset, f'{split}.bin')} is missing: {prepare} first")
-    dtype = np.dtype(file_type(vocab_size))
+    """All tokens of a split (see `token_files`) as one stream on the device, int16 if ids are uint16, else
+    int32; `windows` and `batch` undo the sign."""
+    paths, dtype = token_files(dataset, split), np.dtype(file_type(vocab_size))
     lengths = [path.stat().st_size // dtype.itemsize for path in paths]
     tokens = np.empty(sum(lengths), dtype)  # filled shard by shard, so that memory holds them once
     for path, length, shard in zip(paths, lengths, np.split(tokens, np.cumsum(lengths)[:-1])):
@@ -89,7 +109,7 @@ def load_tokens(dataset, split, vocab_size, device):
         if length == 0 or shard.max() >= vocab_size:
             what = (f"holds token {shard.max()}, beyond the vocabulary of {vocab_size}" if length
                     else "is empty")
-            fail(f"{path} {what}: {prepare} again")
+            fail(f"{path} {what}: run `python data/{dataset}/prepare.py` again")
     return torch.from_numpy(tokens.view(f'i{dtype.itemsize}')).to(device)
 
 
@@ -138,30 +158,49 @@ def evaluate(nats, inputs, text, rows, seed=0):
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 def save(checkpoint, path):
-    """Write a checkpoint to a temporary file, then rename it: whenever we are killed, `path` is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    with open(temporary, 'wb') as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    """Write a checkpoint; whenever we are killed, `path` is whole. Or the script ends: there is no room."""
+    with files.writing(path, "make room; what was saved before is whole, --init_from=resume goes on there") as f:
+        try:
+            torch.save(checkpoint, f)
+        except RuntimeError as e:  # so torch puts what the disk said, which stands in the chain
+            while not isinstance(e, OSError) and e.__context__:
+                e = e.__context__
+            raise e if isinstance(e, OSError) else OSError(str(e).splitlines()[0])
+
+
+def set_aside(folder):
+    """Move the checkpoints of an earlier run in this folder into old-1/ (or -2 ...) there, so that a new run
+    neither mixes with it nor destroys it -> that folder, or None if there are none."""
+    old = [path for path in (Path(folder, 'best.pt'), Path(folder, 'last.pt')) if path.exists()]
+    if not old:
+        return None
+    there = next(p for i in itertools.count(1) if not (p := Path(folder, f'old-{i}')).exists())
+    with files.disk(there):
+        there.mkdir()
+        for path in old:
+            path.rename(there / path.name)
+    return there
+
+
+KINDS = dict(objective=str, config=dict, run=dict, tokenizer=dict, model=dict, ema=dict, iter=int, tokens=int)
 
 
 def load(path, device='cpu'):
     """The checkpoint at `path` (a dict of plain values and tensors; no code is unpickled),
     or the script ends."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of torch, about files of another kind
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         own = Path('config', f"train_{Path(path).parent.name.removeprefix('out-').replace('-', '_')}.py")
         fail(f"there is no checkpoint {path}: `python train.py "
              f"{own if own.exists() else 'config/train_mdlm.py'}` makes one")
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as e:
-        fail(f"{path} is not a checkpoint of this repository, or is damaged ({type(e).__name__})")
-    needed = {'objective', 'config', 'run', 'tokenizer', 'model', 'ema', 'iter', 'tokens'}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    except Exception as e:  # whatever the bytes of another kind of file lead torch to
+        why = e.strerror if isinstance(e, OSError) and e.strerror else type(e).__name__
+        fail(f"{path} is not a checkpoint of this repository, or is damaged ({why})")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind)
+                                                   for name, kind in KINDS.items()):
         fail(f"{path} is not a checkpoint of this repository")
     return checkpoint
 

@@ -12,10 +12,41 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import runpy
 import sys
 import textwrap
 from pathlib import Path
+from typing import NewType
+
+Filename = NewType('Filename', str)  # type of a knob that names a file, a folder or a model: ~ is your home
+
+
+def script(main):
+    """Run main(argv) as a script. What it prints, every output can hold: UTF-8 where that is no terminal, and
+    '?' for what a terminal has no letter for. Ctrl-C, a reader that has left (`| head`) and an output that is
+    full end it without a traceback."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(encoding=None if stream.isatty() else 'utf-8', errors='replace')
+    try:
+        try:
+            main(sys.argv[1:])
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as e:
+        if e.filename is not None or sys.stdout is None:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:  # so it is the output that fails
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at the interpreter's end
+            if isinstance(e, BrokenPipeError):
+                sys.exit(141)  # as a program that SIGPIPE ends
+            fail(f"cannot write to the standard output: {e.strerror or e}")
+        raise
 
 
 def fail(message):
@@ -34,8 +65,10 @@ def read(argv):
             flags['help'] = ''
         elif arg.startswith('--'):
             key, equals, value = arg[2:].partition('=')
-            flags[key] = value if equals else 'True'  # --watch is --watch=True
+            flags[key] = value if equals else True  # --watch is --watch=True
         elif not Path(arg).is_file():
+            if flags and list(flags.values())[-1] is True:
+                fail(f"a knob and its value are joined by =: --{list(flags)[-1]}={arg}")
             near = difflib.get_close_matches(arg, map(str, Path('config').glob('*.py')), 1)
             fail(f"there is no config file {arg!r}"
                  + (f"; did you mean {near[0]}?" if near else "; knobs are --key=value"))
@@ -53,8 +86,11 @@ def read(argv):
 def convert(field, value):
     """A knob's value as its field's type, or ValueError.
     Flags come as strings; an int will do for a float."""
-    if field.type is str and isinstance(value, str):
-        return value
+    if value is True and field.type is not bool:
+        raise ValueError(f"--{field.name}=True is not of type {field.type.__name__}: a knob and its value are "
+                         f"joined by =, as in --{field.name}={field.default or 'VALUE'}")
+    if field.type in (str, Filename) and isinstance(value, str):
+        return os.path.expanduser(value) if field.type is Filename else value
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
@@ -66,6 +102,15 @@ def convert(field, value):
         raise ValueError(f"--{field.name}={value} is not of type {field.type.__name__} "
                          f"(default: {field.default!r})")
     return value
+
+
+def peek(knobs, cls, *names):
+    """The values of a few knobs of a dataclass, checked, before the others are known."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    try:
+        return [convert(fields[name], knobs.get(name, fields[name].default)) for name in names]
+    except ValueError as e:
+        fail(e)
 
 
 def build(knobs, *classes):

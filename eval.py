@@ -34,6 +34,7 @@ windows that went through the VAE, and how much of the latents they were written
 tasks: TASKS. Texts are greedy there, by rule=confidence, unless told otherwise.
 """
 import csv
+import io
 import itertools
 import math
 import sys
@@ -46,13 +47,14 @@ import torch
 import torch.nn.functional as F
 
 import common
+import files
 import packing
 import pretrained
 import tasks
 import unmask
 import vae
 import vocabulary
-from configurator import build, fail, help_text, read
+from configurator import Filename, build, fail, help_text, read, script
 from pairs import Pairs
 from tasks import TASKS
 
@@ -62,13 +64,13 @@ MODES = ('nll', 'gen_ppl', 'frontier', 'latents', 'tasks')
 @dataclass
 class Config(unmask.Config):
     mode: str = 'nll'        # nll | gen_ppl | frontier | latents | tasks
-    out_dir: str = ''        # the checkpoint, also one of others (pretrained.py); '': the newest out*/
+    out_dir: Filename = ''   # the checkpoint, also one of others (pretrained.py); '': the newest out*/
     which: str = 'best'      # best | last
     weights: str = 'ema'     # ema | slow, a second average | model, not averaged
     device: str = 'auto'     # auto | cpu | cuda | mps
     dtype: str = 'float32'   # of the networks: float32 | bfloat16 | auto
     seed: int = 1337         # equal seeds, equal figures
-    input: str = ''          # a UTF-8 text to score; '': the dataset's split
+    input: Filename = ''     # a UTF-8 text to score; '': the dataset's split
     dataset: str = ''        # another dataset than the model's own
     split: str = 'val'       # of the dataset: val | test | train
     windows: int = 0         # how many windows, evenly spread; 0: all
@@ -76,7 +78,7 @@ class Config(unmask.Config):
     draws: int = 8           # noise draws a window, for bounds
     order: str = ''          # '': the objective's own; left: a denoiser's exact likelihood left to right
     T: int = -1              # steps of the bound of masked diffusion, 0: continuous; -1: as in training
-    judge: str = ''          # an autoregressive checkpoint, as for out_dir: out-ar, gpt2-large
+    judge: Filename = ''     # an autoregressive checkpoint, as for out_dir: out-ar, gpt2-large
     num_samples: int = 64    # texts to be judged
     batch: int = 64          # texts written at once
     length: int = 0          # tokens of a text; 0: the model's block size
@@ -84,10 +86,10 @@ class Config(unmask.Config):
     temperature: float = 1.0  # 1: the model's own law
     rules: str = ''          # frontier: these only, separated by commas; '': all
     grid_of_steps: str = '8,16,32,64,128,256,512,1024'  # frontier: the numbers of steps
-    csv: str = ''            # frontier: write the table here
-    plot: str = ''           # frontier: draw it here, .svg or .png (needs matplotlib)
+    csv: Filename = ''       # frontier: write the table here
+    plot: Filename = ''      # frontier: draw it here, .svg or .png (needs matplotlib)
     task: str = ''           # tasks: which, separated by commas
-    data: str = ''           # tasks: the official file of the task; '': downloaded
+    data: Filename = ''      # tasks: the official file of the task; '': downloaded
     items: int = 0           # tasks: how many, evenly spread; 0: all
     execute: bool = False    # tasks: run the programs that the model completes, with your rights
     show: int = 0            # tasks: print so many of the texts
@@ -131,11 +133,8 @@ def load_text(config, checkpoint, tokenizer, device):
     """Tokens of --input, of --dataset, or of the dataset the checkpoint was trained on; and what stands
     between prompt and answer, if that dataset is made of these, else None."""
     if config.input:
-        try:
-            text = Path(config.input).read_text(encoding='utf-8')
-        except (OSError, UnicodeDecodeError) as e:
-            fail(f"cannot read --input={config.input}: {e}")
-        return as_tokens(tokenizer.stream(text), device), None
+        ids = tokenizer.stream(files.read_text(config.input, 'input'))
+        return as_tokens(ids or fail(f"--input={config.input} holds no text"), device), None
     dataset = config.dataset or checkpoint['run']['dataset']
     if not dataset:
         fail("this model comes without a dataset: name one with --dataset=, or a text with --input=")
@@ -149,7 +148,7 @@ def load_text(config, checkpoint, tokenizer, device):
     if other.sep is not None:
         fail(f"data/{dataset} holds prompts and answers in other tokens than this model's: prepare it with "
              f"its tokenizer")
-    return as_tokens(tokenizer.stream(other.decode(vocabulary.as_ids(tokens).tolist())), device), None
+    return as_tokens(tokenizer.stream(other.text(vocabulary.as_ids(tokens).tolist())), device), None
 
 
 def rows_of(tokens, sep, tokenizer, model, most, run):
@@ -252,7 +251,7 @@ class Judge:
 def until_end(ids, tokenizer):
     """(text before the first <|endoftext|>, whether there is one)."""
     ended = tokenizer.end in ids
-    return tokenizer.decode(ids[:ids.index(tokenizer.end)] if ended else ids), ended
+    return tokenizer.text(ids[:ids.index(tokenizer.end)] if ended else ids), ended
 
 
 @torch.no_grad()
@@ -387,26 +386,33 @@ def frontier(config, checkpoint, model, tokenizer, judge, amp, device):
                 continue
         figures = judged(judge, texts, device)
         rows.append(dict(rule=rule, knob=label, calls=calls, tokens_per_second=speed, **figures))
-        row(rule, label, calls, speed, figures)
         if config.csv:
-            with open(config.csv, 'w', newline='') as f:
-                writer = csv.DictWriter(f, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            writer = csv.DictWriter(table := io.StringIO(newline=''), rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+            files.write(config.csv, table.getvalue())
         if config.plot:
             plot(rows, config.plot)
+        row(rule, label, calls, speed, figures)
     if not rows:
         fail(f"{next(iter(refused.values()))} (--mode=gen_ppl measures what it can do)")
     for rule, why in refused.items():
         print(f"{rule} is left out: {why}", file=sys.stderr)
 
 
-def check_matplotlib():
+def check_plot(path):
+    """Can the file be drawn, by matplotlib, and be written? Or the script ends."""
     try:
         import matplotlib
     except ImportError:
         fail("plot needs matplotlib: pip install matplotlib; the table and --csv do not")
     matplotlib.use('agg')
+    from matplotlib import pyplot
+    known = pyplot.figure().canvas.get_supported_filetypes()
+    pyplot.close()
+    if Path(path).suffix[1:].lower() not in known:
+        fail(f"--plot={path} must end in one of: .{', .'.join(sorted(known))}")
+    files.writable(path, 'plot')
 
 
 def plot(rows, path):
@@ -421,8 +427,9 @@ def plot(rows, path):
     for axis, label in zip(axes, ('nats/token under the judge', 'entropy of the tokens of a text, nats')):
         axis.set(xscale='log', xlabel='network calls', ylabel=label)
     axes[1].legend(fontsize='small', ncols=2)
-    figure.savefig(path)
+    figure.savefig(drawn := io.BytesIO(), format=Path(path).suffix[1:].lower())
     pyplot.close(figure)
+    files.write(path, drawn.getvalue())
 
 
 # ---- latents ----------------------------------------------------------------------------------------------
@@ -560,10 +567,14 @@ def shortened(T, checkpoint):
 
 
 def main(argv):
-    files, _, flags = read(argv)
+    knobs, _, flags = read(argv)
     if 'help' in flags:
         return print(help_text(__doc__.replace('TASKS', ', '.join(TASKS)), Config))
-    config, = build({**files, **flags}, Config)
+    config, = build({**knobs, **flags}, Config)
+    if config.csv:
+        files.writable(config.csv, 'csv')
+    if config.plot:
+        check_plot(config.plot)
     device = common.pick_device(config.device)
     _, checkpoint = pretrained.find(config.out_dir, config.which)
     changes = {} if config.T < 0 else dict(T=config.T, masking='bernoulli')  # masking is for training only
@@ -574,7 +585,7 @@ def main(argv):
     model, tokenizer = common.load_model(checkpoint, device, config.weights, **changes)
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
     if config.mode == 'tasks':
-        if 'temperature' not in files.keys() | flags.keys():
+        if 'temperature' not in knobs.keys() | flags.keys():
             config.temperature = 0.0
         try:
             return about_tasks(config, checkpoint, model, tokenizer, amp, device)
@@ -582,7 +593,7 @@ def main(argv):
             fail(e)
     if config.mode == 'nll':
         return nll(config, checkpoint, model, tokenizer, amp)
-    if hasattr(model, 'unroll') and 'temperature' in files.keys() | flags.keys():
+    if hasattr(model, 'unroll') and 'temperature' in knobs.keys() | flags.keys():
         fail(f"temperature is not for {checkpoint['objective']}: take --tau")
     if config.mode == 'latents':
         try:
@@ -593,8 +604,6 @@ def main(argv):
         fail(f"overlap={config.overlap} must be smaller than block_size={model.config.block_size}")
     judge = Judge(config.judge, device)
     measure = gen_ppl if config.mode == 'gen_ppl' else frontier
-    if config.plot:
-        check_matplotlib()
     try:
         if config.mode == 'frontier':
             rules_of(config, checkpoint['objective'])  # a mistake is told before anything is computed
@@ -607,4 +616,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

@@ -75,11 +75,6 @@ def unmerge(net):
         layer.merged = None
 
 
-def adapters(net):
-    """The state dict of A and B alone; `net.load_state_dict(..., strict=False)` takes it back."""
-    return {name: p for name, p in net.state_dict().items() if name.endswith(('.A', '.B'))}
-
-
 @torch.no_grad()
 def load_base(net, weights):
     """Copy the weights of a network that is not adapted into one that may be. Raises ValueError by name."""

@@ -20,6 +20,7 @@ import base64
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -30,9 +31,10 @@ import requests
 import torch
 
 import common
+import files
 import lora
 import model
-from configurator import build, fail, help_text, read
+from configurator import Filename, build, fail, help_text, read, script
 from data import tools
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -41,9 +43,9 @@ MISSING = "pip install safetensors"
 
 @dataclass
 class Config:
-    out_dir: str = ''    # the checkpoint to write down; '': the newest out*/
-    which: str = 'best'  # best | last
-    to: str = ''         # the folder that is made
+    out_dir: Filename = ''  # the checkpoint to write down; '': the newest out*/
+    which: str = 'best'     # best | last
+    to: Filename = ''       # the folder that is made
 
 
 # ---- names: ours -> theirs --------------------------------------------------------------------------------
@@ -95,9 +97,15 @@ def pieces_of(name, config):
 def shape_of(theirs):
     """A config.json (dict) -> the knobs of model.Config. Raises ValueError for what model.py cannot do."""
     kind = theirs.get('model_type')
+    for name in ('quantization_config', 'quantization', 'compression_config'):
+        if theirs.get(name):
+            how = theirs[name].get('quant_method', '') if isinstance(theirs[name], dict) else theirs[name]
+            raise ValueError(f"its weights are quantised ({name}{f': {how}' if how else ''}), which is not read "
+                             f"here: take the model as it was before")
     refused = {'gpt2': dict(activation_function='gelu_new', scale_attn_weights=True,
                             scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True),
-               'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False)}
+               'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False,
+                             partial_rotary_factor=1.0)}
     if kind not in refused:
         raise ValueError(f"model_type={kind} is not one of: gpt2, llama")
     for name, known in refused[kind].items():
@@ -114,7 +122,7 @@ def shape_of(theirs):
     return dict(arch='llama', vocab_size=theirs['vocab_size'], block_size=theirs['max_position_embeddings'],
                 n_layer=theirs['num_hidden_layers'], n_head=heads, n_embd=width,
                 n_kv_head=theirs.get('num_key_value_heads') or heads, n_inner=theirs['intermediate_size'],
-                rope_base=float(theirs.get('rope_theta') or rope.get('rope_theta') or 10000.0),
+                rope_base=float(rope.get('rope_theta') or theirs.get('rope_theta') or 10000.0),
                 norm_eps=theirs.get('rms_norm_eps', 1e-6), tied=theirs.get('tie_word_embeddings', False),
                 **rope_of(rope))
 
@@ -153,6 +161,11 @@ def config_json(config):
 
 # ---- tensors ----------------------------------------------------------------------------------------------
 
+PLAIN = ('F64', 'F32', 'F16', 'BF16')  # as safetensors calls the types of weights that are numbers
+# what may stand beside the weights: constants of attention, also of older versions
+CONSTANTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
+
+
 class Tensors:
     """The tensors of a folder by name, read when asked for: of model.safetensors, or of the files that
     model.safetensors.index.json names."""
@@ -162,7 +175,7 @@ class Tensors:
             from safetensors import safe_open
         except ImportError:
             fail(f"reading {folder} needs the library safetensors: {MISSING}")
-        self.where = {}
+        self.where, self.used = {}, set()
         for name in shards(Path(folder)):
             path = Path(folder, name)
             if not path.is_file():
@@ -172,7 +185,14 @@ class Tensors:
                 file = safe_open(path, 'pt')
             except Exception as e:  # SafetensorError is no class of Python's own
                 fail(f"{path} is cut short or damaged ({e}): remove it and get it again")
-            self.where |= {key: file for key in file.keys()}
+            for key in file.keys():
+                kind = str(file.get_slice(key).get_dtype())
+                if kind not in PLAIN and not key.endswith(CONSTANTS):
+                    fail(f"the tensor {key} in {path} is of type {kind}: quantised weights are not read here, "
+                         f"take the model as it was before")
+                if key in self.where:
+                    fail(f"the tensor {key} is in {path} and in another file of the same model")
+                self.where[key] = file
 
     def __contains__(self, name):
         return name in self.where
@@ -181,24 +201,47 @@ class Tensors:
         """One tensor in float32, or the script ends and names it. shape: its own, None: any."""
         if name not in self.where:
             fail(f"the tensor {name} is missing")
+        self.used.add(name)
         tensor = self.where[name].get_tensor(name).float()
         if shape is not None and tuple(tensor.shape) != tuple(shape):
             fail(f"the tensor {name} is of shape {tuple(tensor.shape)} instead of {tuple(shape)}")
         return tensor
 
+    def check_rest(self):
+        """A tensor that has not been asked for ends the script: it may change what the others mean, as the
+        scales of quantised weights, biases and further layers do."""
+        rest = [name for name in self.where if name not in self.used and not name.endswith(CONSTANTS)]
+        if rest:
+            more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+            fail(f"the tensor {min(rest)}{more} has no place in this model: config.json and the weights do not "
+                 f"belong together, or they are quantised or of a kind that model.py does not do")
+
 
 def weights_of(tensors, config, shapes):
-    """Their tensors -> a state dict of GPT with an embedding of V rows. shapes: of its tensors."""
-    prefix = 'transformer.' if 'transformer.wte.weight' in tensors else ''
+    """Their tensors -> a state dict of GPT with an embedding of V rows. shapes: of its tensors. The prefix of
+    the body's names may be missing, and an embedding that is also the head may have either name."""
+    prefix = 'transformer.' if config.arch == 'gpt2' else 'model.'
+    bare = not any(name.startswith(prefix) for name in tensors.where)
     weights = {}
+
+    def get(name, shape):
+        body = name.removeprefix(prefix)
+        return tensors.get(body if bare else prefix + body, shape)
     for name, theirs in names_of(config).items():
         shape = list(shapes[name])
         rows = pieces_of(name, config) if len(theirs) > 1 else shape[:1]
-        if turned(name, config):
-            weights[name] = tensors.get(prefix + theirs[0], shape[::-1]).T.contiguous()
+        if name == 'head.weight':
+            weights[name] = tensors.get('lm_head.weight', shape)
+        elif name == 'embed.weight' and (config.tied or config.arch == 'gpt2') and 'lm_head.weight' in tensors:
+            weights[name] = tensors.get('lm_head.weight', shape)
+            body = theirs[0].removeprefix(prefix)
+            if (body if bare else prefix + body) in tensors and not get(theirs[0], shape).equal(weights[name]):
+                fail(f"{theirs[0]} and lm_head.weight differ, but config.json says that they are one "
+                     f"(tie_word_embeddings)")
+        elif turned(name, config):
+            weights[name] = get(theirs[0], shape[::-1]).T.contiguous()
         else:
-            weights[name] = torch.cat([tensors.get(prefix + key, [n, *shape[1:]])
-                                       for key, n in zip(theirs, rows)])
+            weights[name] = torch.cat([get(key, [n, *shape[1:]]) for key, n in zip(theirs, rows)])
     return weights
 
 
@@ -215,43 +258,37 @@ def tensors_of(weights, config):
 
 # ---- folders ----------------------------------------------------------------------------------------------
 
-def read_json(path):
-    """The dict in a JSON file, or the script ends."""
-    try:
-        found = json.loads(Path(path).read_text(encoding='utf-8'))
-        if not isinstance(found, dict):
-            raise ValueError(f"{type(found).__name__} instead of an object")
-        return found
-    except OSError as e:
-        fail(f"cannot read {path}: {e.strerror}")
-    except ValueError as e:
-        fail(f"{path} is cut short or damaged ({e}): remove it and get it again")
-
-
 def shards(folder):
-    """The names of the files that hold the tensors, as the index says, if there is one."""
+    """The names of the files that hold the tensors: model.safetensors, or what the index says. (An index
+    beside model.safetensors is an older one's; transformers leaves it out too.)"""
     index = folder / 'model.safetensors.index.json'
     if not index.is_file():
         return ['model.safetensors']
-    names = read_json(index).get('weight_map', {})
+    names = files.read_json(index).get('weight_map', {})
     names = sorted(set(names.values())) if isinstance(names, dict) else []
     if not names or any(Path(name).name != name or not name.endswith('.safetensors') for name in names):
         fail(f"{index} names no files, or others than *.safetensors beside it")
-    return names
+    return ['model.safetensors'] if (folder / 'model.safetensors').is_file() else names
+
+
+def special(theirs, name):
+    """The id of the bos or eos token in a config.json, of several the first; None if it has no row."""
+    ids = theirs.get(f'{name}_token_id')
+    ids = ids if isinstance(ids, list) else [ids]
+    return next((i for i in ids if type(i) is int and 0 <= i < theirs['vocab_size']), None)
 
 
 def tokenizer_of(folder, theirs):
     """The meta of the tokenizer in a folder, see vocabulary.Tokenizer."""
-    end, own = theirs.get('eos_token_id'), theirs.get('unmask', {}).get('tokenizer', {})
+    own = theirs.get('unmask', {}).get('tokenizer', {})
     if own.get('kind', 'json') != 'json':
         return own
     size = theirs.get('vocab_size')
     if not isinstance(size, int):
         fail(f"{Path(folder, 'config.json')} has no vocab_size")
-    end = end[0] if isinstance(end, list) else end
-    known = dict(vocab_size=size, bos=theirs.get('bos_token_id'), end=end) | own
+    known = dict(vocab_size=size, bos=special(theirs, 'bos'), end=special(theirs, 'eos')) | own
     pieces, model_file = Path(folder, 'tokenizer.json'), Path(folder, 'tokenizer.model')
-    source = read_json(pieces) if pieces.is_file() else {}
+    source = files.read_json(pieces) if pieces.is_file() else {}
     merges = source.get('model')
     of_bytes = isinstance(merges, dict) and not merges.get('byte_fallback')
     if model_file.is_file() and not of_bytes:  # LLaMA 2 has both files
@@ -266,7 +303,7 @@ def tokenizer_of(folder, theirs):
 def read_folder(folder):
     """A folder in Hugging Face's layout -> a checkpoint dict, see common.load. Of others' it is an
     autoregressive model, whose [BOS] is the row of their bos token. Or the script ends."""
-    theirs = read_json(Path(folder, 'config.json'))
+    theirs = files.read_json(Path(folder, 'config.json'))
     try:
         shape = model.Config(**shape_of(theirs))
     except (ValueError, KeyError, TypeError) as e:
@@ -279,9 +316,9 @@ def read_folder(folder):
     if own:
         marks = tensors.get('unmask.marks', None)
     else:
-        bos = next((i for i in (theirs.get('bos_token_id'), theirs.get('eos_token_id'))
-                    if isinstance(i, int) and i < len(embed)), None)
+        bos = next((i for i in (special(theirs, 'bos'), special(theirs, 'eos')) if i is not None), None)
         marks = embed.mean(0, keepdim=True) if bos is None else embed[bos:bos + 1]
+    tensors.check_rest()
     weights['embed.weight'] = torch.cat([embed, marks])
     weights = {f'gpt.{name}': p for name, p in weights.items()}
     return dict(objective=own.get('objective', 'ar'), config=own.get('config', asdict(shape)),
@@ -292,6 +329,7 @@ def read_folder(folder):
 def write_folder(checkpoint, folder):
     """A checkpoint dict of ours -> a folder in Hugging Face's layout, or the script ends."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         fail(f"writing {folder} needs the library safetensors: {MISSING}")
@@ -323,24 +361,36 @@ def write_folder(checkpoint, folder):
     if meta['kind'] == 'json':
         own['tokenizer'] = {k: v for k, v in meta.items() if k != 'json'}
         theirs |= dict(eos_token_id=meta['end'], bos_token_id=meta.get('bos'))
-        tools.write(folder / 'tokenizer.json', json.dumps(meta['json'], ensure_ascii=False).encode())
+        files.write(folder / 'tokenizer.json', json.dumps(meta['json'], ensure_ascii=False).encode())
     else:
         own['tokenizer'] = meta
         print(f"note: a tokenizer of kind {meta['kind']} has no file in that layout, it goes into "
               f"config.json, where only this repository looks", file=sys.stderr)
-    with tools.disk(folder):
+    temporary = folder / f'model.safetensors.{os.getpid()}.tmp'
+    with files.disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors | {'unmask.marks': embed[V:].contiguous()}, folder / 'model.safetensors.tmp',
-                  metadata={'format': 'pt'})
-        os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
-    tools.write(folder / 'config.json', json.dumps(theirs | dict(unmask=own), indent=1).encode())
+        try:
+            save_file(tensors | {'unmask.marks': embed[V:].contiguous()}, temporary, {'format': 'pt'})
+            os.replace(temporary, folder / 'model.safetensors')
+        except SafetensorError as e:
+            raise OSError(str(e))
+        finally:
+            temporary.unlink(missing_ok=True)
+    files.write(folder / 'config.json', json.dumps(theirs | dict(unmask=own), indent=1).encode())
     return tensors
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------
 
 def hf_home():
-    return Path(os.environ.get('HF_HOME') or Path.home() / '.cache' / 'huggingface')
+    caches = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    return Path(os.environ.get('HF_HOME') or Path(caches, 'huggingface')).expanduser()
+
+
+def hub_cache():
+    """Where the hub's own library keeps repositories."""
+    named = os.environ.get('HF_HUB_CACHE') or os.environ.get('HUGGINGFACE_HUB_CACHE')
+    return Path(named).expanduser() if named else hf_home() / 'hub'
 
 
 def whole(folder, weights):
@@ -349,12 +399,12 @@ def whole(folder, weights):
     if not all((folder / name).exists() for name in needed):
         return False
     tokens = any((folder / name).exists() for name in ('tokenizer.json', 'tokenizer.model'))
-    return tokens or read_json(folder / 'config.json').get('model_type') == 'gpt2'  # tiktoken has those
+    return tokens or files.read_json(folder / 'config.json').get('model_type') == 'gpt2'  # tiktoken has those
 
 
 def snapshot(repository):
     """The folder in which the hub's own library keeps a repository, if it does."""
-    folder = hf_home() / 'hub' / f"models--{repository.replace('/', '--')}"
+    folder = hub_cache() / f"models--{repository.replace('/', '--')}"
     try:
         return folder / 'snapshots' / (folder / 'refs' / 'main').read_text().strip()
     except OSError:
@@ -412,7 +462,7 @@ def download(repository, weights=True):
         return True
     get('config.json', needed=True)
     get('tokenizer.json'), get('tokenizer.model')
-    if weights:
+    if weights and not get('model.safetensors'):
         get('model.safetensors.index.json')
         for name in shards(folder):
             get(name, needed=True)
@@ -427,8 +477,12 @@ def tokenizer(source):
     else:
         if not folder.is_dir():
             folder = download(source, weights=False)
-        meta = tokenizer_of(folder, read_json(folder / 'config.json'))
+        meta = tokenizer_of(folder, files.read_json(folder / 'config.json'))
     return {k: v for k, v in meta.items() if k not in ('source', 'sha256', 'before', 'sep')}
+
+
+OURS = re.compile(r'out.*|(run|experiment|exp|log|checkpoint|ckpt|model|result|save|train|test|tmp|data|config)'
+                  r's?', re.IGNORECASE)  # first parts of a path that are rather a folder here than an owner
 
 
 def find(source, which='best'):
@@ -439,7 +493,8 @@ def find(source, which='best'):
         return path, read_folder(path)
     if path.is_file():
         return path, common.load(path)
-    hub = source.count('/') == 1 and path.suffix != '.pt' and not path.parent.exists()
+    hub = re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', source) and path.suffix != '.pt' and \
+        not path.parent.exists() and not OURS.fullmatch(path.parts[0])
     if source in GPT2 and not path.exists() or hub:
         return source, read_folder(download(source))
     if source and not path.exists() and len(path.parts) == 1 and not source.startswith('out'):
@@ -450,18 +505,19 @@ def find(source, which='best'):
 
 
 def main(argv):
-    files, _, flags = read(argv)
+    knobs, _, flags = read(argv)
     if 'help' in flags:
         return print(help_text(__doc__, Config))
-    config, = build({**files, **flags}, Config)
+    config, = build({**knobs, **flags}, Config)
     if not config.to:
         fail("where to? --to=FOLDER")
     if Path(config.to, 'config.json').exists():
         fail(f"{config.to} holds a model already: name another folder")
+    files.folder(config.to, 'to')
     path, checkpoint = find(config.out_dir, config.which)
     tensors = write_folder(checkpoint, config.to)
     print(f"{path}: {len(tensors)} tensors and the rows of the marks, to {config.to}/")
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

@@ -16,7 +16,9 @@ A canvas is (num_samples, length) tokens with the id V where text is still to be
 window; what is printed, watched or saved as a page is that one sequence of canvases.
 """
 import html
+import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -27,18 +29,19 @@ import torch
 import torch.nn.functional as F
 
 import common
+import files
 import latent
 import pretrained
 import score
 import unmask
 import vae
 import vocabulary
-from configurator import build, fail, help_text, read
+from configurator import Filename, build, fail, help_text, read, script
 
 
 @dataclass
 class Config(unmask.Config):
-    out_dir: str = ''          # the checkpoint, also one of others (pretrained.py); '': the newest out*/
+    out_dir: Filename = ''     # the checkpoint, also one of others (pretrained.py); '': the newest out*/
     which: str = 'best'        # best | last
     weights: str = 'ema'       # ema | slow, a second average | model, not averaged
     device: str = 'auto'       # auto | cpu | cuda | mps
@@ -51,7 +54,7 @@ class Config(unmask.Config):
     suffix: str = ''           # given text at the end; FILE:path reads it from a file, as for template
     template: str = ''         # given text with ___ for each hole, instead of start and suffix
     hole: int = 8              # tokens of a hole
-    stop: str = ''             # end a text behind this one; <|endoftext|> is GPT-2's
+    stop: str = ''             # end a text behind this one; <|endoftext|>: the model's own end
     min_entropy: float = 0.0   # end a text whose last 256 tokens have less entropy, nats (BD3-LM: 4)
     sentences: int = 0         # vae, latent: windows to write behind the start; 0: what fits in length, or 5
     joined: str = ' | '        # vae, latent: what stands between them
@@ -60,7 +63,7 @@ class Config(unmask.Config):
     points: int = 7            # texts on that way
     nearest: int = 0           # vae, latent: so many training windows that are nearest to the start
     watch: bool = False        # show the denoising in the terminal
-    html: str = ''             # write the denoising to this file, a page that needs nothing else
+    html: Filename = ''        # write the denoising to this file, a page that needs nothing else
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,10 +87,7 @@ def given(text):
     """A prompt from the command line: FILE:path is what that file holds."""
     if not text.startswith('FILE:'):
         return text
-    try:
-        return Path(text[5:]).read_text(encoding='utf-8').removesuffix('\n')
-    except (OSError, UnicodeDecodeError) as e:
-        fail(f"cannot read {text[5:]}: {e}")
+    return files.read_text(os.path.expanduser(text[5:])).removesuffix('\n')
 
 
 def starts(text):
@@ -98,9 +98,10 @@ def starts(text):
     return lines or fail(f"{text[5:]} holds no start")
 
 
-def known(tokenizer, text):
-    """The ids of a given text; characters that a model of lines does not know end the script."""
-    ids = tokenizer.encode(text)
+def known(tokenizer, text, rest=False):
+    """The ids of a given text (rest: of one that does not begin there); characters that a model of lines does
+    not know end the script."""
+    ids = tokenizer.encode_rest(text) if rest else tokenizer.encode(text)
     if tokenizer.bos is not None and vocabulary.UNK in ids:
         unknown = sorted({c for c in text if vocabulary.UNK in tokenizer.encode(c)})
         fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
@@ -112,15 +113,17 @@ def make_canvas(config, start, tokenizer, block_size, window=0):
     a model that writes window after window, any number of them, else 0."""
     blank, bos = tokenizer.vocab_size, [] if tokenizer.bos is None else [tokenizer.bos]
     if config.template:
-        parts = [known(tokenizer, part) for part in given(config.template).split('___')]
-        if len(parts) == 1:
+        first, *parts = given(config.template).split('___')
+        if not parts:
             fail("template has no ___ (three underscores) to fill")
-        row = bos + parts[0] + [i for part in parts[1:] for i in [blank] * config.hole + part]
+        row = bos + known(tokenizer, first)
+        row += [i for part in parts for i in [blank] * config.hole + known(tokenizer, part, rest=True)]
     else:
-        start, suffix = bos + known(tokenizer, start), known(tokenizer, given(config.suffix))
-        sep = tokenizer.sep or []  # of a model that answers: behind the prompt, unless it stands there
-        if start and start[len(start) - len(sep):] != sep:
-            start = start + sep
+        suffix = known(tokenizer, given(config.suffix), rest=True)
+        if start and tokenizer.sep:  # of a model that answers: behind the prompt, also if it stands there
+            start = bos + known(tokenizer, start.removesuffix(tokenizer.meta['sep'])) + tokenizer.sep
+        else:
+            start = bos + known(tokenizer, start)
         if window:
             block_size = len(start) + (config.sentences or SENTENCES) * window
         length = config.length or min(block_size, 1024)
@@ -137,33 +140,51 @@ def make_canvas(config, start, tokenizer, block_size, window=0):
 
 
 def stop_ids(config, tokenizer):
-    """Lists of ids behind which a text ends: --stop, and the end of a line or an answer where a dataset is
-    made of these."""
-    end, stops = [tokenizer.end], []
-    if config.stop:
-        stops.append(end if config.stop == '<|endoftext|>' and tokenizer.end is not None
-                     else known(tokenizer, config.stop))
+    """Where a text ends, as functions (ids) -> how many of them it has then, 0: it goes on. Behind the text
+    --stop, however it was cut into tokens; and behind the end of a line or an answer, where a dataset is made
+    of these."""
+    end, stops = tokenizer.end, []
+    if config.stop == '<|endoftext|>' and end is not None:
+        stops.append(lambda ids: ids.index(end) + 1 if end in ids else 0)
+    elif config.stop:
+        known(tokenizer, config.stop)  # a character that cannot be written ends the script
+        stops.append(lambda ids: behind(tokenizer.pieces, ids, config.stop.encode(errors='replace')))
     if (tokenizer.bos, tokenizer.sep) != (None, None) and not (config.suffix or config.template):
-        stops.append(end)
+        stops.append(lambda ids: ids.index(end) + 1 if end in ids else 0)
     return stops
+
+
+def behind(pieces, ids, text):
+    """How many ids it takes until their bytes hold `text`, 0: they do not. pieces: the bytes of every id."""
+    parts = [pieces[i] for i in ids]
+    at = b''.join(parts).find(text)
+    if at < 0:
+        return 0
+    lengths = itertools.accumulate(map(len, parts))
+    return next(n for n, length in enumerate(lengths, 1) if length >= at + len(text))
 
 
 def ending(row, start, blank, stops, min_entropy, last=256):
     """Where a text ends that has met a stopping rule, else 0. row: ids, the first `start` given.
 
-    Behind the first of the `stops` (lists of ids); or here, if the last 256 ids have an entropy below
+    At the first of the `stops` (see `stop_ids`); or here, if the last 256 ids have an entropy below
     min_entropy nats (as what repeats itself has, BD3-LM arXiv 2503.09573). Only the part before the first
     blank is looked at.
     """
     written = row[:row.index(blank)] if blank in row else row
-    for i in range(start, len(written)):
-        for stop in stops:
-            if written[i:i + len(stop)] == stop:
-                return i + len(stop)
+    found = [start + n for n in (stop(written[start:]) for stop in stops) if n]
+    if found:
+        return min(found)
     if min_entropy and len(written) >= max(start + 1, last):
         p = torch.bincount(torch.tensor(written[-last:])) / last
         return len(written) if -torch.special.xlogy(p, p).sum() < min_entropy else 0
     return 0
+
+
+def up_to(text, stop, before):
+    """A text without what its last token holds behind --stop; before: the text without that token."""
+    at = text.rfind(stop) + len(stop) if stop and stop in text else 0
+    return text[:at] if at > len(before) else text
 
 
 def stream(model, canvas, config):
@@ -341,31 +362,34 @@ def write(config, path, checkpoint, model, tokenizer, device):
     for i, (row, end) in enumerate(zip(canvas.tolist(), ended(ends, canvas))):
         row = row[:end or None]
         pieces = in_windows(row, [cut[i] for cut in cuts], blank) if window else [row]
-        texts.append(config.joined.join(map(tokenizer.decode, pieces)))
+        text = config.joined.join(map(tokenizer.text, pieces))
+        texts.append(up_to(text, config.stop, tokenizer.text(row[:-1])) if end else text)
     seconds = time.time() - began
-    print(('\n' + '-' * 60 + '\n').join(texts))
+    if config.html:
+        files.write(config.html, page(frames, tokenizer, f"{checkpoint['objective']}, {calls} {unit}"))
+    print(('\n' + '-' * 60 + '\n').join(texts), flush=True)
     print(f"[{path}, iteration {checkpoint['iter']}: {calls} {unit}, {seconds:.2f} s, "
           f"{canvas.numel() / seconds:,.0f} tokens/s]", file=sys.stderr)
     if config.html:
-        title = f"{checkpoint['objective']}, {calls} {unit}"
-        Path(config.html).write_text(page(frames, tokenizer, title), encoding='utf-8')
         print(f"[{config.html}: {len(frames)} frames]", file=sys.stderr)
 
 
 def main(argv):
-    files, _, flags = read(argv)
+    knobs, _, flags = read(argv)
     if 'help' in flags:
         rules = (f"{', '.join(unmask.RULES)}; of score.py: {', '.join(score.RULES)}; "
                  f"of latent.py: {', '.join(latent.RULES)}")
         return print(help_text(__doc__.replace('RULES', rules), Config))
-    config, = build({**files, **flags}, Config)
+    config, = build({**knobs, **flags}, Config)
+    if config.html:
+        files.writable(config.html, 'html')
     device = common.pick_device(config.device)
     path, checkpoint = pretrained.find(config.out_dir, config.which)
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     tools = dict(reconstruct=reconstruct, interpolate=interpolate, nearest=neighbours)
     latents = hasattr(model, 'unroll')
     others = {'temperature', 'overlap'} if latents else {*tools, 'sentences', 'joined', 'points'}
-    for name in (files.keys() | flags.keys()) & others:
+    for name in (knobs.keys() | flags.keys()) & others:
         instead = dict(temperature='take --tau', overlap='every window sees the one before')
         fail(f"{name} is not for {checkpoint['objective']}: {instead.get(name, 'it is for vae and latent')}")
     asked = [tool for name, tool in tools.items() if getattr(config, name)]
@@ -382,9 +406,7 @@ def main(argv):
                 write(config, path, checkpoint, model, tokenizer, device)
     except ValueError as e:  # what this model cannot do
         fail(f"{path}: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

@@ -13,8 +13,9 @@ A `Blank` has a text before, a text behind, and what may stand between. A denois
 not see the text behind.
 
 A context and a choice are cut into tokens together: the choice begins where the ids of the whole differ from
-those of the context. The parts of a text with a blank are cut each by itself, so that all that is given is
-given, and nothing of it has to be written again. Each item is read from the official file of its task.
+those of the context. The text before and the text behind a blank are cut each by itself, so that all that is
+given is given, and nothing of it has to be written again; the blank has as many tokens as the answer has
+behind the text before. Each item is read from the official file of its task.
 """
 import contextlib
 import csv
@@ -36,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import files
 from configurator import fail
 from data import tools
 
@@ -169,6 +171,12 @@ def locate(tokenizer, context, choice):
     return ids, start
 
 
+def count_behind(tokenizer, context, text):
+    """How many tokens a text has behind a context whose own tokens are given."""
+    ids, left = tokenizer.encode(context + text), tokenizer.encode(context)
+    return len(ids) - len(left) if ids[:len(left)] == left else len(tokenizer.encode_rest(text))
+
+
 def fit(ids, start, end, T):
     """The same with at most T ids: what is far from [start, end) is cut, first before it, then behind it.
     Raises TooLong if that alone is longer."""
@@ -241,8 +249,8 @@ def costs(model, tokenizer, item, draws, seed, device):
 @torch.no_grad()
 def fill(model, tokenizer, item, device, **how):
     """The text that the model puts into a blank."""
-    before, after = tokenizer.encode(item.before), tokenizer.encode(item.after)
-    n = max(len(tokenizer.encode(answer)) for answer in item.answers)
+    before, after = tokenizer.encode(item.before), tokenizer.encode_rest(item.after)
+    n = max(count_behind(tokenizer, item.before, answer) for answer in item.answers)
     ids = before + [model.blank] * n + (after if model.bound != 'exact' else [])
     ids, start, end = fit(ids, len(before), len(before) + n, model.config.block_size)
     row = torch.tensor(ids, device=device)[None]
@@ -332,15 +340,27 @@ def limit(process, memory):
         pass
 
 
+def end(process):
+    """Kill a process, and where the system has groups of them (not on Windows) all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, 'killpg'):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.terminate()
+    process.wait()
+
+
 def passes(text, item, seconds=5, memory=2 ** 31):
     """Does the program with this line pass its tests? It runs in a process of its own, in an empty folder,
     without our environment, for so many seconds, in so many bytes, and must come to its end, where it says a
-    word drawn for this run. That is no sandbox: the model's code runs with your rights."""
+    word drawn for this run. That is no sandbox: the model's code runs with your rights, and on Windows what
+    it has started may outlive it."""
+    bare = {name: os.environ[name] for name in ('SYSTEMROOT',) if name in os.environ}  # Windows needs it
     word = secrets.token_hex(16)
     program = (f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
                f"print({word!r})\n")
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, 'said'), 'w+b') as said:
-        process = subprocess.Popen([sys.executable, '-I', '-c', program], cwd=folder, env={},
+        process = subprocess.Popen([sys.executable, '-I', '-c', program], cwd=folder, env=bare,
                                    start_new_session=True, stdin=subprocess.DEVNULL, stdout=said,
                                    stderr=subprocess.DEVNULL)
         limit(process, memory)
@@ -349,9 +369,7 @@ def passes(text, item, seconds=5, memory=2 ** 31):
         except subprocess.TimeoutExpired:
             return False
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
-            process.wait()
+            end(process)
         said.seek(0)
         return said.read().decode(errors='replace').endswith(word + '\n')
 
@@ -401,9 +419,9 @@ def load(name, path=''):
     ends."""
     task, folder = TASKS[name], Path('data', 'tasks')
     if path:
-        text = tools.read_bytes(path, 'data')
+        text = files.read_bytes(path, 'data')
         labels = Path(path).with_suffix('').as_posix() + task.labels
-        labels = tools.read_bytes(labels, 'data') if task.labels else b''
+        labels = files.read_bytes(labels, 'data') if task.labels else b''
     elif not task.url:
         fail(f"task={name}: get its file ({task.otherwise}) and name it with --data=")
     else:
@@ -413,11 +431,12 @@ def load(name, path=''):
         labels = Path(task.member).with_suffix('').as_posix() + task.labels
         labels = tools.unzip(there, labels) if task.labels else b''
     try:
-        items = task.read(text.decode(), labels.decode())
+        items = task.read(*(files.text_of(data, path or task.url) for data in (text, labels)))
         for number, item in enumerate(items, 1):
             if isinstance(item, Choice) and not 0 <= item.gold < len(item.choices):
                 raise ValueError(f"item {number} says that choice {item.gold + 1} is right")
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:  # UnicodeDecodeError is one
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error,
+            RecursionError) as e:
         fail(f"task={name}: {path or task.url} is not in the official format ({type(e).__name__}: {e})")
     return items or fail(f"task={name}: {path or task.url} is empty")
 

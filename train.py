@@ -8,13 +8,14 @@ Train any objective of this repository: one loop, the objective is a file.
     torchrun --nproc_per_node=8 train.py config/train_mdlm.py  # several GPUs
 
 Writes out_dir/last.pt (everything a resume needs) and out_dir/best.pt (the weights with
-the lowest validation figure).
-Ctrl-C or SIGTERM: saves, then ends.
+the lowest validation figure). The checkpoints of an earlier run in out_dir are moved to out_dir/old-1.
+Ctrl-C, SIGTERM or a terminal that hangs up: saves, then ends.
 """
 import copy
 import itertools
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -27,11 +28,12 @@ from tqdm import tqdm
 
 import adapt
 import common
+import files
 import lora
 import packing
 import pretrained
 import vocabulary
-from configurator import build, fail, help_text, read
+from configurator import Filename, build, fail, help_text, peek, read, script
 from model import optimizers
 from pairs import Pairs
 
@@ -40,9 +42,9 @@ from pairs import Pairs
 class Config:
     objective: str = 'masked'           # the concept file: ar | masked | block | score | vae | latent
     dataset: str = 'shakespeare_char'   # a folder of data/
-    out_dir: str = 'out'                # where the checkpoints go
-    init_from: str = 'scratch'          # scratch | resume | whose weights to take: see pretrained.py
-    base: str = ''                      # vae, latent: what it is built on, a folder or file (an ar; a vae)
+    out_dir: Filename = 'out'           # where the checkpoints go
+    init_from: Filename = 'scratch'     # scratch | resume | whose weights to take: see pretrained.py
+    base: Filename = ''                 # vae, latent: what it is built on, a folder or file (an ar; a vae)
     seed: int = 1337                    # of the weights, the batches and the noise
     device: str = 'auto'                # auto | cpu | cuda | cuda:1 | mps
     dtype: str = 'auto'                 # of the networks: auto | float32 | bfloat16
@@ -94,17 +96,16 @@ def lr_share(it, run):
 def settings(argv):
     """argv -> (run Config, concept Config, tokenizer meta, checkpoint to start from or None, that of the
     base or None)."""
-    files, cpu, flags = read(argv)
+    given, cpu, flags = read(argv)
     if 'help' in flags:
-        objective = {**files, **flags}.get('objective', Config.objective)
+        objective, = peek({**given, **flags}, Config, 'objective')
         print(help_text(__doc__, Config, common.concept(objective).Config))
         sys.exit(0)
-    device = common.pick_device({**files, **flags}.get('device', 'auto'))
-    knobs = {**files, **(cpu if device.type == 'cpu' else {})}
-    source = {**knobs, **flags}.get('init_from', 'scratch')
+    device = common.pick_device(*peek({**given, **flags}, Config, 'device'))
+    knobs = {**given, **(cpu if device.type == 'cpu' else {})}
+    source, out_dir = peek({**knobs, **flags}, Config, 'init_from', 'out_dir')
     checkpoint = None
     if source == 'resume':
-        out_dir = {**knobs, **flags}.get('out_dir', Config.out_dir)
         checkpoint = common.load(Path(out_dir, 'last.pt'))
         kept = {**checkpoint['config'], **checkpoint['run']}
         knobs |= {k: v for k, v in kept.items() if k not in ('init_from', 'device', 'out_dir')}
@@ -112,19 +113,20 @@ def settings(argv):
         _, checkpoint = pretrained.find(source)
         knobs = adapt.inherited(checkpoint, knobs | flags, source)
     knobs = {**knobs, **flags}
-    if source == 'resume' and knobs['objective'] != checkpoint['objective']:
-        fail(f"objective={knobs['objective']}: the run to resume is of {checkpoint['objective']}, "
+    objective, dataset, base = peek(knobs, Config, 'objective', 'dataset', 'base')
+    if source == 'resume' and objective != checkpoint['objective']:
+        fail(f"objective={objective}: the run to resume is of {checkpoint['objective']}, "
              f"that cannot change")
-    concept = common.concept(knobs.get('objective', Config.objective))
+    concept = common.concept(objective)
     if checkpoint and 'base' in flags:
         fail(f"base is for a new run: init_from={source} holds all it needs")
-    base = built_on(concept, knobs) if not checkpoint else None
+    base = built_on(concept, base) if not checkpoint else None
     if base:
         own = concept.inherited(base['config'])
         for name in own.keys() & knobs.keys():
-            fail(f"{name} is the base's, {knobs['base']}: leave it out")
+            fail(f"{name} is that of the base: leave it out")
         knobs |= own
-    meta = common.load_meta(knobs.get('dataset', Config.dataset))
+    meta = common.load_meta(dataset)
     vocab_size = vocabulary.Tokenizer(meta).vocab_size
     run, config = build({**knobs, 'vocab_size': vocab_size}, Config, concept.Config)
     check(run, config, meta, checkpoint, base)
@@ -133,7 +135,13 @@ def settings(argv):
 
 def check(run, config, meta, checkpoint, base):
     """Does what a run starts from fit its config and its dataset? Or the script ends."""
-    same_tokens = lambda other: vocabulary.Tokenizer(other).pieces == vocabulary.Tokenizer(meta).pieces
+    tokenizer = vocabulary.Tokenizer(meta)
+    same_tokens = lambda other: vocabulary.Tokenizer(other).pieces == tokenizer.pieces
+    if tokenizer.sep is None and tokenizer.bos is None:  # windows of a text
+        for split in ('train', 'val'):
+            n = common.count_tokens(run.dataset, split, tokenizer.vocab_size)
+            if 0 < n < config.block_size:
+                fail(f"data/{run.dataset}/{split}.bin has {n} tokens, fewer than block_size={config.block_size}")
     if base and not same_tokens(base['tokenizer']):
         fail(f"dataset={run.dataset} has another vocabulary than base={run.base}")
     if not checkpoint:
@@ -146,6 +154,10 @@ def check(run, config, meta, checkpoint, base):
         for name, value in asdict(config).items():
             if theirs.get(name, value) != value:
                 fail(f"{name}={value} but the run to resume has {theirs[name]}: it cannot change")
+        muon = checkpoint['run'].get('muon_lr', run.muon_lr)
+        if bool(muon) != bool(run.muon_lr):
+            fail(f"muon_lr={run.muon_lr} but the run to resume has {muon}: which optimizers there are cannot "
+                 f"change")
         if checkpoint['tokenizer'] != meta:
             fail(f"dataset={run.dataset} has another vocabulary or source than the run to resume")
         return
@@ -155,9 +167,9 @@ def check(run, config, meta, checkpoint, base):
     adapt.check_shape(config, checkpoint, run.init_from)
 
 
-def built_on(concept, knobs):
+def built_on(concept, path):
     """The checkpoint that --base names (a file, or a folder: its best), if the concept is built on one."""
-    kind, path = getattr(concept.Model, 'built_on', None), knobs.get('base', '')
+    kind = getattr(concept.Model, 'built_on', None)
     if kind is None:
         return fail("base is for objective=vae and objective=latent") if path else None
     make = f"`python train.py config/train_{kind}.py` makes one, --base=FOLDER names it"
@@ -182,8 +194,9 @@ def compiled(model, inputs, amp):
         model.zero_grad()
         return loss_fn
     except Exception as e:  # no C++ compiler, no Triton, an old GPU: many kinds
-        print(f"warning: torch.compile does not work here ({type(e).__name__}), going on without",
-              file=sys.stderr)
+        why = next((line for line in str(e).splitlines() if line.strip()), 'no reason given')
+        print(f"warning: torch.compile does not work here ({type(e).__name__}: {why.strip()}), going on "
+              f"without", file=sys.stderr)
         torch._dynamo.reset()
         model.zero_grad()
         return model
@@ -234,17 +247,34 @@ class State:
         trained = [p.requires_grad for p in self.model.parameters()]
         self.averages = [(list(itertools.compress(net.parameters(), trained)), decay) for net, decay in
                          ((self.ema, run.ema_decay), (self.slow, run.slow_decay)) if net]
-        self.optimizers = optimizers(self.model, run.lr, run.muon_lr, run.weight_decay)
+        try:
+            self.optimizers = optimizers(self.model, run.lr, run.muon_lr, run.weight_decay,
+                                         common.fast_dtype(device))
+        except ValueError as e:
+            fail(e)
         if checkpoint and run.init_from == 'resume':
             self.ema.load_state_dict(checkpoint['ema'])
             if self.slow and 'slow' in checkpoint:
                 self.slow.load_state_dict(checkpoint['slow'])
-            for optimizer, state in zip(self.optimizers, checkpoint['optimizers']):
-                optimizer.load_state_dict(state)
+            self.load_optimizers(checkpoint['optimizers'])
             self.iter, self.tokens, self.best = checkpoint['iter'], checkpoint['tokens'], checkpoint['best']
-        self.peak = [run.lr, run.muon_lr]
+        self.peak = [optimizer.defaults['lr'] for optimizer in self.optimizers]
         self.gauge = None      # training windows by which a VAE measures its scale
         self.evaluated = None  # iteration of self.val
+
+    def load_optimizers(self, states):
+        """Go on with the momenta of another run's optimizers; their weight decay is this run's."""
+        if len(states) != len(self.optimizers):
+            fail(f"the run to resume has {len(states)} optimizers instead of {len(self.optimizers)}: which "
+                 f"parameters are trained cannot change")
+        for optimizer, state in zip(self.optimizers, states):
+            decay = [group['weight_decay'] for group in optimizer.param_groups]
+            try:
+                optimizer.load_state_dict(state)
+            except ValueError as e:
+                fail(f"the optimizers of the run to resume are others: {e}")
+            for group, own in zip(optimizer.param_groups, decay):
+                group['weight_decay'] = own
 
     def step(self, loss_fn, batch, rank, world, amp):
         """One optimizer step over world * grad_accum micro-batches; returns the loss and the metrics (of the
@@ -285,6 +315,19 @@ class State:
             self.val, self.evaluated = common.evaluate(nats, inputs, text, rows), self.iter
         return self.val
 
+    def check_room(self, there):
+        """Is there room on the disk of the folder `there` for what `save` will write? best.pt, last.pt and, when these are replaced,
+        another last.pt; or the script ends."""
+        size = lambda *nets: sum(t.nbytes for net in nets if net for t in net.state_dict().values())
+        best = size(self.model, self.ema, self.slow)
+        last = best + sum(p.nbytes * (2 if isinstance(o, torch.optim.AdamW) else 1)
+                          for o in self.optimizers for g in o.param_groups for p in g['params'])
+        own = sum(p.stat().st_size for p in Path(self.run.out_dir).glob('*.pt') if self.run.init_from == 'resume')
+        free = shutil.disk_usage(there).free
+        if best + 2 * last > free + own:
+            fail(f"no room for the checkpoints in {self.run.out_dir}/: they take {(best + 2 * last) / 1e6:,.1f} MB "
+                 f"at most, {free / 1e6:,.1f} MB are free")
+
     def save(self):
         """last.pt with everything, and best.pt when this is the best so far (of a VAE: always)."""
         for net in filter(None, (self.model, self.ema, self.slow)):
@@ -319,9 +362,6 @@ def examples(run, config, meta, device, rank, model):
     if bos is None:
         if run.inserted or run.expanded or not run.packed:
             fail(f"packed, inserted, expanded are for datasets of lines (data/lines), not for {run.dataset}")
-        for split, t in zip(('train', 'val'), tokens):
-            if len(t) < T:
-                fail(f"data/{run.dataset}/{split}.bin has {len(t)} tokens, fewer than block_size={T}")
         if hasattr(model, 'cut'):
             source = model.source(tokens[0], tokenizer.end, run.out_dir)
             cut = model.cut(tokens[1], tokenizer.end)
@@ -335,7 +375,7 @@ def examples(run, config, meta, device, rank, model):
     lines, val = (packing.Lines(t, bos, vocabulary.PAD, run.packed, run.inserted, run.expanded)
                   for t in tokens)
     if rank == 0:
-        print(packing.report(tokens[0], bos, vocabulary.PAD, B, T))
+        say(packing.report(tokens[0], bos, vocabulary.PAD, B, T))
 
     def batch():
         x, segment = lines.batch(B, T)
@@ -352,13 +392,23 @@ def prompts(run, tokens, tokenizer, T, device, rank):
         fail(f"packed, inserted, expanded are for datasets of lines (data/lines), not for {run.dataset}")
     pairs, val = (Pairs(vocabulary.as_ids(t), tokenizer.sep, tokenizer.end) for t in tokens)
     if rank == 0:
-        print(f"{len(pairs):,} pairs, {pairs.longer(T):,} longer than {T} tokens and cut")
+        say(f"{len(pairs):,} pairs, {pairs.longer(T):,} longer than {T} tokens and cut")
 
     def batch():
         x, given = pairs.batch(run.batch_size, T)
         return (x.to(device), None, given.to(device)), int((~given).sum())
     x, given = (t.to(device) for t in val.rows(val.spread(run.eval_windows), T))
     return batch, (x, None, given), ~given
+
+
+def say(line, bar=None):
+    """Print a line (above the bar, if there is one). A reader that has left, or a full disk behind the
+    output, do not stop the training."""
+    try:
+        bar.write(line, file=sys.stdout) if bar else print(line)
+        sys.stdout.flush()
+    except (OSError, AttributeError):  # AttributeError: there is no output
+        pass
 
 
 def train(state, batch, val, text, rank, world, amp, stop):
@@ -390,15 +440,14 @@ def train(state, batch, val, text, rank, world, amp, stop):
         line = ', '.join(f"{name} {mean:.4f}" for name, mean in means.items()) + f", {rate:,.0f} tokens/s"
         bar.set_postfix_str(line)
         if rank == 0 and bar.disable:
-            print(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left",
-                  flush=True)
+            say(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left")
         if rank == 0 and evaluating:
-            value, error = state.evaluate(val, text, amp)
-            kind = {'exact': 'exact', 'upper': 'upper bound'}[state.model.bound]
-            bar.write(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}",
-                      file=sys.stdout)
+            state.evaluate(val, text, amp)
         if rank == 0 and (evaluating or stopping):
             state.save()
+        if rank == 0 and evaluating:
+            kind = {'exact': 'exact', 'upper': 'upper bound'}[state.model.bound]
+            say("iter {}: validation {:.4f} ± {:.4f} nats/token, {}".format(state.iter, *state.val, kind), bar)
         figures, tick, tick_iter = [], time.time(), state.iter
         if stopping:
             break
@@ -418,18 +467,28 @@ def main(argv):
         torch.set_float32_matmul_precision('high')
     dtype = common.pick_dtype(run.dtype, device)
     state = State(run, config, meta, checkpoint, device, base)
+    if state.iter >= run.max_iters:
+        return say(f"{run.out_dir}/ holds a run that is finished: it has done all of its {run.max_iters:,} "
+                   f"iterations; with a larger --max_iters= it goes on")
+    if rank == 0:
+        state.check_room(files.folder(run.out_dir, 'out_dir'))
+        if run.init_from != 'resume' and (old := common.set_aside(run.out_dir)):
+            say(f"{run.out_dir}/ holds the checkpoints of an earlier run: they are in {old}/ from now on")
+    if world > 1:
+        dist.barrier()  # the folder is as it should be
     batch, val, text = examples(run, config, meta, device, rank, state.model)
     if hasattr(state.model, 'measure'):
         state.gauge = torch.cat([batch()[0][0] for _ in range(-(-1024 // run.batch_size))])
     if rank == 0:
         n = sum(p.numel() for p in state.params)
-        print(f"{run.objective}: {n / 1e6:.2f}M parameters, "
-              f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
-              f"{run.max_iters} iterations, {device} in {dtype}, to {run.out_dir}/", flush=True)
+        say(f"{run.objective}: {n / 1e6:.2f}M parameters, "
+            f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
+            f"{run.max_iters} iterations, {device} in {dtype}, to {run.out_dir}/")
 
     caught = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: caught.append(number))
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP; under nohup it stays ignored
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), lambda number, frame: caught.append(number))
 
     def stop(it):
         """Has a signal come?
@@ -444,12 +503,12 @@ def main(argv):
 
     train(state, batch, val, text, rank, world, common.autocast(device, dtype), stop)
     if caught and rank == 0:
-        print(f"stopped by a signal at iteration {state.iter}: saved; "
-              f"go on with --init_from=resume --out_dir={run.out_dir}")
+        say(f"stopped by a signal at iteration {state.iter}: saved; "
+            f"go on with --init_from=resume --out_dir={run.out_dir}")
     if world > 1:
         dist.barrier()  # rank 0 may still be writing the last checkpoint
         dist.destroy_process_group()
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

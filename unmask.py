@@ -44,7 +44,7 @@ class Config:
     top_p: float = 1.0         # draw from the fewest tokens with this probability together
     cfg: float = 0.0           # guidance towards the given text; 0: none
     grid: str = 'linear'       # noise levels of the steps: linear | cosine
-    part_length: int = 0       # ordered and sure rules: write stretches of so many tokens in turn; 0: all
+    part_length: int = 0       # ordered and sure rules: so many tokens behind the prompt, then the next; 0: all
     threshold: float = 0.9     # of rule=threshold: probability from which a token is safe
     factor: float = 1.0        # of rule=factor
     gamma: float = 0.1         # of rule=eb, nats
@@ -249,16 +249,23 @@ def events(masked, level=None):
     return event.masked_fill(~masked, -1), falling[step.clamp(min=0)]
 
 
-def shares(steps, n):
-    """The steps shared out among n blocks, one after the other, at least one each."""
-    return [max(1, steps // n + (i < steps % n)) for i in range(n)]
+def shares(steps, sizes):
+    """The steps shared out among blocks of these many tokens to write: one each, the others in proportion to
+    the tokens beyond the first. A step a token where there are as many, and equal blocks get equal shares."""
+    n, beyond, done, out = len(sizes), max(1, sum(sizes) - len(sizes)), 0, []
+    for size in sizes:
+        before, done = done, done + size - 1
+        spare = max(0, steps - n)
+        out.append(1 + (2 * spare * done + beyond) // (2 * beyond) - (2 * spare * before + beyond) // (2 * beyond))
+    return out
 
 
 def parts(masked, part_length):
-    """LLaDA's blocks: the masked positions of one stretch of part_length after the other, (B, T) bool each;
-    0: all at once."""
-    number = torch.arange(masked.size(1), device=masked.device) // (part_length or masked.size(1))
-    for i in range(int(number[-1]) + 1):
+    """LLaDA's blocks: the masked positions of one stretch of part_length after the other, each row's counted
+    from its first mask, that is from the end of its prompt: (B, T) bool each; 0: all at once."""
+    place = torch.arange(masked.size(1), device=masked.device)
+    number = (place - masked.long().argmax(-1, keepdim=True)) // (part_length or masked.size(1))
+    for i in range(int(number.max()) + 1):
         if (part := masked & (number == i)).any():
             yield part
 
@@ -287,16 +294,19 @@ def first_hitting(denoise, xt, mask_id, steps, draw):
 
 
 def analytic(logs, xt, mask_id, steps, draw, grid='linear'):
-    """SEDD's analytic step: with scores e^l (1 - t) / t and Z the sum of e^l, a token is revealed with
-    probability Z (t - s) / t; in the last step all that are left. logs: as denoise, l, not normalised."""
+    """SEDD's analytic step (its code's `AnalyticPredictor`): with scores e^l (1 - t) / t and Z the sum of e^l,
+    a token is revealed with probability Z (t - s) / t. Where Z < 1 masks are left at the end: a call more
+    writes them (its `Denoiser`). logs: as denoise, l, not normalised."""
     level = grid_levels(steps, grid, xt.device)
-    for i, (t, s) in enumerate(zip(level[:-1], level[1:])):
+    for t, s in zip(level, [*level[1:], None]):
         masked = xt == mask_id
         if not masked.any():
             return
         out = logs(xt, t.float().expand(len(xt)))
-        reveal = torch.rand(xt.shape, device=xt.device) < out.logsumexp(-1).exp() * ((t - s) / t)
-        xt = write(xt, masked & (reveal | (i == steps - 1)), out, draw)
+        if s is not None:
+            chance = out.logsumexp(-1).exp() * ((t - s) / t)
+            masked = masked & (torch.rand(xt.shape, device=xt.device) < chance)
+        xt = write(xt, masked, out, draw)
         yield xt
 
 
@@ -373,9 +383,9 @@ def remdm_loop(denoise, xt, mask_id, steps, draw, eta=0.02, on=0.55, off=0.05, a
 
 def in_order(denoise, xt, mask_id, steps, draw, score, grid='linear', part_length=0):
     """As many tokens a step as the grid says, the highest scores first; block after block, if told so, with
-    its share of the steps."""
+    its share of the steps (LLaDA's generate.py: of equal blocks, steps / blocks each)."""
     blocks = list(parts(xt == mask_id, part_length))
-    for part, share in zip(blocks, shares(steps, len(blocks))):
+    for part, share in zip(blocks, shares(steps, [int(part.sum(-1).max()) for part in blocks])):
         for k in counts(part.sum(-1), grid_levels(share, grid, xt.device)).T:
             if not k.any():
                 break

@@ -27,10 +27,11 @@ class Tokenizer:
     {'kind': 'json', 'json': {...}, 'vocab_size': V, 'end': id}, byte pairs of a tokenizer.json;
     {'kind': 'sentencepiece', 'model': base64, 'vocab_size': V, 'end': id}, a tokenizer.model.
 
-    encode(text) -> list of ids. vocab_size: how many ids there are. end: the id of <|endoftext|>, which
-    preparers write between documents, or of <eos>, or None. bos: the id of <bos>, if every line of a dataset
-    is a text of its own, [bos] ... [end], or None. encode returns neither, `stream` both.
-    sep: the ids between a prompt and its answer, if a dataset is made of these (pairs.py), or None.
+    encode(text) -> list of ids; what names a special token there is text, too. encode_rest(text): the same of
+    a text that goes on where another one ended. vocab_size: how many ids there are. end: the id of
+    <|endoftext|>, which preparers write between documents, or of <eos>, or None. bos: the id of <bos>, if
+    every line of a dataset is a text of its own, [bos] ... [end], or None. encode returns neither, `stream`
+    both. sep: the ids between a prompt and its answer, if a dataset is made of these (pairs.py), or None.
     """
 
     def __init__(self, meta):
@@ -49,8 +50,10 @@ class Tokenizer:
             self.pieces, self.encode, self.end = sentencepiece_tokens(meta)
         else:
             fail(f"tokenizer kind {kind!r} is not one of: char, byte, gpt2, bpe, json, sentencepiece")
-        self.bos = BOS if kind == 'bpe' else None
-        self.sep = self.encode(meta['sep']) if 'sep' in meta else None
+        self.bos, self.lead, self.encode_rest = BOS if kind == 'bpe' else None, '', self.encode
+        if kind == 'sentencepiece':
+            self.lead, self.encode_rest = without_lead(self.encode, self.pieces)
+        self.sep = self.encode_rest(meta['sep']) if 'sep' in meta else None
         self.vocab_size = len(self.pieces)
         self.lengths = np.array([len(piece) for piece in self.pieces])
         if kind == 'gpt2' or kind in ('json', 'sentencepiece') and self.end is not None:
@@ -72,6 +75,10 @@ class Tokenizer:
         blank = blank.encode()  # UTF-8 finds its place again after broken bytes, so no blank gets lost
         pieces = (self.pieces[i] if i < self.vocab_size else blank for i in ids)
         return b''.join(pieces).decode(errors='replace')
+
+    def text(self, ids):
+        """The same of the ids of a whole text: without the space that some tokenizers put before it."""
+        return self.decode(ids).removeprefix(self.lead)
 
     def piece(self, i):
         """The text of the single id i, for display."""
@@ -239,9 +246,34 @@ def sentencepiece_tokens(meta):
     except (RuntimeError, ValueError) as e:
         fail(f"the tokenizer.model is damaged: {e}")
 
+    V = meta['vocab_size']
+
     def piece(i):
         if i >= len(processor) or processor.is_control(i):
             return b''
         text = processor.id_to_piece(i)
         return bytes([int(text[3:5], 16)]) if processor.is_byte(i) else text.replace('\u2581', ' ').encode()
-    return [piece(i) for i in range(max(meta['vocab_size'], len(processor)))], processor.encode, meta['end']
+
+    def encode(text):
+        ids = processor.encode(text.encode(errors='replace').decode())
+        if max(ids, default=0) >= V:
+            fail(f"the tokenizer.model has id {max(ids)}, the model a vocabulary of {V}")
+        return ids
+    return [piece(i) for i in range(V)], encode, meta['end']
+
+
+def without_lead(encode, pieces):
+    """encode(text) of SentencePiece -> (what it puts before every text: ' ' or nothing, how to encode a text
+    without that)."""
+    if not b''.join(pieces[i] for i in encode('a')).startswith(b' '):
+        return '', encode
+
+    def encode_rest(text):
+        if text.startswith(' ') and text.strip():  # the space before the text is this one
+            return encode(text[1:])
+        for mark in ('\n', '.', '"'):  # behind something that it does not join with
+            ids, left = encode(mark + text), encode(mark)
+            if ids[:len(left)] == left:
+                return ids[len(left):]
+        return encode(text)
+    return ' ', encode_rest

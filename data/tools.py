@@ -1,9 +1,6 @@
 """
-What the preparers share: flags, downloads that go on where they were cut, files that are whole or absent,
-text into tokens.
+What the preparers share: flags, downloads that go on where they were cut, text into tokens.
 """
-import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -17,56 +14,26 @@ import requests
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from vocabulary import Tokenizer, file_type
-from configurator import build, fail, help_text, read
+import files  # noqa: E402
+from configurator import build, fail, help_text, read  # noqa: E402
+from vocabulary import Tokenizer, file_type  # noqa: E402
 
 TRIES, PAUSE = 5, 1.0  # of a download that was cut; seconds before the second, doubled for each after it
 
 
 def settings(argv, doc, Config):
-    """The Config that the flags ask for; --help prints what there is and ends the script."""
-    files, _, flags = read(argv)
+    """The Config that the flags ask for, whose folder `out` can be written to; --help prints what there is
+    and ends the script."""
+    given, _, flags = read(argv)
     if 'help' in flags:
         print(help_text(doc, Config))
         sys.exit(0)
-    config, = build({**files, **flags}, Config)
+    config, = build({**given, **flags}, Config)
+    files.folder(config.out, 'out')
     return config
 
 
 # ---- files ------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def disk(path):
-    """A disk that refuses to hold `path` (full, no rights) ends the script in one line."""
-    try:
-        yield
-    except requests.RequestException:  # an OSError as well, but of the network
-        raise
-    except OSError as e:
-        room = "; make room, then run the same command again" if e.errno == errno.ENOSPC else ""
-        fail(f"cannot write {path}: {e.strerror or e}{room}")
-
-
-def write(path, data):
-    """Write bytes under a temporary name, then rename: a file is whole or absent."""
-    path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
-    with disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def read_bytes(path, flag):
-    """The bytes of the file that a person named with --flag, or the script ends."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        fail(f"cannot read --{flag}={path}: {e.strerror}")
-
 
 def unzip(path, member):
     """The bytes of one member of a zip file, which carries a checksum of its own; or the script ends."""
@@ -97,14 +64,16 @@ def append(url, part, headers):
         if response.status_code != 206:  # the server knows no ranges and sends all of it
             have, size = 0, response.headers.get('content-length', '')
         total = int(size) if size.isdigit() else None
-        with disk(part):
+        with files.disk(part):
             part.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, 'ab' if have else 'wb') as f, \
-                    tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=part.stem,
-                         disable=not sys.stderr.isatty()) as bar:
-                for chunk in response.iter_content(1 << 16):
+            f = open(part, 'ab' if have else 'wb')
+        with f, tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=part.stem,
+                     disable=not sys.stderr.isatty()) as bar:
+            for chunk in response.iter_content(1 << 16):
+                with files.disk(part):
                     f.write(chunk)
-                    bar.update(len(chunk))
+                    f.flush()  # a full disk says so here
+                bar.update(len(chunk))
     if total is not None and part.stat().st_size != total:
         raise requests.ConnectionError(f"{part.stat().st_size} of {total} bytes came")
 
@@ -156,11 +125,8 @@ def hub(repository, name, kind='datasets/'):
 # ---- text into tokens -------------------------------------------------------------------------------------
 
 def decode(data, source):
-    """Bytes -> text with plain line ends; text that is not UTF-8 or very short ends the script."""
-    try:
-        text = data.decode().replace('\r\n', '\n')
-    except UnicodeDecodeError as e:
-        fail(f"{source} is not UTF-8 text: {e}")
+    """Bytes -> text, see files.text_of; text that is very short ends the script."""
+    text = files.text_of(data, source)
     if len(text) < 100:
         fail(f"{source} has {len(text)} characters: too few to train on")
     return text
@@ -186,18 +152,20 @@ def meta_of(kind, text=''):
 def write_meta(out, meta):
     """meta.json, the name of the tokenizer and the origin of the text, is written last: it says that the
     dataset is there."""
-    write(Path(out, 'meta.json'), json.dumps(meta, ensure_ascii=False, indent=1).encode())
+    files.write(Path(out, 'meta.json'), json.dumps(meta, ensure_ascii=False, indent=1).encode())
 
 
 def write_splits(out, tokens, meta):
     """tokens {'train': ids, 'val': ids, ...} -> out/<split>.bin (uint16, or uint32 for a vocabulary beyond)
     for each, out/meta.json."""
     dtype = file_type(Tokenizer(meta).vocab_size)
+    with files.disk(out):
+        Path(out, 'meta.json').unlink(missing_ok=True)  # it is not that of what is written now
     for split in ('train', 'val', 'test'):
         if split in tokens:
-            write(Path(out, f'{split}.bin'), np.array(tokens[split], dtype).tobytes())
+            files.write(Path(out, f'{split}.bin'), np.array(tokens[split], dtype).tobytes())
         else:
-            with disk(out):  # of an earlier run, maybe in other tokens
+            with files.disk(out):  # of an earlier run, maybe in other tokens
                 Path(out, f'{split}.bin').unlink(missing_ok=True)
     write_meta(out, meta)
 

@@ -24,11 +24,16 @@ def random_base(arch='ours', seed=0):
     return net
 
 
+def adapters(net):
+    """The state dict of A and B alone."""
+    return {name: p for name, p in net.state_dict().items() if name.endswith(('.A', '.B'))}
+
+
 def trained(base, seed=1, **how):
     """An adapted network whose adapters are not zero."""
     torch.manual_seed(seed)
     net = lora.adapt(base, RANK, ALPHA, **how)
-    for name, p in lora.adapters(net).items():
+    for name, p in adapters(net).items():
         torch.nn.init.normal_(p, std=0.3)
     return net
 
@@ -129,7 +134,7 @@ def test_two_adapters_in_one_graph_get_the_gradients_of_finite_differences():
     ours = gradients(nets, loss_of_both(*nets, x))
     generator = torch.Generator().manual_seed(0)
     for net, own in zip(nets, ours):
-        for name, p in lora.adapters(net).items():
+        for name, p in adapters(net).items():
             way, ends = torch.randn(p.shape, generator=generator, dtype=p.dtype), []
             for sign in (1, -1, 0):
                 old = p.clone()
@@ -166,7 +171,7 @@ def test_the_base_never_changes_when_two_adapters_learn_and_both_hold_its_very_t
     nets = pair(base)
     every = dict.fromkeys(p for net in nets for p in net.parameters())  # those of the base too, once
     optimizer = torch.optim.AdamW(every, lr=0.02, weight_decay=0.1)
-    first = [copy.deepcopy(lora.adapters(net)) for net in nets]
+    first = [copy.deepcopy(adapters(net)) for net in nets]
     losses = []
     for _ in range(5):
         loss = loss_of_both(*nets, tokens())
@@ -176,16 +181,16 @@ def test_the_base_never_changes_when_two_adapters_learn_and_both_hold_its_very_t
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
     for old, net in zip(first, nets):
-        assert all(not torch.equal(old[name], p) for name, p in lora.adapters(net).items())
+        assert all(not torch.equal(old[name], p) for name, p in adapters(net).items())
     own = dict([*base.named_parameters(), *base.named_buffers()])
     assert all(torch.equal(own[name], kept[name]) for name in kept)
     assert all(p.grad is None and not p.requires_grad for p in base.parameters())
     for net in nets:
         shared = {name.replace('.linear.', '.'): t for name, t in
-                  [*net.named_parameters(), *net.named_buffers()] if name not in lora.adapters(net)}
+                  [*net.named_parameters(), *net.named_buffers()] if name not in adapters(net)}
         assert shared.keys() == own.keys()
         assert all(t.data_ptr() == own[name].data_ptr() for name, t in shared.items())
-    own_of = [{p.data_ptr() for p in lora.adapters(net).values()} for net in nets]
+    own_of = [{p.data_ptr() for p in adapters(net).values()} for net in nets]
     assert len(own_of[0]) == len(own_of[1]) == 16 and not own_of[0] & own_of[1]
 
 
@@ -208,7 +213,7 @@ def test_merging_equals_not_merging_and_touches_neither_the_base_nor_the_other(a
     net, other = pair(base, dropout=0.5)
     net.eval(), other.eval()
     kept = {name: p.clone() for name, p in base.state_dict().items()}
-    own = copy.deepcopy(lora.adapters(net))
+    own = copy.deepcopy(adapters(net))
     with torch.no_grad():
         before = [n(x) for n in (net, other, base)]
         lora.merge(net)
@@ -219,7 +224,7 @@ def test_merging_equals_not_merging_and_touches_neither_the_base_nor_the_other(a
         net.eval()
         assert torch.equal(other(x), before[1]) and torch.equal(base(x), before[2])
         assert all(torch.equal(base.state_dict()[name], p) for name, p in kept.items())
-        assert lora.adapters(net).keys() == own.keys() and not any('merged' in n for n in net.state_dict())
+        assert adapters(net).keys() == own.keys() and not any('merged' in n for n in net.state_dict())
         for layer in lora.layers(net):
             layer.A.add_(1)
         assert torch.equal(net(x), merged)  # one matrix, computed once
@@ -261,7 +266,7 @@ def test_dropout_of_a_fresh_adapter_changes_nothing_in_training_and_of_a_trained
 def test_adapters_alone_are_saved_and_make_another_network_over_the_base_the_same(tmp_path):
     base = random_base()
     net, other = trained(base, 1), trained(base, 2)
-    own = lora.adapters(net)
+    own = adapters(net)
     assert sorted(own) == sorted(f'blocks.{i}.{path}.{leaf}' for i in (0, 1) for leaf in 'AB'
                                  for path in ('attn.qkv', 'attn.proj', 'mlp.fc', 'mlp.proj'))
     torch.save(own, tmp_path / 'adapters.pt')
@@ -279,10 +284,10 @@ def test_a_plain_network_fills_the_base_of_an_adapted_one_and_of_all_that_share_
     base, plain = random_base(arch), random_base(arch, seed=5)
     weights = {name: p.clone() for name, p in plain.state_dict().items()}
     net, other, fresh = trained(base, 1), trained(base, 2), lora.adapt(base, RANK, ALPHA)
-    own = copy.deepcopy(lora.adapters(net))
+    own = copy.deepcopy(adapters(net))
     lora.load_base(net, weights)
     assert torch.equal(logits(fresh), logits(plain)) and torch.equal(logits(base), logits(plain))
-    assert all(torch.equal(own[name], p) for name, p in lora.adapters(net).items())
+    assert all(torch.equal(own[name], p) for name, p in adapters(net).items())
     assert torch.equal(logits(net), logits(trained(plain, 1)))
     assert torch.equal(logits(other), logits(trained(plain, 2)))
     for p in weights.values():
@@ -310,8 +315,8 @@ def test_only_the_named_targets_are_adapted(targets, paths):
     net = lora.adapt(random_base(), RANK, ALPHA, targets=targets)
     found = sorted(path for path, m in net.named_modules() if isinstance(m, lora.LoRA))
     assert found == sorted(f'blocks.{i}.{path}' for i in (0, 1) for path in paths)
-    assert {n for n, p in net.named_parameters() if p.requires_grad} == set(lora.adapters(net))
-    assert set(lora.adapters(net)) == {f'{path}.{leaf}' for path in found for leaf in 'AB'}
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == set(adapters(net))
+    assert set(adapters(net)) == {f'{path}.{leaf}' for path in found for leaf in 'AB'}
 
 
 def test_targets_that_match_no_linear_layer_are_told_what_there_is():

@@ -19,7 +19,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import fail  # noqa: E402
+import files  # noqa: E402
+from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
 
 REPOSITORY = 'kjj0/fineweb10B-gpt2'
@@ -30,7 +31,7 @@ SHARDS = 103
 @dataclass
 class Config:
     shards: int = 10  # training shards, 0 to 103; 0: only to evaluate
-    out: str = str(HERE)  # where the files go
+    out: Filename = str(HERE)  # where the files go
 
     def __post_init__(self):
         if not 0 <= self.shards <= SHARDS:
@@ -55,7 +56,7 @@ def main(argv):
             raw = out / f'fineweb_{name}'
             tools.fetch(tools.hub(REPOSITORY, raw.name), raw)
             tokens = shard_tokens(raw)
-            tools.write(out / name, tokens.tobytes())
+            files.write(out / name, tokens.tobytes())
             raw.unlink()
             print(f"{name}: {len(tokens):,} tokens", flush=True)
         if not (out / 'meta.json').exists():  # early: one can train on the shards that have come
@@ -63,4 +64,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

@@ -22,7 +22,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import fail  # noqa: E402
+import files  # noqa: E402
+from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
 from vocabulary import Tokenizer  # noqa: E402
 
@@ -31,16 +32,16 @@ URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_s
 
 @dataclass
 class Config:
-    train: str = ''  # a JSONL file instead of the download; its end becomes val.bin
-    test: str = ''  # becomes test.bin; without it and with --train= there is none
+    train: Filename = ''  # a JSONL file instead of the download; its end becomes val.bin
+    test: Filename = ''  # becomes test.bin; without it and with --train= there is none
     prompt: str = 'question'  # the field that holds a prompt
     answer: str = 'answer'  # the field that holds its answer
     before: str = 'Q: '  # what stands before every prompt
     sep: str = '\nA:'  # what stands between prompt and answer
     calculator: bool = False  # keep the <<48/2=24>> of GSM8K's answers
     val_share: float = 0.05  # of the training pairs, the last ones, for validation
-    tokenizer: str = 'gpt2'  # gpt2 | byte | a model (pretrained.py), whose tokenizer it is
-    out: str = str(HERE)  # where the files go
+    tokenizer: Filename = 'gpt2'  # gpt2 | byte | a model (pretrained.py), whose tokenizer it is
+    out: Filename = str(HERE)  # where the files go
 
     def __post_init__(self):
         if not 0 < self.val_share < 1:
@@ -74,26 +75,27 @@ def read_pairs(data, source, config):
 
 def stream(pairs, tokenizer):
     """Pairs of texts -> prompt <end> answer <end> ... (pairs.py)."""
-    return [i for pair in pairs for text in pair for i in (*tokenizer.encode(text), tokenizer.end)]
+    return [i for prompt, answer in pairs for i in (*tokenizer.encode(prompt), tokenizer.end,
+                                                    *tokenizer.encode_rest(answer), tokenizer.end)]
 
 
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
-    files = {split: path for split, path in (('train', config.train), ('test', config.test)) if path}
-    for split in () if config.train else {'train', 'test'} - files.keys():
-        files[split] = Path(config.out, f'{split}.jsonl')
-        tools.fetch(f'{URL}{split}.jsonl', files[split], otherwise="give files with --train= --test=")
-    files = dict(sorted(files.items(), reverse=True))
+    paths = {split: path for split, path in (('train', config.train), ('test', config.test)) if path}
+    for split in () if config.train else {'train', 'test'} - paths.keys():
+        paths[split] = Path(config.out, f'{split}.jsonl')
+        tools.fetch(f'{URL}{split}.jsonl', paths[split], otherwise="give files with --train= --test=")
+    paths = dict(sorted(paths.items(), reverse=True))
     meta = tools.meta_of(config.tokenizer) | dict(before=config.before, sep=config.sep)
     tokenizer = Tokenizer(meta)
     if tokenizer.end is None:
         fail(f"tokenizer={config.tokenizer} has no mark for the end of an answer: gpt2 has one, and those "
              f"of models")
-    data = {split: tools.read_bytes(path, split) for split, path in files.items()}
-    texts = {split: read_pairs(data[split], Path(path).name, config) for split, path in files.items()}
+    data = {split: files.read_bytes(path, split) for split, path in paths.items()}
+    texts = {split: read_pairs(data[split], Path(path).name, config) for split, path in paths.items()}
     n = len(texts['train']) - max(1, int(config.val_share * len(texts['train'])))
     texts = texts | dict(train=texts['train'][:n], val=texts['train'][n:])
-    meta |= dict(source=', '.join(Path(path).name for path in files.values()),
+    meta |= dict(source=', '.join(Path(path).name for path in paths.values()),
                  sha256=hashlib.sha256(b''.join(data.values())).hexdigest())
     tokens = {split: stream(pairs, tokenizer) for split, pairs in texts.items()}
     tools.write_splits(config.out, tokens, meta)
@@ -105,4 +107,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

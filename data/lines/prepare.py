@@ -20,17 +20,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+import files  # noqa: E402
 from vocabulary import MARKS, WORDS, Tokenizer, load_tiktoken  # noqa: E402
-from configurator import fail  # noqa: E402
+from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
 
 
 @dataclass
 class Config:
-    input: str = ''  # the text
+    input: Filename = ''  # the text
     vocab_size: int = 512  # marks, bytes and byte pairs together, at most
     val_share: float = 0.1  # of the lines, the last ones, for validation
-    out: str = str(HERE)  # where the files go
+    out: Filename = str(HERE)  # where the files go
 
     def __post_init__(self):
         if self.vocab_size > 2 ** 16:
@@ -100,7 +101,7 @@ def main(argv):
     config = tools.settings(argv, __doc__, Config)
     if not config.input:
         fail("which text? --input=FILE")
-    data, source = tools.read_bytes(config.input, 'input'), Path(config.input).name
+    data, source = files.read_bytes(config.input, 'input'), Path(config.input).name
     lines = [line for line in tools.decode(data, source).split('\n') if line.strip()]
     if len(lines) < 10:
         fail(f"{source} has {len(lines)} lines that are not empty: too few, 10 are the least")
@@ -126,4 +127,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

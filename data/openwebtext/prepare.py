@@ -26,20 +26,21 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+import files  # noqa: E402
 from vocabulary import Tokenizer  # noqa: E402
-from configurator import fail  # noqa: E402
+from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
 
 
 @dataclass
 class Config:
-    input: str = ''  # .txt, .jsonl or a folder of them, instead of OpenWebText
+    input: Filename = ''  # .txt, .jsonl or a folder of them, instead of OpenWebText
     name: str = 'Skylion007/openwebtext'  # a dataset of the hub with a column "text"
     revision: str = ''  # of that dataset, e.g. refs/convert/parquet; '': the main one
     val_every: int = 2000  # one document in so many is for validation
     batch: int = 1024  # documents in memory at a time
     threads: int = 8  # that tokenize
-    out: str = str(HERE)  # where the files go
+    out: Filename = str(HERE)  # where the files go
 
     def __post_init__(self):
         for name in ('val_every', 'batch', 'threads'):
@@ -67,7 +68,9 @@ def file_documents(path):
     """The documents of a .txt or .jsonl, one at a time."""
     lines = []
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, 'rb') as f:
+            encoding = files.encoding_of(f.read(2))
+        with open(path, encoding=encoding) as f:
             for number, line in enumerate(f, 1):
                 if path.suffix == '.jsonl' and line.strip():
                     yield str(json.loads(line)['text'])
@@ -78,7 +81,7 @@ def file_documents(path):
                     lines.append(line)
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         fail(f'{path}, line {number}: not an object with a "text" ({type(e).__name__}: {e})')
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeError) as e:
         fail(f"cannot read {path} as UTF-8 text: {e}")
     yield ''.join(lines)
 
@@ -98,7 +101,7 @@ def write_tokens(texts, tokenizer, config, paths):
     """texts -> paths['train'], paths['val'], batch by batch.
     Returns ({'train': tokens, 'val': tokens}, sha256 of the texts)."""
     counts, digest, number = dict(train=0, val=0), hashlib.sha256(), 0
-    with tools.disk(config.out), open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val, \
+    with files.disk(config.out), open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val, \
             ThreadPoolExecutor(config.threads) as pool, \
             tqdm(unit=' documents', disable=not sys.stderr.isatty()) as bar:
         while batch := list(itertools.islice(texts, config.batch)):
@@ -119,14 +122,15 @@ def main(argv):
     texts = filter(str.strip, itertools.chain([first], texts))
     tokenizer, out = Tokenizer(dict(kind='gpt2')), Path(config.out)
     paths = {split: out / f'{split}.bin.tmp' for split in ('train', 'val')}
-    with tools.disk(out):
+    with files.disk(out):
         out.mkdir(parents=True, exist_ok=True)
     try:
         counts, sha256 = write_tokens(texts, tokenizer, config, paths)
         if not all(counts.values()):
             fail(f"{source} holds fewer than two documents; a single text: data/text/prepare.py")
-        for split, path in paths.items():
-            os.replace(path, out / f'{split}.bin')
+        with files.disk(out):
+            for split, path in paths.items():
+                os.replace(path, out / f'{split}.bin')
     finally:
         for path in paths.values():
             path.unlink(missing_ok=True)
@@ -135,4 +139,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

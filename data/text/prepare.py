@@ -18,24 +18,25 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import fail  # noqa: E402
+import files  # noqa: E402
+from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
 
 
 @dataclass
 class Config:
-    input: str = ''  # the text
-    tokenizer: str = 'byte'  # byte | char | gpt2 | a model (pretrained.py), whose tokenizer it is
-    out: str = str(HERE)  # where the files go
+    input: Filename = ''  # the text
+    tokenizer: Filename = 'byte'  # byte | char | gpt2 | a model (pretrained.py), whose tokenizer it is
+    out: Filename = str(HERE)  # where the files go
 
 
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
     if not config.input:
         fail("which text? --input=FILE")
-    data = tools.read_bytes(config.input, 'input')
+    data = files.read_bytes(config.input, 'input')
     tools.prepare_bytes(data, config.tokenizer, config.out, Path(config.input).name)
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

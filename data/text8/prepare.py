@@ -19,7 +19,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import fail  # noqa: E402
+import files  # noqa: E402
+from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
 
 CHARS = ' ' + string.ascii_lowercase
@@ -28,9 +29,9 @@ LENGTH = 100_000_000
 
 @dataclass
 class Config:
-    input: str = ''  # text8 or text8.zip at hand, of any length
+    input: Filename = ''  # text8 or text8.zip at hand, of any length
     url: str = 'http://mattmahoney.net/dc/text8.zip'  # the download, kept as text8.zip in the folder --out
-    out: str = str(HERE)  # where the files go
+    out: Filename = str(HERE)  # where the files go
 
 
 def find_text(config):
@@ -40,7 +41,7 @@ def find_text(config):
         tools.fetch(config.url, path, otherwise="give the file with --input=text8.zip")
     if zipfile.is_zipfile(path) or not config.input:
         return tools.unzip(path, 'text8')
-    return tools.read_bytes(path, 'input')
+    return files.read_bytes(path, 'input')
 
 
 def main(argv):
@@ -57,11 +58,11 @@ def main(argv):
         fail(f"{source} holds {chr(odd)!r}, text8 only a-z and space; other texts: data/text/prepare.py")
     a, b = int(0.9 * len(tokens)), int(0.95 * len(tokens))
     for split, part in (('train', tokens[:a]), ('val', tokens[a:b]), ('test', tokens[b:])):
-        tools.write(Path(config.out, f'{split}.bin'), part.tobytes())
+        files.write(Path(config.out, f'{split}.bin'), part.tobytes())
         print(f"{split}: {len(part):,} characters")
     tools.write_meta(config.out, dict(kind='char', chars=list(CHARS), source=source,
                                       sha256=hashlib.sha256(data).hexdigest()))
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)

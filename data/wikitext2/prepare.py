@@ -18,6 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+import files  # noqa: E402
+from configurator import Filename, script  # noqa: E402
 from data import tools  # noqa: E402
 
 NAME = 'wikitext-2-raw-v1.zip'
@@ -26,19 +28,19 @@ SHA256 = 'ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11'
 
 @dataclass
 class Config:
-    train: str = ''  # text files instead of the download; a split that is not given is left out
-    valid: str = ''  # becomes val.bin
-    test: str = ''  # becomes test.bin
-    tokenizer: str = 'gpt2'  # gpt2 | byte | char | a model (pretrained.py), whose tokenizer it is
+    train: Filename = ''  # text files instead of the download; a split that is not given is left out
+    valid: Filename = ''  # becomes val.bin
+    test: Filename = ''  # becomes test.bin
+    tokenizer: Filename = 'gpt2'  # gpt2 | byte | char | a model (pretrained.py), whose tokenizer it is
     sha256: str = SHA256  # what the download must hash to; '': anything
-    out: str = str(HERE)  # where the files go
+    out: Filename = str(HERE)  # where the files go
 
 
 def find_texts(config):
     """({split: bytes}, where they came from)"""
     given = {'train': config.train, 'valid': config.valid, 'test': config.test}
     if any(given.values()):
-        texts = {split: tools.read_bytes(path, split) for split, path in given.items() if path}
+        texts = {split: files.read_bytes(path, split) for split, path in given.items() if path}
         return texts, ', '.join(Path(path).name for path in given.values() if path)
     path = Path(config.out, NAME)
     url = tools.hub('ggml-org/ci', NAME)
@@ -48,12 +50,12 @@ def find_texts(config):
 
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
-    files, source = find_texts(config)
+    found, source = find_texts(config)
     texts = {{'valid': 'val'}.get(split, split): tools.decode(data, f'{source} ({split})')
-             for split, data in files.items()}
-    sha256 = hashlib.sha256(b''.join(files.values())).hexdigest()
+             for split, data in found.items()}
+    sha256 = hashlib.sha256(b''.join(found.values())).hexdigest()
     tools.prepare_text(texts, config.tokenizer, config.out, source, sha256)
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    script(main)
