@@ -204,7 +204,8 @@ def nll(config, checkpoint, model, tokenizer, amp):
     print("|---" * 9 + "|")
     print(f"| {checkpoint['objective']} | {parameters / 1e6:.2f}M | {checkpoint['tokens'] / 1e6:.1f}M | "
           f"{mean:.4f} ± {error:.4f} | {mean / math.log(2):.4f} ± {error / math.log(2):.4f} | "
-          f"{mean * per_byte:.4f} ± {error * per_byte:.4f} | {word_perplexity:,.0f} | "
+          f"{mean * per_byte:.4f} ± {error * per_byte:.4f} | "
+          f"{word_perplexity:{',.0f' if word_perplexity < 1e9 else '.1e'}} | "
           f"{label} | {x.size(0)} of {x.size(1)} |")
 
 

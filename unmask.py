@@ -148,8 +148,8 @@ def llada(logp, token):
 
 def margin(logp, token):
     """Probability of the best token less that of the second."""
-    best_two = logp.topk(2).values.exp()
-    return best_two[..., 0] - best_two[..., 1]
+    p = logp.topk(min(2, logp.size(-1))).values.exp()  # of one token there is no second
+    return p[..., 0] - p[..., 1:].sum(-1)
 
 
 def entropy(logp, token):

@@ -84,13 +84,40 @@ def test_the_first_loss_averages_to_log_V():
         assert abs(sum(losses) / 30 / math.log(7) - 1) < 0.02
 
 
-def test_the_clipped_schedule_masks_the_shares_it_says():
-    net, seen = random_model(8, T=16, mask_low=0.3, mask_high=0.8), []
-    net.masked_nats = lambda x, m: seen.append(m.view(-1, 8).sum(-1)) or torch.zeros(len(x), 2)
-    for _ in range(50):
-        net(torch.randint(3, (8, 16)))
-    k = torch.cat(seen)
-    assert k.min() == 3 and k.max() == 7 and abs(k.double().mean() - 4.9) < 0.1
+def resampled(n, low, high, size, generator):
+    """Numbers of masks as BD3-LM draws them: t uniform on [low, high], each token masked with probability t,
+    drawn anew at the same t until the share of masks lies in [low, high]; 0 masks left out."""
+    t = low + (high - low) * torch.rand(size, 1, generator=generator, dtype=torch.float64)
+    k = torch.full((size,), -1)
+    while (todo := (k < 0)).any():
+        drawn = (torch.rand(int(todo.sum()), n, generator=generator) < t[todo]).sum(-1)
+        k[todo] = torch.where((drawn / n >= low) & (drawn / n <= high), drawn, -1)
+    return k[k > 0]
+
+
+@pytest.mark.parametrize('n, low, high', [(4, 0.45, 0.95), (16, 0.3, 0.8), (16, 0.2, 0.6), (8, 0.0, 0.5),
+                                          (8, 0.0, 1.0), (4, 0.5, 0.75)])
+def test_the_clipped_law_is_that_of_drawing_until_the_share_is_within(n, low, high):
+    """Chi-square; fails by chance once in 10,000; the seed is fixed."""
+    law = block.mask_law(n, low, high)
+    k = resampled(n, low, high, 40000, torch.Generator().manual_seed(n))
+    p = law[law > 0]
+    observed = torch.bincount(k, minlength=n + 1).double()
+    assert abs(law.sum() - 1) < 1e-9 and observed[law == 0].sum() == 0
+    statistic = ((observed[law > 0] - p * len(k)) ** 2 / (p * len(k))).sum()
+    assert torch.special.gammaincc(torch.tensor((len(p) - 1) / 2).double(), statistic / 2) > 1e-4
+
+
+def test_training_masks_shares_within_the_bounds_by_that_law():
+    """3,200 blocks, stratified: every number of masks comes as often as the law says, to 2%."""
+    for n, low, high in ((8, 0.3, 0.8), (4, 0.45, 0.95), (8, 0.0, 1.0)):
+        net, seen = random_model(n, T=16, mask_low=low, mask_high=high), []
+        net.masked_nats = lambda x, m: seen.append(m.view(-1, n).sum(-1)) or torch.zeros(len(x), 16 // n)
+        for _ in range(4):
+            net(torch.randint(3, (50 * n, 16)))
+        k = torch.cat(seen)
+        assert low * n <= k.min() and k.max() <= high * n
+        assert (torch.bincount(k, minlength=n + 1) / len(k) - block.mask_law(n, low, high)).abs().max() < 0.02
 
 
 def test_the_share_of_masks_of_a_block_has_nothing_to_do_with_its_place():
@@ -148,6 +175,7 @@ def test_the_steps_are_shared_out_and_the_text_may_end_inside_a_block():
 def test_what_block_diffusion_cannot_do_is_said(mistake):
     for knobs, word in ((dict(block_length=3), 'block_length=3'),
                         (dict(mask_low=0.9, mask_high=0.5), 'mask_low'),
+                        (dict(mask_low=0.3, mask_high=0.45), 'no number of masks'),
                         (dict(loss_weight='x'), 'loss_weight'), (dict(block_length=0), 'block_length=0')):
         with pytest.raises(ValueError, match=word):
             block.Config(block_size=8, n_embd=8, n_head=1, **knobs)

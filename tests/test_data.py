@@ -19,6 +19,7 @@ import requests
 import torch
 
 import common
+import files
 import vocabulary
 from conftest import ROOT, TEXT
 from data import tools
@@ -289,7 +290,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_has_come(site, tmp_path, mistake
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, mistake):
     (tmp_path / 'file').touch()
-    assert 'cannot write' in mistake(lambda argv: tools.write(tmp_path / 'file/train.bin', b'ab'))
+    assert 'cannot write' in mistake(lambda argv: files.write(tmp_path / 'file/train.bin', b'ab'))
 
 
 # ---- tiny-shakespeare -------------------------------------------------------------------------------------

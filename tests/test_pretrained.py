@@ -536,3 +536,153 @@ def test_a_model_of_sentencepiece_is_read_by_its_library(tmp_path, monkeypatch, 
     for text in ('To be, or not', 'naïve 漢字 🤷🏽'):
         assert tokenizer.decode(tokenizer.encode(text)) == ' ' + text  # its space before every text
     assert tokenizer.vocab_size == 310 and tokenizer.pieces[309] == b'' and tokenizer.n_bytes([2]) == 0
+
+
+# ---- weights that are not what they seem ------------------------------------------------------------------
+
+def rewrite(folder, change):
+    """Change the tensors of a folder: change(dict) -> dict."""
+    path = folder / 'model.safetensors'
+    tensors = change(safetensors.load_file(path))
+    safetensors.save_file({name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, path)
+
+
+def with_head(tensors, head=None):
+    return tensors | {'lm_head.weight': tensors['model.embed_tokens.weight'].clone() if head is None else head}
+
+
+def without(tensors, *names):
+    return {name: t for name, t in tensors.items() if name not in names}
+
+
+def bare(tensors):
+    return {name.removeprefix('model.'): t for name, t in tensors.items()}
+
+
+EMBED = 'model.embed_tokens.weight'
+TIED = {  # how an embedding that is also the head may be stored
+    'as the embedding': lambda t: without(t, 'lm_head.weight'),
+    'as both': with_head,
+    'as the head': lambda t: without(with_head(t), EMBED),
+    'without the prefix': lambda t: bare(without(t, 'lm_head.weight')),
+    'without the prefix, as both': lambda t: bare(with_head(t)),
+    'beside constants': lambda t: without(t, 'lm_head.weight') | {
+        f'model.layers.{i}.self_attn.rotary_emb.inv_freq': torch.ones(2) for i in range(2)}}
+
+
+@pytest.mark.parametrize('stored', TIED)
+def test_a_tied_embedding_may_be_stored_under_either_name_and_without_the_prefix(stored, tmp_path):
+    theirs = tmp_path / 'theirs'
+    want = make_folder(theirs, 'llama', tie_word_embeddings=True)[EMBED]
+    rewrite(theirs, TIED[stored])
+    net, _ = loaded(theirs)
+    assert torch.equal(net.gpt.embed.weight[:300], want) and net.gpt.head is None
+
+
+@pytest.mark.parametrize('stored', TIED)
+def test_what_the_library_transformers_loads_has_equal_logits(stored, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    theirs = tmp_path / 'theirs'
+    make_folder(theirs, 'llama', tie_word_embeddings=True)
+    rewrite(theirs, TIED[stored])
+    ref = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
+    x = torch.randint(300, (2, 20))
+    with torch.no_grad():
+        assert torch.allclose(loaded(theirs)[0].gpt(x), ref(x).logits, atol=1e-4)
+
+
+def test_gpt2_with_its_constants_and_its_head_beside_is_the_same(tmp_path):
+    want = make_folder(tmp_path / 'theirs', 'gpt2')['wte.weight']
+    mask = torch.ones(24, 24).tril().bool().view(1, 1, 24, 24)
+    rewrite(tmp_path / 'theirs', lambda t: t | {
+        f'h.{i}.attn.{name}': value for i in range(2)
+        for name, value in (('bias', mask), ('masked_bias', torch.tensor(-1e4)))})
+    rewrite(tmp_path / 'theirs', lambda t: {f'transformer.{name}': v for name, v in t.items()}
+            | {'lm_head.weight': t['wte.weight'].clone()})
+    assert torch.equal(loaded(tmp_path / 'theirs')[0].gpt.embed.weight[:300], want)
+
+
+Q = 'model.layers.0.self_attn.q_proj.weight'
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda t: t | {Q: t[Q].to(torch.int8)}, [Q, 'I8', 'quantised']),
+    (lambda t: t | {Q: t[Q].to(torch.float8_e4m3fn)}, [Q, 'F8', 'quantised']),
+    (lambda t: t | {Q: t[Q].to(torch.uint8)}, [Q, 'U8', 'quantised']),
+    (lambda t: t | {Q + '_scale': torch.ones(1)}, [Q + '_scale', 'no place']),
+    (lambda t: t | {Q.replace('weight', 'SCB'): torch.ones(16)}, ['q_proj.SCB', 'no place']),
+    (lambda t: t | {Q.replace('weight', 'bias'): torch.ones(16)}, ['q_proj.bias', 'no place']),
+    (lambda t: t | {Q.replace('layers.0', 'layers.2'): t[Q]}, ['layers.2', 'no place']),
+    (lambda t: t | {'model.layers.0.self_attn.q_norm.weight': torch.ones(4)}, ['q_norm', 'no place']),
+    (lambda t: without(t, Q), [Q, 'missing']),
+    (lambda t: without(t, 'lm_head.weight'), ['lm_head.weight', 'missing']),
+    (lambda t: t | {EMBED: t[EMBED][:200]}, [EMBED, '(200, 16)']),
+    (lambda t: bare(t) | {'embed_tokens.weight': t[EMBED], 'model.x': torch.ones(1)}, ['missing'])])
+def test_tensors_that_config_json_does_not_speak_of_are_refused_by_name(change, words, tmp_path, mistake):
+    make_folder(tmp_path / 'theirs', 'llama')
+    rewrite(tmp_path / 'theirs', change)
+    err = mistake(lambda argv: pretrained.find(str(tmp_path / 'theirs')))
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize('change, word', [
+    (dict(quantization_config=dict(quant_method='gptq', bits=4)), 'gptq'),
+    (dict(quantization_config=dict(load_in_8bit=True)), 'quantization_config'),
+    (dict(quantization=dict(group_size=64, bits=4)), 'quantised'),
+    (dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5')])
+def test_a_config_of_other_weights_than_they_seem_is_refused(change, word, tmp_path, mistake):
+    make_folder(tmp_path / 'theirs', 'llama', **change)
+    assert word in mistake(lambda argv: pretrained.find(str(tmp_path / 'theirs')))
+
+
+def test_a_head_that_is_said_to_be_the_embedding_but_differs_is_refused(tmp_path, mistake):
+    make_folder(tmp_path / 'theirs', 'llama', tie_word_embeddings=True)
+    assert 'tie_word_embeddings' in mistake(lambda argv: pretrained.find(str(tmp_path / 'theirs')))
+
+
+def test_an_index_that_is_older_than_the_file_beside_it_is_left_out(theirs, mistake):
+    want = loaded(theirs)[0].state_dict()
+    old = {name: torch.zeros_like(t) for name, t in safetensors.load_file(theirs / 'model.safetensors').items()}
+    safetensors.save_file(old, theirs / 'old.safetensors')
+    index = dict(weight_map=dict.fromkeys(old, 'old.safetensors'))
+    (theirs / 'model.safetensors.index.json').write_text(json.dumps(index))
+    got = loaded(theirs)[0].state_dict()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    (theirs / 'model.safetensors').rename(theirs / 'new.safetensors')  # two shards with the same tensors
+    index['weight_map'] |= {next(iter(old)): 'new.safetensors'}
+    (theirs / 'model.safetensors.index.json').write_text(json.dumps(index))
+    assert 'in another file' in mistake(lambda argv: pretrained.find(str(theirs)))
+
+
+@pytest.mark.parametrize('ids, end', [(dict(eos_token_id=300), None), (dict(eos_token_id=-1), None),
+                                      (dict(eos_token_id=[400, 7]), 7), (dict(eos_token_id=None), None),
+                                      (dict(bos_token_id=10 ** 6), 299), (dict(eos_token_id=[]), None),
+                                      (dict(bos_token_id=[5]), 299)])
+def test_ids_beyond_the_vocabulary_are_none(ids, end, tmp_path):
+    make_folder(tmp_path / 'theirs', 'llama', **ids)
+    net, tokenizer = loaded(tmp_path / 'theirs')
+    assert tokenizer.end == end and tokenizer.n_bytes([65, 299]) == (1 if end == 299 else 14)
+    assert net.gpt.embed.weight.shape == (301, 16) and net.gpt.embed.weight.isfinite().all()
+
+
+def test_the_caches_of_the_hubs_library_are_where_its_variables_say(monkeypatch, tmp_path):
+    for name in ('HF_HOME', 'HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert pretrained.hub_cache() == tmp_path / '.cache' / 'huggingface' / 'hub'
+    monkeypatch.setenv('XDG_CACHE_HOME', '/x')
+    assert str(pretrained.hub_cache()) == '/x/huggingface/hub'
+    monkeypatch.setenv('HF_HOME', '~/hf')
+    assert pretrained.hub_cache() == tmp_path / 'hf' / 'hub'
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'c'))
+    folder = tmp_path / 'c' / 'models--a--b'
+    make_folder(folder / 'snapshots' / '123', 'llama')
+    (folder / 'refs').mkdir()
+    (folder / 'refs' / 'main').write_text('123')
+    assert pretrained.download('a/b') == folder / 'snapshots' / '123'
+
+
+@pytest.mark.parametrize('name', ['runs/exp1', 'out/mine', 'checkpoints/a', 'Runs/a', './a', '../a/b', 'out-x/y'])
+def test_a_path_of_ours_that_does_not_exist_is_not_looked_up_on_the_hub(name, workdir, monkeypatch, mistake):
+    monkeypatch.setattr(pretrained, 'download', lambda *_: pytest.fail("asked the hub"))
+    assert 'there is no ' in mistake(lambda argv: pretrained.find(name))

@@ -17,6 +17,7 @@ import sample
 import score
 import train
 import unmask
+import vocabulary
 from conftest import ROOT, TEXT, TINY
 
 
@@ -159,9 +160,25 @@ def test_a_text_ends_where_it_starts_to_repeat_itself():
     assert sample.ending(varied + dull[:50], 0, 99, [], 2.0) == 0
     assert sample.ending(varied + dull[:250], 0, 99, [], 2.0) == 850
     assert sample.ending(varied + [99] + dull, 0, 99, [], 2.0) == 0  # what is not written yet does not count
-    assert sample.ending([5, 7, 5, 7, 5, 7], 2, 99, [[5, 7]], 0.0) == 4  # in the given text it ends nothing
-    assert sample.ending([5, 7, 1], 2, 99, [[5, 7]], 0.0) == 0
-    assert sample.ending([0, 3, 9, 5, 7], 1, 99, [[5, 7], [9]], 0.0) == 3  # whichever comes first
+
+
+def test_a_text_ends_behind_the_text_of_its_stop_however_it_was_cut_into_tokens():
+    from theirs import tokenizer_json
+    tokenizer = vocabulary.Tokenizer(dict(kind='json', json=tokenizer_json(), vocab_size=300, end=299))
+    V, ids = 300, tokenizer.encode
+
+    def end(row, start, *stops):
+        found = [f for stop in stops for f in sample.stop_ids(sample.Config(stop=stop), tokenizer)]
+        return sample.ending(row, start, V, found, 0.0)
+    row = ids('at the') + ids('e end')  # ' the' is one token, so 'the e' and 'thee' begin inside of it
+    assert [tokenizer.decode(row[:end(row, 0, stop)]) for stop in ('thee', 'he', 'e e', 'end')] == [
+        'at thee', 'at the', 'at thee e', 'at thee end']
+    assert end(row, 0, 'then') == 0 and end([*row[:2], V, *row[2:]], 0, 'end') == 0  # not written, so no text
+    assert end(row, 3, 'at') == 0 and end(ids('abab'), 2, 'ab') == 4  # in the given text it ends nothing
+    assert end(ids('xyz'), 0, 'z', 'y') == 2  # whichever comes first
+    assert end([*ids('a'), 299, *ids('b')], 0, '<|endoftext|>') == 2
+    assert sample.up_to('say: "Stop. Go', 'Stop', 'say: "St') == 'say: "Stop'
+    assert sample.up_to('stop, stop. Go', 'stop', 'stop, stop') == 'stop, stop. Go'  # the last token is ' Go'
 
 
 @pytest.mark.parametrize('flags', [['--cfg=2'], ['--grid=cosine'], ['--rule=llada', '--part_length=4'],

@@ -247,14 +247,36 @@ def test_the_sure_rules_end_when_all_is_written_whatever_the_steps(joint):
     assert calls(50, 'eb', gamma=1e9) == 1 and calls(1, 'eb', gamma=0.0) == 3
 
 
-def test_analytic_steps_reveal_by_the_sum_of_the_scores_and_the_last_reveals_the_rest():
+def test_analytic_steps_reveal_by_the_sum_of_the_scores_and_a_call_more_writes_what_is_left():
+    """Shares of 40,000 masks after each of 4 steps; 4 standard errors of at most 0.01. With Z < 1 masks are
+    left, and the network is asked once more at the end of time (SEDD's Denoiser)."""
     torch.manual_seed(0)
     for Z in (1.0, 0.5, 1.5):
-        logs = lambda xt, t: torch.full((*xt.shape, 4), Z / 4).log()
+        times = []
+
+        def logs(xt, t):
+            times.append(t.item())
+            return torch.full((*xt.shape, 4), Z / 4).log()
         left = [x.eq(4).double().mean() for x in
                 unmask.unmask(logs, torch.full((1, 40000), 4), 4, 4, 'analytic')]
         expected = torch.tensor([1 - min(1, Z / k) for k in (4, 3, 2, 1)]).cumprod(0)
-        assert left[-1] == 0 and abs(left[0] - expected[0]) < 0.01 and abs(left[2] - expected[2]) < 0.01
+        assert all(abs(a - b) < 0.01 for a, b in zip(left, expected)) and left[-1] == 0
+        assert times == [1.0, 0.75, 0.5, 0.25] + [0.0] * (Z < 1)
+
+
+def test_what_the_last_call_of_the_analytic_sampler_writes_comes_from_the_canvas_it_sees():
+    """A network that names the number of masks it sees: the tokens of the last call are of that canvas."""
+    torch.manual_seed(0)
+
+    def logs(xt, t):
+        n = (xt == 200).sum(-1).clamp(max=199)
+        return torch.nn.functional.one_hot(n, 200)[:, None].expand(-1, xt.size(1), -1).float().mul(0.4).log()
+    *_, before, end = unmask.unmask(logs, torch.full((1, 150), 200), 200, 3, 'analytic')
+    asked = before == 200
+    assert asked.any() and (end[asked] == asked.sum()).all() and torch.equal(end[~asked], before[~asked])
+
+
+def test_scores_that_are_not_normalised_are_for_some_models_alone():
     with pytest.raises(ValueError, match='d3pm'):
         model = masked.Model(masked.Config(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4,
                                            parameterization='d3pm', T=10))
@@ -434,17 +456,76 @@ def test_ancestral_on_either_grid_reveals_what_the_levels_say():
 
 
 @pytest.mark.parametrize('rule', ['llada', 'threshold', 'factor', 'eb', 'random'])
-def test_blocks_are_written_one_after_the_other_with_their_share_of_the_steps(rule):
+def test_blocks_are_written_one_after_the_other_behind_each_rows_prompt(rule):
     torch.manual_seed(0)
-    xt = torch.full((3, 12), 5)
-    xt[:, 0] = 1
+    prompts = torch.tensor([1, 3, 4])
+    xt = torch.where(torch.arange(12) < prompts[:, None], 1, 5)
     logits = torch.randn(3, 12, 5)
-    frames = list(unmask.unmask(lambda xt, t: logits.log_softmax(-1), xt, 5, 6, rule, part_length=4))
+    frames = list(unmask.unmask(lambda xt, t: logits.log_softmax(-1), xt, 5, 11, rule, part_length=4))
+    number = (torch.arange(12) - prompts[:, None]) // 4
     for x in frames:
-        blocks = (x == 5).view(3, 3, 4).any(-1)
-        assert not (blocks[:, 0] & (~(x == 5).view(3, 3, 4).all(-1)[:, 1])).any()
-        assert not (blocks[:, 1] & (~(x == 5).view(3, 3, 4).all(-1)[:, 2])).any()
-    assert (frames[-1] < 5).all() and (rule not in unmask.SCORES or len(frames) == 6)
+        for row, block in zip(x == 5, number):
+            if row.any():
+                begun = block[row].min()  # blocks behind it are as they were
+                assert row[block > begun].all()
+    assert (frames[-1] < 5).all() and (rule not in unmask.SCORES or len(frames) == 11)
+
+
+def llada_generate(logits_of, prompt, length, steps, block, mask):
+    """What LLaDA's generate.py does at temperature 0 (arXiv 2502.09992 and its code), in our own words: blocks
+    of `block` behind the prompt, steps / blocks each, the surest masks of the block first. Returns all canvases
+    and the sizes of the steps."""
+    x = torch.cat([prompt, torch.full((length,), mask)])
+    canvases, sizes, blocks = [], [], length // block
+    for b in range(blocks):
+        begin = len(prompt) + b * block
+        base, more = divmod(block, steps // blocks)
+        for i in range(steps // blocks):
+            p = logits_of(x).softmax(-1)
+            sure, token = p.max(-1)
+            sure = sure.masked_fill(x != mask, -1)
+            sure[begin + block:] = -1
+            chosen = sure.topk(base + (i < more)).indices
+            x = x.clone()
+            x[chosen] = token[chosen]
+            canvases.append(x)
+            sizes.append(len(chosen))
+    return canvases, sizes
+
+
+@pytest.mark.parametrize('prompt', [0, 5, 8, 13])
+@pytest.mark.parametrize('steps, block', [(24, 8), (12, 8), (6, 24), (9, 8), (15, 8)])
+def test_at_temperature_0_texts_are_those_of_lladas_published_algorithm(prompt, steps, block):
+    """The network's answer depends on the whole canvas, so an order that differs shows. Where steps do not
+    divide a block LLaDA gives the tokens left over to its first steps, and we spread them."""
+    generator = torch.Generator().manual_seed(prompt + steps)
+    V, T = 7, prompt + 24
+    mix = torch.randn(T * (V + 1), T * V, generator=generator)
+
+    def logits_of(x):
+        return (torch.nn.functional.one_hot(x, V + 1).float().flatten() @ mix).view(T, V)
+
+    def denoise(xt, t):
+        return torch.stack([logits_of(x) for x in xt]).log_softmax(-1)
+    start = torch.randint(V, (prompt,), generator=generator)
+    theirs, sizes = llada_generate(logits_of, start, 24, steps, block, V)
+    xt = torch.cat([start, torch.full((24,), V)])[None]
+    ours = list(unmask.unmask(denoise, xt, V, steps, 'llada', temperature=0.0, part_length=block))
+    own = (torch.stack([xt, *ours[:-1]]) == V).sum((1, 2)) - (torch.stack(ours) == V).sum((1, 2))
+    if steps == 15:  # 8 tokens in 5 steps
+        assert own.tolist() == [2, 2, 1, 2, 1] * 3 and sizes == [2, 2, 2, 1, 1] * 3
+    else:
+        assert own.tolist() == sizes and all(torch.equal(a[0], b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_steps_are_shared_by_what_is_to_be_written():
+    assert unmask.shares(16, [8, 8]) == [8, 8] and unmask.shares(20, [8, 8, 4]) == [8, 8, 4]
+    assert unmask.shares(27, [11, 16]) == [11, 16] and unmask.shares(64, [32, 32]) == [32, 32]
+    assert unmask.shares(1, [4, 4, 4]) == [1, 1, 1] and unmask.shares(9, [1, 1]) == [1, 1]
+    for sizes in ([3, 1, 7], [1], [2, 90, 2, 6], [1, 1, 1]):
+        for steps in range(len(sizes), sum(sizes) + 1):
+            shares = unmask.shares(steps, sizes)
+            assert sum(shares) == steps and min(shares) >= 1 and all(a <= b for a, b in zip(shares, sizes))
 
 
 def test_every_step_count_is_honoured():
