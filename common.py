@@ -151,8 +151,10 @@ def evaluate(nats, inputs, text, rows, seed=0):
         values = torch.cat([nats(*part) for part in parts]).cpu().double()
     count = text.bool().sum(-1).cpu()
     mean = values.sum() / count.sum()
+    if len(count) < 2:
+        return mean.item(), float('nan')
     spread = (values - mean * count).std() / count.double().mean()  # of a ratio
-    return mean.item(), (spread / len(count) ** 0.5).item() if len(count) > 1 else float('nan')
+    return mean.item(), (spread / len(count) ** 0.5).item()
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
@@ -240,4 +242,8 @@ def load_model(checkpoint, device, weights='ema', **changes):
         fail(e)
     except (TypeError, RuntimeError) as e:
         fail(f"the checkpoint does not fit this version of {checkpoint['objective']}.py: {str(e)[:200]}")
-    return model.to(device).eval().requires_grad_(False), Tokenizer(checkpoint['tokenizer'])
+    tokenizer = Tokenizer(checkpoint['tokenizer'])
+    if tokenizer.vocab_size != model.config.vocab_size:
+        fail(f"the checkpoint's tokenizer knows {tokenizer.vocab_size:,} tokens, its model "
+             f"{model.config.vocab_size:,}")
+    return model.to(device).eval().requires_grad_(False), tokenizer

@@ -37,16 +37,12 @@ def script(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:
-        if e.filename is not None or sys.stdout is None:
-            raise
-        try:
-            sys.stdout.flush()
-        except OSError:  # so it is the output that fails
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at the interpreter's end
-            if isinstance(e, BrokenPipeError):
-                sys.exit(141)  # as a program that SIGPIPE ends
-            fail(f"cannot write to the standard output: {e.strerror or e}")
-        raise
+        if e.filename is not None or e.errno is None or sys.stdout is None:
+            raise  # of a file, so it should have been told elsewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second failure at the very end
+        if isinstance(e, BrokenPipeError):
+            sys.exit(141)  # as a program that SIGPIPE ends
+        fail(f"the standard output cannot be written: {e.strerror}")
 
 
 def fail(message):
@@ -59,16 +55,16 @@ def fail(message):
 def read(argv):
     """argv -> (knobs of the config files, their `cpu` knobs, knobs of the flags as strings).
     `--help` is {'help': ''}."""
-    files, cpu, flags = {}, {}, {}
+    files, cpu, flags, bare = {}, {}, {}, ''
     for arg in argv:
         if arg in ('-h', '--help'):
             flags['help'] = ''
         elif arg.startswith('--'):
             key, equals, value = arg[2:].partition('=')
-            flags[key] = value if equals else True  # --watch is --watch=True
+            flags[key], bare = (value, '') if equals else (True, arg)  # --watch is --watch=True
         elif not Path(arg).is_file():
-            if flags and list(flags.values())[-1] is True:
-                fail(f"a knob and its value are joined by =: --{list(flags)[-1]}={arg}")
+            if bare:
+                fail(f"a knob and its value are joined by =: {bare}={arg}")
             near = difflib.get_close_matches(arg, map(str, Path('config').glob('*.py')), 1)
             fail(f"there is no config file {arg!r}"
                  + (f"; did you mean {near[0]}?" if near else "; knobs are --key=value"))
@@ -106,21 +102,27 @@ def convert(field, value):
 
 def peek(knobs, cls, *names):
     """The values of a few knobs of a dataclass, checked, before the others are known."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = fields_of({}, cls)
     try:
         return [convert(fields[name], knobs.get(name, fields[name].default)) for name in names]
     except ValueError as e:
         fail(e)
 
 
-def build(knobs, *classes):
-    """One instance of each dataclass from the knobs; every knob must be a field of one of them."""
+def fields_of(knobs, *classes):
+    """The fields of the dataclasses by name; every knob must be one of them, or the script ends."""
     fields = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
     for key in knobs:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1)
             fail(f"unknown knob --{key}"
                  + (f"; did you mean --{near[0]}?" if near else "; --help lists them"))
+    return fields
+
+
+def build(knobs, *classes):
+    """One instance of each dataclass from the knobs; every knob must be a field of one of them."""
+    fields = fields_of(knobs, *classes)
     try:
         values = {key: convert(fields[key], value) for key, value in knobs.items()}
         return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})

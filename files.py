@@ -90,11 +90,11 @@ def write(path, data):
         f.write(data.encode(errors='replace') if isinstance(data, str) else data)
 
 
-def folder(path, flag):
+def folder(path, flag, named=''):
     """Can files be written into the folder that a person named with --flag, which need not exist yet? Or the
     script ends, before there is anything to write. Temporary files of processes that were killed are removed
-    from it. Returns the nearest folder that exists."""
-    with disk(f'--{flag}={path}'):
+    from it. named: what the person wrote, if it is not the path. Returns the nearest folder that exists."""
+    with disk(f'--{flag}={named or path}'):
         there = Path(path)
         while not there.exists():
             there = there.parent
@@ -111,7 +111,7 @@ def folder(path, flag):
 def writable(path, flag):
     """The same of a file."""
     path = Path(path)
-    folder(path.parent, flag)
+    folder(path.parent, flag, path)
     with disk(f'--{flag}={path}'):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, 'it is a folder')

@@ -33,7 +33,7 @@ import lora
 import packing
 import pretrained
 import vocabulary
-from configurator import Filename, build, fail, help_text, peek, read, script
+from configurator import Filename, build, fail, fields_of, help_text, peek, read, script
 from model import optimizers
 from pairs import Pairs
 
@@ -118,6 +118,7 @@ def settings(argv):
         fail(f"objective={objective}: the run to resume is of {checkpoint['objective']}, "
              f"that cannot change")
     concept = common.concept(objective)
+    fields_of(knobs, Config, concept.Config)
     if checkpoint and 'base' in flags:
         fail(f"base is for a new run: init_from={source} holds all it needs")
     base = built_on(concept, base) if not checkpoint else None

@@ -1,0 +1,339 @@
+"""What people have and what they get: byte order marks, ~, consoles that know few letters, outputs that are full
+or gone, folders that cannot be written, files that are something else."""
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import configurator
+import eval as evaluation
+import files
+import pretrained
+import sample
+import tasks
+import train
+import vocabulary
+from conftest import ROOT, TEXT, TINY
+from data import tools
+
+BOM = b'\xef\xbb\xbf'
+
+
+def run(script, *flags, **how):
+    """A script in a process of its own: what a person runs."""
+    return subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, timeout=120, **how)
+
+
+@pytest.fixture
+def trained(workdir):
+    train.main([*TINY, '--out_dir=out-m'])
+    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
+    return workdir
+
+
+# ---- reading ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('data', [BOM + 'naïve\nä'.encode(), 'naïve\r\nä'.encode(), 'naïve\nä'.encode('utf-16'),
+                                  b'\xfe\xff' + 'naïve\nä'.encode('utf-16-be')])
+def test_a_byte_order_mark_is_no_text(data):
+    assert files.text_of(data, 'x') == 'naïve\nä'
+
+
+def test_what_cannot_be_read_is_named(workdir, mistake):
+    (workdir / 'latin').write_bytes('naïve'.encode('latin-1'))
+    (workdir / 'list.json').write_text('[1]')
+    for path, words in (('latin', 'UTF-8'), ('none', 'No such file'), ('.', 'directory'), ('a\0b', 'null')):
+        assert words in mistake(lambda argv: files.read_text(path))
+    assert 'list instead of an object' in mistake(lambda argv: files.read_json('list.json'))
+    (workdir / 'deep.json').write_text('[' * 100000)
+    assert 'deep.json' in mistake(lambda argv: files.read_json('deep.json'))
+
+
+def test_every_input_may_begin_with_a_byte_order_mark(trained, capsys):
+    from data.gsm8k import prepare as pairs
+    from data.lines import prepare as lines
+    from data.openwebtext import prepare as documents
+    from data.text import prepare as text
+    Path('t.txt').write_bytes(BOM + TEXT.encode())
+    text.main(['--input=t.txt', '--tokenizer=char', '--out=data/t'])
+    assert '\ufeff' not in common.load_meta('t')['chars']
+    lines.main(['--input=t.txt', '--out=data/l', '--vocab_size=60'])
+    assert b'\xef' not in vocabulary.Tokenizer(common.load_meta('l')).pieces
+    jsonl = BOM + b'\n'.join(json.dumps(dict(question='a', answer='b', text='To be')).encode() for _ in 'abcd')
+    Path('p.jsonl').write_bytes(jsonl)
+    read = pairs.read_pairs(jsonl, 'p', pairs.Config())
+    assert len(read) == 4 and list(documents.file_documents(Path('p.jsonl')))[:2] == ['To be'] * 2
+    meta = Path('data/tiny/meta.json')
+    meta.write_bytes(BOM + meta.read_bytes())
+    Path('start.txt').write_bytes(BOM + b'To b\n')
+    evaluation.main(['--out_dir=out-m', '--input=t.txt', '--windows=2'])
+    sample.main(['--out_dir=out-m', '--start=FILE:start.txt', '--steps=2', '--num_samples=1'])
+    assert capsys.readouterr().out.splitlines()[-1].startswith('To b')
+    Path('lambada.txt').write_bytes(BOM + b'to be or not\n')
+    assert tasks.load('lambada', 'lambada.txt')[0].before == 'to be or'
+
+
+def test_a_model_in_files_with_byte_order_marks_is_read(tmp_path):
+    from theirs import make_folder
+    make_folder(tmp_path / 'theirs', 'llama')
+    for name in ('config.json', 'tokenizer.json'):
+        path = tmp_path / 'theirs' / name
+        path.write_bytes(BOM + path.read_bytes())
+    common.load_model(pretrained.find(str(tmp_path / 'theirs'))[1], torch.device('cpu'))
+
+
+def test_only_shards_with_numbers_belong_to_a_split(workdir, mistake):
+    folder = workdir / 'data' / 'tiny'
+    n = common.count_tokens('tiny', 'train', 30)
+    for name in ('train_old.bin', 'train2.bin', 'train_1.bin.tmp', 'trained.bin', 'val-old.bin'):
+        (folder / name).write_bytes(bytes(200))
+    assert len(common.load_tokens('tiny', 'train', 30, 'cpu')) == n == 4000
+    (folder / 'train_000.bin').write_bytes(bytes(200))
+    assert 'remove one of them' in mistake(lambda argv: common.load_tokens('tiny', 'train', 30, 'cpu'))
+
+
+def test_a_split_that_a_dataset_does_not_have_is_said_to_be_none(trained, mistake):
+    told = mistake(evaluation.main, '--out_dir=out-m', '--split=test')
+    assert 'has train and val alone' in told and 'prepare.py' not in told
+
+
+# ---- a checkpoint that is something else ------------------------------------------------------------------
+
+def zipped(path):
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('a', 'b')
+
+
+FOREIGN = {
+    'an HTML page': lambda p: p.write_text('<!doctype html><html><body>404</body></html>'),
+    'a word': lambda p: p.write_text('hello'), 'a letter': lambda p: p.write_text('.'),
+    'a short text': lambda p: p.write_text('This is no checkpoint.\n'),
+    'numbers': lambda p: p.write_text('80\n12\n'), 'nothing': lambda p: p.write_bytes(b''),
+    'a pickle': lambda p: p.write_bytes(pickle.dumps({'model': 1})),
+    'a pickled array': lambda p: p.write_bytes(pickle.dumps(np.zeros(3))),
+    'a pickled function': lambda p: p.write_bytes(pickle.dumps(print)),
+    "nanoGPT's": lambda p: torch.save(dict(model={}, model_args={}, iter_num=3), p),
+    'a module': lambda p: torch.save(torch.nn.Linear(2, 2), p), 'a list': lambda p: torch.save([1], p),
+    'a zip file': zipped, 'a folder': Path.mkdir, 'noise': lambda p: p.write_bytes(bytes(range(256)) * 9),
+    'a pointer of Git LFS': lambda p: p.write_text('version https://git-lfs.github.com/spec/v1\nsize 1\n')}
+
+
+@pytest.mark.parametrize('kind', FOREIGN)
+def test_a_checkpoint_that_is_something_else_is_said_to_be_none(kind, workdir, mistake):
+    (workdir / 'out').mkdir()
+    FOREIGN[kind](workdir / 'out' / 'last.pt')
+    assert 'out/last.pt is not a checkpoint' in mistake(sample.main, '--out_dir=out')
+
+
+def test_a_checkpoint_with_something_else_in_a_right_place_ends_in_one_line(trained, mistake):
+    whole = common.load('out-m/last.pt')
+    for change in (dict(config=[1]), dict(config=dict(n_embd='x')), dict(tokenizer=dict(kind='char', chars=['a'])),
+                   dict(tokenizer={}), dict(objective='x'), dict(objective=3), dict(model={}, ema={})):
+        torch.save(whole | change, 'changed.pt')
+        mistake(sample.main, '--out_dir=changed.pt')
+
+
+# ---- knobs ------------------------------------------------------------------------------------------------
+
+def test_tilde_is_the_home_folder_in_every_path(trained, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(trained / 'home'))
+    (trained / 'home').mkdir()
+    (trained / 'home' / 't.txt').write_text(TEXT)
+    train.main([*TINY, '--out_dir=~/run'])
+    train.main([*TINY, '--init_from=~/run', '--out_dir=~/more'])
+    train.main(['--init_from=resume', '--out_dir=~/more', '--max_iters=6'])
+    sample.main(['--out_dir=~/more', '--steps=2', '--num_samples=1', '--html=~/page.html'])
+    evaluation.main(['--out_dir=~/run', '--input=~/t.txt', '--windows=2'])
+    from data.text import prepare
+    prepare.main(['--input=~/t.txt', '--out=~/data'])
+    assert {p.name for p in (trained / 'home').iterdir()} == {'t.txt', 'run', 'more', 'page.html', 'data'}
+    assert not (trained / '~').exists()
+    assert sample.given('FILE:~/t.txt') == TEXT.removesuffix('\n')
+    assert configurator.build(dict(start='~/x'), sample.Config)[0].start == '~/x'  # a text is no path
+
+
+@pytest.mark.parametrize('flags, words', [(['--max_iters', '100'], '--max_iters=100'), (['--lr'], '--lr=0.003'),
+                                          (['--out_dir'], 'out_dir=True'), (['--init_from'], 'init_from'),
+                                          (['--objective'], 'objective'), (['--device'], 'device'),
+                                          (['--compile', 'False'], '--compile=False'), (['--dataset'], 'dataset')])
+def test_a_flag_without_its_equals_sign_is_told_how_it_is_written(workdir, mistake, flags, words):
+    assert words in mistake(train.main, *TINY, *flags)
+
+
+def test_an_unknown_knob_is_told_before_a_dataset_is_missed(workdir, mistake):
+    assert '--config' in mistake(train.main, '--config=config/train_mdlm.py', '--dataset=none')
+
+
+# ---- outputs ----------------------------------------------------------------------------------------------
+
+def test_outputs_that_know_few_letters_are_written_in_utf8(workdir, tmp_path):
+    """What a console writes to a file in cp1252 or ASCII, and '±' of the log."""
+    chars = sorted(set('Мой дядя самых честных правил 日本'))
+    for split in ('train', 'val'):
+        np.random.default_rng(0).integers(len(chars), size=400).astype(np.uint16).tofile(f'data/tiny/{split}.bin')
+    Path('data/tiny/meta.json').write_text(json.dumps(dict(kind='char', chars=chars)))
+    done = run('train.py', *TINY, env=os.environ | dict(PYTHONIOENCODING='ascii'))
+    assert done.returncode == 0 and '±' in done.stdout.decode() and Path('out/best.pt').exists()
+    done = run('sample.py', '--steps=2', '--num_samples=1', '--html=x.html',
+               env=os.environ | dict(PYTHONIOENCODING='cp1252'))
+    assert done.returncode == 0 and len(done.stdout.decode().rstrip('\n')) == 16 and Path('x.html').exists()
+
+
+def test_a_reader_that_leaves_and_a_full_output_end_without_a_traceback(trained):
+    command = f"{sys.executable} {ROOT / 'sample.py'} --out_dir=out-m --steps=2 --num_samples=1"
+    done = subprocess.run(f'{command} --help | head -c 5', shell=True, capture_output=True, timeout=60)
+    assert done.stdout == b'Write' and b'Traceback' not in done.stderr and b'ignored' not in done.stderr
+    if Path('/dev/full').exists():
+        done = subprocess.run(f'{command} --html=x.html > /dev/full', shell=True, capture_output=True, timeout=60)
+        assert done.returncode == 2 and b'standard output' in done.stderr and done.stderr.count(b'\n') == 1
+        assert Path('x.html').exists()  # saved before anything is printed
+        done = subprocess.run(f"{sys.executable} {ROOT / 'train.py'} {' '.join(TINY)} > /dev/full", shell=True,
+                              capture_output=True, timeout=60)
+        assert done.returncode == 0 and common.load('out/last.pt')['iter'] == 4
+
+
+@pytest.mark.parametrize('main, flag', [
+    (sample.main, '--html=file/x.html'), (sample.main, '--html=data'),
+    (evaluation.main, '--mode=frontier --judge=out-a --csv=file/x.csv'),
+    (evaluation.main, '--mode=frontier --judge=out-a --plot=file/x.svg'),
+    (evaluation.main, '--mode=frontier --judge=out-a --plot=x.txt'),
+    (pretrained.main, '--to=file')])
+def test_what_cannot_be_written_is_told_before_the_model_is_loaded(trained, mistake, monkeypatch, main, flag):
+    (trained / 'file').touch()
+    monkeypatch.setattr(pretrained, 'find', lambda *_: pytest.fail("too late"))
+    assert flag.split()[-1].split('=')[1] in mistake(main, '--out_dir=out-m', *flag.split())
+    assert sorted(p.name for p in trained.iterdir()) == ['data', 'file', 'out-a', 'out-m']
+
+
+def test_the_folders_of_what_is_written_are_made(trained, capsys):
+    sample.main(['--out_dir=out-m', '--steps=2', '--num_samples=1', '--html=new/deep/x.html'])
+    assert [p.name for p in (trained / 'new' / 'deep').iterdir()] == ['x.html']
+
+
+def test_a_preparer_finds_out_first_that_its_folder_cannot_be_written(workdir, mistake, monkeypatch):
+    from data.text import prepare
+    (workdir / 'file').touch()
+    (workdir / 't.txt').write_text(TEXT)
+    monkeypatch.setattr(tools, 'prepare_bytes', lambda *_: pytest.fail("too late"))
+    assert 'file is no folder' in mistake(prepare.main, '--input=t.txt', '--out=file/x')
+
+
+# ---- the folder of a run ----------------------------------------------------------------------------------
+
+def test_training_finds_out_first_that_its_folder_is_a_file(workdir, mistake, monkeypatch):
+    (workdir / 'afile').touch()
+    monkeypatch.setattr(train, 'train', lambda *_: pytest.fail("too late"))
+    assert 'afile is no folder' in mistake(train.main, *TINY, '--out_dir=afile/x')
+
+
+def test_training_finds_out_first_that_there_is_no_room(workdir, mistake, monkeypatch):
+    monkeypatch.setattr(train, 'train', lambda *_: pytest.fail("too late"))
+    full = type('Usage', (), dict(free=1000))
+    monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: full)
+    assert 'no room for the checkpoints in out/' in mistake(train.main, *TINY)
+
+
+def test_the_room_that_is_asked_for_is_what_two_checkpoints_and_a_temporary_one_take(workdir, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, 'fail', lambda message: asked.append(float(message.split('take ')[1].split()[0])))
+    full = type('Usage', (), dict(free=0))
+    monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: full)
+    train.main([*TINY, '--n_embd=64', '--n_layer=4'])
+    best, last = (Path('out', name).stat().st_size / 1e6 for name in ('best.pt', 'last.pt'))
+    assert abs(asked[0] / (best + 2 * last) - 1) < 0.1
+
+
+def test_a_new_run_moves_the_checkpoints_of_an_old_one_aside_and_says_so(workdir, capsys):
+    train.main([*TINY, '--out_dir=out'])
+    old = {name: Path('out', name).read_bytes() for name in ('best.pt', 'last.pt')}
+    (workdir / 'out' / 'mine.txt').touch()
+    capsys.readouterr()
+    train.main([*TINY, '--out_dir=out', '--objective=ar', '--eval_interval=100', '--max_iters=2'])
+    assert 'out/old-1/ from now on' in capsys.readouterr().out.splitlines()[0]
+    assert all(Path('out/old-1', name).read_bytes() == data for name, data in old.items())
+    assert common.load('out/best.pt')['objective'] == common.load('out/last.pt')['objective'] == 'ar'
+    sample.main(['--out_dir=out/old-1', '--steps=2'])
+    train.main([*TINY, '--init_from=out', '--out_dir=out', '--objective=ar'])  # of itself
+    assert sorted(p.name for p in (workdir / 'out').iterdir()) == ['best.pt', 'last.pt', 'mine.txt', 'old-1',
+                                                                   'old-2']
+    train.main(['--init_from=resume', '--out_dir=out', '--max_iters=6'])  # the same run: nothing is moved
+    assert not (workdir / 'out' / 'old-3').exists()
+
+
+def test_a_new_run_that_has_not_saved_yet_is_not_taken_for_the_old_one(workdir, mistake, monkeypatch):
+    train.main([*TINY, '--out_dir=out'])
+    monkeypatch.setattr(train, 'train', lambda *_: None)  # killed before its first checkpoint
+    train.main([*TINY, '--out_dir=out', '--objective=ar'])
+    assert 'there is no checkpoint out/last.pt' in mistake(sample.main, '--out_dir=out')
+
+
+def test_temporary_files_of_killed_processes_are_removed_and_no_others(workdir):
+    gone = subprocess.Popen([sys.executable, '-c', ''])
+    gone.wait()
+    (workdir / 'out').mkdir()
+    for name in (f'last.pt.{gone.pid}.tmp', f'best.pt.{os.getpid()}.tmp', f'latents-1.{gone.pid}.tmp',
+                 f'last.pt.{os.getppid()}.tmp', 'mine.tmp'):
+        (workdir / 'out' / name).touch()
+    os.utime(workdir / 'out' / 'mine.tmp', (0, 0))
+    train.main(TINY)
+    assert sorted(p.name for p in (workdir / 'out').iterdir()) == sorted([
+        'best.pt', 'last.pt', 'mine.tmp', f'last.pt.{os.getppid()}.tmp'])  # that process is alive
+
+
+def test_a_finished_run_that_is_resumed_says_so(workdir, capsys):
+    train.main(TINY)
+    before = Path('out/last.pt').read_bytes()
+    capsys.readouterr()
+    train.main(['--init_from=resume'])
+    out = capsys.readouterr().out
+    assert 'finished' in out and '--max_iters=' in out and Path('out/last.pt').read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize('ignored', [False, True])
+def test_a_terminal_that_hangs_up_saves_and_one_that_is_left_alone_by_nohup_goes_on(workdir, ignored):
+    before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--max_iters=1000000',
+                                '--eval_interval=1000000', '--log_interval=10'], stdout=subprocess.PIPE, text=True,
+                               preexec_fn=before)
+    while 'tokens/s' not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    if ignored:
+        for _ in range(20):
+            assert 'tokens/s' in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and '--init_from=resume' in out and common.load('out/last.pt')['iter'] >= 10
+
+
+def test_the_length_of_a_text_is_checked_before_a_model_is_made(workdir, mistake, monkeypatch):
+    monkeypatch.setattr(train, 'State', lambda *_: pytest.fail("too late"))
+    assert 'fewer than block_size=100000000' in mistake(train.main, *TINY, '--block_size=100000000')
+
+
+# ---- texts of almost nothing ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('objective', ['ar', 'masked', 'block'])
+def test_a_vocabulary_of_one_trains_samples_and_is_measured(workdir, objective, capsys):
+    tools.prepare_bytes(b'a' * 1000, 'char', 'data/one', 'one.txt')
+    train.main([*TINY, '--dataset=one', f'--objective={objective}'])
+    for rule in ('', 'margin', 'entropy', 'analytic')[:4 if objective == 'masked' else 1]:
+        sample.main(['--steps=3', '--num_samples=1', f'--rule={rule}'])
+        assert capsys.readouterr().out.splitlines()[-1] == 'a' * 16
+    evaluation.main(['--windows=2'])
+    assert '| 0.0000 ± 0.0000 |' in capsys.readouterr().out
+
+
+def test_an_empty_text_to_score_is_said_to_be_none(trained, mistake):
+    (trained / 'empty.txt').touch()
+    assert 'holds no text' in mistake(evaluation.main, '--out_dir=out-m', '--input=empty.txt')
