@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(PY) sample.py --out_dir=out-mdlm --steps=64
 
 test: .venv/ready-test
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n auto tests
 
 .venv/ready: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv

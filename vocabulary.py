@@ -264,16 +264,15 @@ def sentencepiece_tokens(meta):
 
 def without_lead(encode, pieces):
     """encode(text) of SentencePiece -> (what it puts before every text: ' ' or nothing, how to encode a text
-    without that)."""
-    if not b''.join(pieces[i] for i in encode('a')).startswith(b' '):
-        return '', encode
+    that goes on where another one ended: without that, and with the spaces at its beginning)."""
+    lead = ' ' if b''.join(pieces[i] for i in encode('a')).startswith(b' ') else ''
 
     def encode_rest(text):
-        if text.startswith(' ') and text.strip():  # the space before the text is this one
+        if lead and text.startswith(lead) and text.strip():  # the space before the text is this one
             return encode(text[1:])
         for mark in ('\n', '.', '"'):  # behind something that it does not join with
             ids, left = encode(mark + text), encode(mark)
             if ids[:len(left)] == left:
                 return ids[len(left):]
         return encode(text)
-    return ' ', encode_rest
+    return lead, encode_rest

@@ -122,6 +122,34 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert sum(len(g['params']) for g in adam.param_groups) == 2 + 2 * 2  # and the films
 
 
+def test_an_optimizer_that_would_have_nothing_to_do_is_left_out():
+    gpt = random_gpt(False)
+    gpt.embed.requires_grad_(False), gpt.head.requires_grad_(False)
+    only, = model.optimizers(gpt, 1e-3, 1e-2)
+    assert type(only) is model.Muon and len(model.optimizers(gpt, 1e-3, 0.0)) == 1
+    gpt.requires_grad_(False)
+    with pytest.raises(ValueError, match='nothing to train'):
+        model.optimizers(gpt, 1e-3, 1e-2)
+
+
+@pytest.mark.parametrize('shape', [(6, 4), (4, 6), (5, 5)])
+def test_muon_equals_torchs_in_bfloat16_and_nearly_so_in_float32(shape):
+    torch.manual_seed(0)
+    a, b, c = (torch.nn.Parameter(torch.ones(shape)) for _ in range(3))
+    steps = (torch.optim.Muon([a], lr=0.1, weight_decay=0.1), model.Muon([b], 0.1, 0.1),
+             model.Muon([c], 0.1, 0.1, dtype=torch.float32))
+    for _ in range(5):
+        gradient = torch.randn(shape)
+        for p, optimizer in zip((a, b, c), steps):
+            p.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(a, b) and (a - c).abs().max() < 0.02
+    fresh = model.Muon([b], 0.1)
+    fresh.load_state_dict(steps[0].state_dict())  # of a run that began with torch's
+    b.grad = gradient.clone()
+    fresh.step()
+
+
 def test_a_time_for_every_token_may_differ_and_every_scale_and_shift_is_used():
     torch.manual_seed(0)
     gpt = model.GPT(random_gpt(False).config, causal=False, timed=True)

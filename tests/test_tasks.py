@@ -310,6 +310,95 @@ def test_what_a_program_has_started_ends_with_it(tmp_path):
     assert not (tmp_path / 'late').exists()
 
 
+def test_a_system_without_process_groups_runs_programs_too(monkeypatch):
+    """Windows, as far as it can be had here: no os.killpg, no SIGKILL."""
+    item = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')[1]
+    monkeypatch.delattr(tasks.os, 'killpg', raising=False)
+    monkeypatch.delattr(tasks.signal, 'SIGKILL', raising=False)
+    assert tasks.passes('    y = 1 + x\n', item) and not tasks.passes('    while True: pass\n', item, seconds=0.5)
+
+
+def sentencepiece_tokenizer(**more):
+    """A tokenizer of 300 pieces that puts a space before every text."""
+    import base64
+    import io
+    library = pytest.importorskip('sentencepiece')
+    out = io.BytesIO()
+    text = [' of the government and the states of the country', 'the government of the people', 'in it: yes'] * 30
+    library.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=out, vocab_size=320,
+                                       model_type='bpe', byte_fallback=True, minloglevel=2,
+                                       hard_vocab_limit=False, **dict(remove_extra_whitespaces=False) | more)
+    model = base64.b64encode(out.getvalue()).decode()
+    return vocabulary.Tokenizer(dict(kind='sentencepiece', model=model, vocab_size=320, end=2, sep='\nA:'))
+
+
+@pytest.mark.parametrize('lead', [True, False])
+def test_a_part_of_a_text_is_cut_as_in_its_context(lead):
+    """The library cuts the whole text; a part has no space before it that the text has not."""
+    tokenizer = sentencepiece_tokenizer(add_dummy_prefix=lead)
+    assert tokenizer.lead == ' ' * lead
+    for before, part in (('the people', ' of the government'), ('in', ' it'), ('it: ', 'yes'), ('the', 're'),
+                         ('of', '\nA:'), ('a', ''), ('the', ' '), ('the', '  of')):
+        ids = tokenizer.encode_rest(part)
+        assert tokenizer.decode(ids) == part
+        whole = tokenizer.encode(before + part)
+        if part.startswith(' ') and part.strip() and part[1] != ' ':
+            assert whole == tokenizer.encode(before) + ids, (before, part)
+    assert tokenizer.decode(tokenizer.sep) == '\nA:'
+    thrifty = sentencepiece_tokenizer(add_dummy_prefix=lead, remove_extra_whitespaces=True)
+    assert thrifty.decode(thrifty.encode_rest(' of the')) == ' of the'
+    for text in ('the people', ' of the', '  two', 'ä 漢'):
+        assert tokenizer.text(tokenizer.encode(text)) == text
+
+
+def test_a_blank_has_as_many_tokens_as_the_answer_has_behind_the_text_before():
+    tokenizer, seen = sentencepiece_tokenizer(), []
+    word = ' government'
+    whole = tokenizer.encode('the people of the' + word + ' and the states')
+
+    class Oracle:  # a language model that knows how the text goes on
+        bound, blank = 'exact', tokenizer.vocab_size
+
+        class config:
+            block_size = 64
+
+        def sample(self, row, **how):
+            n = int((row[0] != self.blank).sum())
+            seen.append(row.size(1) - n)
+            row = row.clone()
+            row[0, n:] = torch.tensor(whole[n:row.size(1)])
+            yield row
+    item = Blank('the people of the', [word], ' and the states')
+    assert tasks.fill(Oracle(), tokenizer, item, 'cpu', steps=64) == word and len(seen) == 1
+    assert seen[0] == len(tokenizer.encode_rest(word)) == tasks.count_behind(tokenizer, item.before, word)
+    assert tasks.count_behind(tokenizer, 'the gov', 'ernment') >= 1  # a token across the border
+
+
+def test_a_template_and_a_suffix_get_no_space_that_they_have_not():
+    import sample
+    tokenizer = sentencepiece_tokenizer()
+    config = sample.Config(template='the ___ of the___ and:___', hole=2)
+    row = sample.make_canvas(config, '', tokenizer, 64).tolist()
+    assert tokenizer.text(row) == 'the ░░ of the░░ and:░░'
+    row = sample.make_canvas(sample.Config(suffix=' of it', length=20), 'the\nA:', tokenizer, 64).tolist()
+    assert tokenizer.text(row).startswith('the\nA:░') and tokenizer.text(row).endswith('░ of it')
+    again = sample.make_canvas(sample.Config(suffix=' of it', length=20), 'the', tokenizer, 64).tolist()
+    assert row == again  # what stands before an answer is compared as text
+
+
+def test_the_name_of_a_mask_in_a_text_is_text():
+    from theirs import tokenizer_json
+    source = tokenizer_json()
+    source['added_tokens'] = source['added_tokens'] + [dict(id=290 + i, content=name, special=True)
+                                                       for i, name in enumerate(('[MASK]', '<|mdm_mask|>'))]
+    for tokenizer in (vocabulary.Tokenizer(dict(kind='json', json=source, vocab_size=300, end=299)),
+                      sentencepiece_tokenizer(), vocabulary.Tokenizer(dict(kind='byte'))):
+        for text in ('[MASK]', '<|mdm_mask|>', 'a [MASK] b', '<unk>', '</s>', '░'):
+            ids = tokenizer.encode(text)
+            special = {0, 1, 2} if tokenizer.lead else {290, 291, 299, 300}
+            assert tokenizer.text(ids) == text and not special & set(ids)
+
+
 def test_nothing_is_executed_without_the_flag(monkeypatch):
     calls = []
     monkeypatch.setattr(tasks, 'passes', lambda text, item: calls.append(text) or True)

@@ -233,7 +233,7 @@ def test_ctrl_c_saves_and_ends_well(workdir):
     (['--init_from=resume'], ['out/last.pt', 'train.py']),
     (['--init_from=nowhere.pt'], ['nowhere.pt']),
     (['config/none.py'], ['config/none.py']),
-    (['--lr'], ['lr=True', 'float']),
+    (['--lr'], ['lr=True', 'float', '--lr=0.003']),
 ])
 def test_a_mistake_ends_in_one_line_and_writes_nothing(workdir, mistake, flags, words):
     message = mistake(train.main, *TINY, *flags)
@@ -292,6 +292,36 @@ def test_a_resumed_run_keeps_its_shape(workdir, mistake):
     assert 'objective=ar' in mistake(train.main, '--init_from=resume', '--objective=ar')
 
 
+@pytest.mark.parametrize('first, then', [('0.02', '0'), ('0', '0.02')])
+def test_a_resumed_run_keeps_its_optimizers(workdir, mistake, first, then):
+    train.main([*TINY, f'--muon_lr={first}'])
+    assert 'muon_lr' in mistake(train.main, '--init_from=resume', f'--muon_lr={then}', '--max_iters=8')
+    checkpoint = common.load('out/last.pt')
+    torch.save(checkpoint | dict(optimizers=[]), 'out/last.pt')
+    assert '0 optimizers' in mistake(train.main, '--init_from=resume', '--max_iters=8')
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).state_dict()
+    torch.save(checkpoint | dict(optimizers=[other] * len(checkpoint['optimizers'])), 'out/last.pt')
+    assert 'optimizers' in mistake(train.main, '--init_from=resume', '--max_iters=8')
+
+
+def test_weight_decay_and_learning_rates_may_change_when_a_run_is_resumed(workdir):
+    """lr = 0 leaves the weights alone; with decay they would shrink if the old lr were used."""
+    train.main([*TINY, '--weight_decay=0.5'])
+    before = common.load('out/last.pt')
+    decays = [g['weight_decay'] for o in before['optimizers'] for g in o['param_groups']]
+    assert decays == [0.5, 0.5]
+    train.main(['--init_from=resume', '--max_iters=5', '--weight_decay=0.25', '--lr=0', '--muon_lr=1e-30'])
+    after = common.load('out/last.pt')
+    assert [g['weight_decay'] for o in after['optimizers'] for g in o['param_groups']] == [0.25, 0.25]
+    assert same(before['model'], after['model']) and after['run']['weight_decay'] == 0.25
+
+
+def test_adapters_that_muon_has_all_of_are_trained(workdir):
+    train.main([*TINY, '--objective=ar', '--out_dir=out-a'])
+    train.main([*TINY, '--init_from=out-a', '--objective=masked', '--lora_rank=2', '--lora_embed=False'])
+    assert len(common.load('out/last.pt')['optimizers']) == 1
+
+
 def test_help_lists_every_knob_and_starts_nothing(workdir, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main(['--help'])
@@ -301,7 +331,9 @@ def test_help_lists_every_knob_and_starts_nothing(workdir, capsys):
 
 def test_without_a_compiler_training_goes_on_with_a_warning(workdir, monkeypatch, capsys):
     def broken(model):
-        raise RuntimeError('no compiler')
+        raise RuntimeError('\nno compiler for you\nmore')
     monkeypatch.setattr(torch, 'compile', broken)
     train.main([*TINY, '--compile=True'])
-    assert 'warning: torch.compile' in capsys.readouterr().err and common.load('out/last.pt')['iter'] == 4
+    err = capsys.readouterr().err
+    assert 'warning: torch.compile' in err and 'RuntimeError: no compiler for you)' in err
+    assert common.load('out/last.pt')['iter'] == 4
