@@ -157,8 +157,9 @@ class Model(nn.Module):
         """Generator of canvases (B, T), one a network call but for the reading of clean blocks.
 
         xt starts with the given tokens; V is where to write. steps: of the whole text, shared out among the
-        blocks by what is to be written there, at least one each. The rule works inside a block (see unmask.py); by default
-        random, with its even counts: ancestral steps often reveal several of a block's few tokens at once.
+        blocks by what is to be written there, at least one each. The rule works inside a block (see
+        unmask.py); by default random, with its even counts: ancestral steps often reveal several of a block's
+        few tokens at once.
         """
         if how.get('cfg'):
             raise ValueError("cfg is not for block diffusion, whose prompt is in the cache")

@@ -84,11 +84,12 @@ def token_files(dataset, split):
     whole, shards = folder / f'{split}.bin', sorted(folder.glob(f'{split}_*.bin'))
     shards = [path for path in shards if re.fullmatch(rf'{split}_\d+\.bin', path.name)]
     if whole.is_file() and shards:
-        fail(f"{folder} holds {whole.name} and shards such as {shards[0].name}, two texts: remove one of them")
-    others = sorted({re.split(r'[._]', path.name)[0] for path in folder.glob('*.bin')} & {'train', 'val', 'test'})
+        fail(f"{folder} holds {whole.name} and shards such as {shards[0].name}, two texts: remove one of "
+             f"them")
     if not shards and not whole.is_file():
-        fail(f"{whole} is missing: " + (f"this dataset has {' and '.join(others)} alone" if split == 'test'
-                                        and others else f"run {prepare} first"))
+        there = {re.split(r'[._]', path.name)[0] for path in folder.glob('*.bin')} & {'train', 'val'}
+        fail(f"{whole} is missing: " + (f"this dataset has {' and '.join(sorted(there))} alone"
+                                        if there and split == 'test' else f"run {prepare} first"))
     return shards or [whole]
 
 
@@ -161,7 +162,8 @@ def evaluate(nats, inputs, text, rows, seed=0):
 
 def save(checkpoint, path):
     """Write a checkpoint; whenever we are killed, `path` is whole. Or the script ends: there is no room."""
-    with files.writing(path, "make room; what was saved before is whole, --init_from=resume goes on there") as f:
+    with files.writing(path, "make room; what was saved before is whole, --init_from=resume goes on "
+                             "there") as f:
         try:
             torch.save(checkpoint, f)
         except RuntimeError as e:  # so torch puts what the disk said, which stands in the chain

@@ -83,8 +83,8 @@ def convert(field, value):
     """A knob's value as its field's type, or ValueError.
     Flags come as strings; an int will do for a float."""
     if value is True and field.type is not bool:
-        raise ValueError(f"--{field.name}=True is not of type {field.type.__name__}: a knob and its value are "
-                         f"joined by =, as in --{field.name}={field.default or 'VALUE'}")
+        raise ValueError(f"--{field.name}=True is not of type {field.type.__name__}: a knob and its value "
+                         f"are joined by =, as in --{field.name}={field.default or 'VALUE'}")
     if field.type in (str, Filename) and isinstance(value, str):
         return os.path.expanduser(value) if field.type is Filename else value
     if isinstance(value, str):

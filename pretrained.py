@@ -100,8 +100,8 @@ def shape_of(theirs):
     for name in ('quantization_config', 'quantization', 'compression_config'):
         if theirs.get(name):
             how = theirs[name].get('quant_method', '') if isinstance(theirs[name], dict) else theirs[name]
-            raise ValueError(f"its weights are quantised ({name}{f': {how}' if how else ''}), which is not read "
-                             f"here: take the model as it was before")
+            raise ValueError(f"its weights are quantised ({name}{f': {how}' if how else ''}), which is not "
+                             f"read here: take the model as it was before")
     refused = {'gpt2': dict(activation_function='gelu_new', scale_attn_weights=True,
                             scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True),
                'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False,
@@ -175,7 +175,7 @@ class Tensors:
             from safetensors import safe_open
         except ImportError:
             fail(f"reading {folder} needs the library safetensors: {MISSING}")
-        self.where, self.used = {}, set()
+        self.where, self.used = {}, set()  # name -> (file, its name there)
         for name in shards(Path(folder)):
             path = Path(folder, name)
             if not path.is_file():
@@ -188,24 +188,38 @@ class Tensors:
             for key in file.keys():
                 kind = str(file.get_slice(key).get_dtype())
                 if kind not in PLAIN and not key.endswith(CONSTANTS):
-                    fail(f"the tensor {key} in {path} is of type {kind}: quantised weights are not read here, "
-                         f"take the model as it was before")
+                    fail(f"the tensor {key} in {path} is of type {kind}: quantised weights are not read "
+                         f"here, take the model as it was before")
                 if key in self.where:
                     fail(f"the tensor {key} is in {path} and in another file of the same model")
-                self.where[key] = file
-
-    def __contains__(self, name):
-        return name in self.where
+                self.where[key] = file, key
 
     def get(self, name, shape):
         """One tensor in float32, or the script ends and names it. shape: its own, None: any."""
         if name not in self.where:
             fail(f"the tensor {name} is missing")
         self.used.add(name)
-        tensor = self.where[name].get_tensor(name).float()
+        file, key = self.where[name]
+        tensor = file.get_tensor(key).float()
         if shape is not None and tuple(tensor.shape) != tuple(shape):
-            fail(f"the tensor {name} is of shape {tuple(tensor.shape)} instead of {tuple(shape)}")
+            fail(f"the tensor {key} is of shape {tuple(tensor.shape)} instead of {tuple(shape)}")
         return tensor
+
+    def settle(self, config):
+        """Give the tensors the names of `names_of`, however they are stored: the prefix of the body may be
+        there or not, and an embedding that is the head too may have either name, or both."""
+        prefix, embed, head = 'model.', 'model.embed_tokens.weight', 'lm_head.weight'
+        if config.arch == 'gpt2':
+            self.where = {name.removeprefix('transformer.'): at for name, at in self.where.items()}
+            embed = 'wte.weight'
+        elif not any(name.startswith(prefix) for name in self.where):
+            own = (head, 'unmask.marks')
+            self.where = {name if name in own else prefix + name: at for name, at in self.where.items()}
+        if (config.tied or config.arch == 'gpt2') and head in self.where:
+            if embed in self.where and not self.get(embed, None).equal(self.get(head, None)):
+                fail(f"{embed} and {head} differ, but config.json says that they are one "
+                     f"(tie_word_embeddings)")
+            self.where[embed] = self.where.pop(head)
 
     def check_rest(self):
         """A tensor that has not been asked for ends the script: it may change what the others mean, as the
@@ -213,35 +227,21 @@ class Tensors:
         rest = [name for name in self.where if name not in self.used and not name.endswith(CONSTANTS)]
         if rest:
             more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
-            fail(f"the tensor {min(rest)}{more} has no place in this model: config.json and the weights do not "
-                 f"belong together, or they are quantised or of a kind that model.py does not do")
+            fail(f"the tensor {min(rest)}{more} has no place in this model: config.json and the weights do "
+                 f"not belong together, or they are quantised or of a kind that model.py does not do")
 
 
 def weights_of(tensors, config, shapes):
-    """Their tensors -> a state dict of GPT with an embedding of V rows. shapes: of its tensors. The prefix of
-    the body's names may be missing, and an embedding that is also the head may have either name."""
-    prefix = 'transformer.' if config.arch == 'gpt2' else 'model.'
-    bare = not any(name.startswith(prefix) for name in tensors.where)
+    """Their tensors -> a state dict of GPT with an embedding of V rows. shapes: of its tensors."""
+    tensors.settle(config)
     weights = {}
-
-    def get(name, shape):
-        body = name.removeprefix(prefix)
-        return tensors.get(body if bare else prefix + body, shape)
     for name, theirs in names_of(config).items():
         shape = list(shapes[name])
         rows = pieces_of(name, config) if len(theirs) > 1 else shape[:1]
-        if name == 'head.weight':
-            weights[name] = tensors.get('lm_head.weight', shape)
-        elif name == 'embed.weight' and (config.tied or config.arch == 'gpt2') and 'lm_head.weight' in tensors:
-            weights[name] = tensors.get('lm_head.weight', shape)
-            body = theirs[0].removeprefix(prefix)
-            if (body if bare else prefix + body) in tensors and not get(theirs[0], shape).equal(weights[name]):
-                fail(f"{theirs[0]} and lm_head.weight differ, but config.json says that they are one "
-                     f"(tie_word_embeddings)")
-        elif turned(name, config):
-            weights[name] = get(theirs[0], shape[::-1]).T.contiguous()
+        if turned(name, config):
+            weights[name] = tensors.get(theirs[0], shape[::-1]).T.contiguous()
         else:
-            weights[name] = torch.cat([get(key, [n, *shape[1:]]) for key, n in zip(theirs, rows)])
+            weights[name] = torch.cat([tensors.get(key, [n, *shape[1:]]) for key, n in zip(theirs, rows)])
     return weights
 
 
@@ -481,8 +481,9 @@ def tokenizer(source):
     return {k: v for k, v in meta.items() if k not in ('source', 'sha256', 'before', 'sep')}
 
 
-OURS = re.compile(r'out.*|(run|experiment|exp|log|checkpoint|ckpt|model|result|save|train|test|tmp|data|config)'
-                  r's?', re.IGNORECASE)  # first parts of a path that are rather a folder here than an owner
+# the first part of a path that is rather a folder here than an owner on the hub
+OURS = re.compile(r'out.*|(run|experiment|exp|log|checkpoint|ckpt|model|result|save|train|test|tmp|data'
+                  r'|config)s?', re.IGNORECASE)
 
 
 def find(source, which='best'):

@@ -142,7 +142,8 @@ def check(run, config, meta, checkpoint, base):
         for split in ('train', 'val'):
             n = common.count_tokens(run.dataset, split, tokenizer.vocab_size)
             if 0 < n < config.block_size:
-                fail(f"data/{run.dataset}/{split}.bin has {n} tokens, fewer than block_size={config.block_size}")
+                fail(f"data/{run.dataset}/{split}.bin has {n} tokens, fewer than "
+                     f"block_size={config.block_size}")
     if base and not same_tokens(base['tokenizer']):
         fail(f"dataset={run.dataset} has another vocabulary than base={run.base}")
     if not checkpoint:
@@ -317,17 +318,18 @@ class State:
         return self.val
 
     def check_room(self, there):
-        """Is there room on the disk of the folder `there` for what `save` will write? best.pt, last.pt and, when these are replaced,
-        another last.pt; or the script ends."""
+        """Is there room on the disk of the folder `there` for what `save` will write: best.pt, last.pt and,
+        while it is replaced, another last.pt? Or the script ends."""
         size = lambda *nets: sum(t.nbytes for net in nets if net for t in net.state_dict().values())
         best = size(self.model, self.ema, self.slow)
         last = best + sum(p.nbytes * (2 if isinstance(o, torch.optim.AdamW) else 1)
                           for o in self.optimizers for g in o.param_groups for p in g['params'])
-        own = sum(p.stat().st_size for p in Path(self.run.out_dir).glob('*.pt') if self.run.init_from == 'resume')
-        free = shutil.disk_usage(there).free
-        if best + 2 * last > free + own:
-            fail(f"no room for the checkpoints in {self.run.out_dir}/: they take {(best + 2 * last) / 1e6:,.1f} MB "
-                 f"at most, {free / 1e6:,.1f} MB are free")
+        room = shutil.disk_usage(there).free
+        if self.run.init_from == 'resume':  # its own will be replaced
+            room += sum(p.stat().st_size for p in Path(self.run.out_dir).glob('*.pt'))
+        if best + 2 * last > room:
+            fail(f"no room for the checkpoints in {self.run.out_dir}/: they take "
+                 f"{(best + 2 * last) / 1e6:,.1f} MB at most, {room / 1e6:,.1f} MB are free")
 
     def save(self):
         """last.pt with everything, and best.pt when this is the best so far (of a VAE: always)."""
@@ -448,7 +450,8 @@ def train(state, batch, val, text, rank, world, amp, stop):
             state.save()
         if rank == 0 and evaluating:
             kind = {'exact': 'exact', 'upper': 'upper bound'}[state.model.bound]
-            say("iter {}: validation {:.4f} ± {:.4f} nats/token, {}".format(state.iter, *state.val, kind), bar)
+            value, error = state.val
+            say(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}", bar)
         figures, tick, tick_iter = [], time.time(), state.iter
         if stopping:
             break

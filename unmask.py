@@ -25,6 +25,7 @@ Noise is float64 where the device has it: float32 Gumbel noise loses its tail an
 """
 import functools
 import inspect
+import itertools
 import math
 from dataclasses import dataclass, fields
 
@@ -44,7 +45,7 @@ class Config:
     top_p: float = 1.0         # draw from the fewest tokens with this probability together
     cfg: float = 0.0           # guidance towards the given text; 0: none
     grid: str = 'linear'       # noise levels of the steps: linear | cosine
-    part_length: int = 0       # ordered and sure rules: so many tokens behind the prompt, then the next; 0: all
+    part_length: int = 0       # ordered and sure rules: a part of so many tokens after the other; 0: all
     threshold: float = 0.9     # of rule=threshold: probability from which a token is safe
     factor: float = 1.0        # of rule=factor
     gamma: float = 0.1         # of rule=eb, nats
@@ -252,12 +253,10 @@ def events(masked, level=None):
 def shares(steps, sizes):
     """The steps shared out among blocks of these many tokens to write: one each, the others in proportion to
     the tokens beyond the first. A step a token where there are as many, and equal blocks get equal shares."""
-    n, beyond, done, out = len(sizes), max(1, sum(sizes) - len(sizes)), 0, []
-    for size in sizes:
-        before, done = done, done + size - 1
-        spare = max(0, steps - n)
-        out.append(1 + (2 * spare * done + beyond) // (2 * beyond) - (2 * spare * before + beyond) // (2 * beyond))
-    return out
+    spare, beyond = max(0, steps - len(sizes)), max(1, sum(sizes) - len(sizes))
+    upto = [0, *itertools.accumulate(size - 1 for size in sizes)]
+    upto = [(2 * spare * tokens + beyond) // (2 * beyond) for tokens in upto]  # rounded to the nearest
+    return [1 + b - a for a, b in itertools.pairwise(upto)]
 
 
 def parts(masked, part_length):
@@ -294,9 +293,9 @@ def first_hitting(denoise, xt, mask_id, steps, draw):
 
 
 def analytic(logs, xt, mask_id, steps, draw, grid='linear'):
-    """SEDD's analytic step (its code's `AnalyticPredictor`): with scores e^l (1 - t) / t and Z the sum of e^l,
-    a token is revealed with probability Z (t - s) / t. Where Z < 1 masks are left at the end: a call more
-    writes them (its `Denoiser`). logs: as denoise, l, not normalised."""
+    """SEDD's analytic step: with scores e^l (1 - t) / t and Z the sum of e^l, a token is revealed with
+    probability Z (t - s) / t. Where Z < 1 masks are left at the end: one call more writes them, as in SEDD's
+    code. logs: as denoise, l, not normalised."""
     level = grid_levels(steps, grid, xt.device)
     for t, s in zip(level, [*level[1:], None]):
         masked = xt == mask_id

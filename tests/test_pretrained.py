@@ -544,11 +544,12 @@ def rewrite(folder, change):
     """Change the tensors of a folder: change(dict) -> dict."""
     path = folder / 'model.safetensors'
     tensors = change(safetensors.load_file(path))
-    safetensors.save_file({name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, path)
+    whole = torch.contiguous_format
+    safetensors.save_file({name: t.clone(memory_format=whole) for name, t in tensors.items()}, path)
 
 
-def with_head(tensors, head=None):
-    return tensors | {'lm_head.weight': tensors['model.embed_tokens.weight'].clone() if head is None else head}
+def with_head(tensors):
+    return tensors | {'lm_head.weight': tensors['model.embed_tokens.weight'].clone()}
 
 
 def without(tensors, *names):
@@ -642,7 +643,8 @@ def test_a_head_that_is_said_to_be_the_embedding_but_differs_is_refused(tmp_path
 
 def test_an_index_that_is_older_than_the_file_beside_it_is_left_out(theirs, mistake):
     want = loaded(theirs)[0].state_dict()
-    old = {name: torch.zeros_like(t) for name, t in safetensors.load_file(theirs / 'model.safetensors').items()}
+    tensors = safetensors.load_file(theirs / 'model.safetensors')
+    old = {name: torch.zeros_like(t) for name, t in tensors.items()}
     safetensors.save_file(old, theirs / 'old.safetensors')
     index = dict(weight_map=dict.fromkeys(old, 'old.safetensors'))
     (theirs / 'model.safetensors.index.json').write_text(json.dumps(index))
@@ -682,7 +684,8 @@ def test_the_caches_of_the_hubs_library_are_where_its_variables_say(monkeypatch,
     assert pretrained.download('a/b') == folder / 'snapshots' / '123'
 
 
-@pytest.mark.parametrize('name', ['runs/exp1', 'out/mine', 'checkpoints/a', 'Runs/a', './a', '../a/b', 'out-x/y'])
+@pytest.mark.parametrize('name', ['runs/exp1', 'out/mine', 'checkpoints/a', 'Runs/a', './a', '../a/b',
+                                  'out-x/y'])
 def test_a_path_of_ours_that_does_not_exist_is_not_looked_up_on_the_hub(name, workdir, monkeypatch, mistake):
     monkeypatch.setattr(pretrained, 'download', lambda *_: pytest.fail("asked the hub"))
     assert 'there is no ' in mistake(lambda argv: pretrained.find(name))

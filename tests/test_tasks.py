@@ -315,7 +315,8 @@ def test_a_system_without_process_groups_runs_programs_too(monkeypatch):
     item = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')[1]
     monkeypatch.delattr(tasks.os, 'killpg', raising=False)
     monkeypatch.delattr(tasks.signal, 'SIGKILL', raising=False)
-    assert tasks.passes('    y = 1 + x\n', item) and not tasks.passes('    while True: pass\n', item, seconds=0.5)
+    assert tasks.passes('    y = 1 + x\n', item)
+    assert not tasks.passes('    while True: pass\n', item, seconds=0.5)
 
 
 def sentencepiece_tokenizer(**more):
@@ -324,10 +325,12 @@ def sentencepiece_tokenizer(**more):
     import io
     library = pytest.importorskip('sentencepiece')
     out = io.BytesIO()
-    text = [' of the government and the states of the country', 'the government of the people', 'in it: yes'] * 30
+    text = [' of the government and the states of the country', 'the government of the people',
+            'in it: yes'] * 30
     library.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=out, vocab_size=320,
                                        model_type='bpe', byte_fallback=True, minloglevel=2,
-                                       hard_vocab_limit=False, **dict(remove_extra_whitespaces=False) | more)
+                                       hard_vocab_limit=False, normalization_rule_name='identity',
+                                       **dict(remove_extra_whitespaces=False) | more)
     model = base64.b64encode(out.getvalue()).decode()
     return vocabulary.Tokenizer(dict(kind='sentencepiece', model=model, vocab_size=320, end=2, sep='\nA:'))
 

@@ -472,9 +472,9 @@ def test_blocks_are_written_one_after_the_other_behind_each_rows_prompt(rule):
 
 
 def llada_generate(logits_of, prompt, length, steps, block, mask):
-    """What LLaDA's generate.py does at temperature 0 (arXiv 2502.09992 and its code), in our own words: blocks
-    of `block` behind the prompt, steps / blocks each, the surest masks of the block first. Returns all canvases
-    and the sizes of the steps."""
+    """What LLaDA's generate.py does at temperature 0 (arXiv 2502.09992 and its code), in our own words:
+    blocks of `block` behind the prompt, steps / blocks each, the surest masks of the block first. Returns all
+    canvases and the sizes of the steps."""
     x = torch.cat([prompt, torch.full((length,), mask)])
     canvases, sizes, blocks = [], [], length // block
     for b in range(blocks):
