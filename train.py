@@ -458,32 +458,15 @@ def train(state, batch, val, text, rank, world, amp, stop):
     bar.close()
 
 
-def main(argv):
-    run, config, meta, checkpoint, base = settings(argv)
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device = common.pick_device(run.device)
-    if world > 1:
-        if device.type == 'cuda':
-            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-            torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    if device.type == 'cuda':
-        torch.set_float32_matmul_precision('high')
-    dtype = common.pick_dtype(run.dtype, device)
-    state = State(run, config, meta, checkpoint, device, base)
-    if state.iter >= run.max_iters:
-        return say(f"{run.out_dir}/ holds a run that is finished: it has done all of its {run.max_iters:,} "
-                   f"iterations; with a larger --max_iters= it goes on")
-    if rank == 0:
-        state.check_room(files.folder(run.out_dir, 'out_dir'))
-        if run.init_from != 'resume' and (old := common.set_aside(run.out_dir)):
-            say(f"{run.out_dir}/ holds the checkpoints of an earlier run: they are in {old}/ from now on")
-    if world > 1:
-        dist.barrier()  # the folder is as it should be
-    batch, val, text = examples(run, config, meta, device, rank, state.model)
+def start(state, rank, world, dtype):
+    """Get the data, and train until it is done or a signal comes."""
+    run, config, device = state.run, state.config, state.device
+    batch, val, text = examples(run, config, state.meta, device, rank, state.model)
     if hasattr(state.model, 'measure'):
         state.gauge = torch.cat([batch()[0][0] for _ in range(-(-1024 // run.batch_size))])
     if rank == 0:
+        if run.init_from != 'resume' and (old := common.set_aside(run.out_dir)):
+            say(f"{run.out_dir}/ holds the checkpoints of an earlier run: they are in {old}/ from now on")
         n = sum(p.numel() for p in state.params)
         say(f"{run.objective}: {n / 1e6:.2f}M parameters, "
             f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
@@ -509,6 +492,30 @@ def main(argv):
     if caught and rank == 0:
         say(f"stopped by a signal at iteration {state.iter}: saved; "
             f"go on with --init_from=resume --out_dir={run.out_dir}")
+
+
+def main(argv):
+    run, config, meta, checkpoint, base = settings(argv)
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = common.pick_device(run.device)
+    if world > 1:
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
+    dtype = common.pick_dtype(run.dtype, device)
+    state = State(run, config, meta, checkpoint, device, base)
+    if state.iter >= run.max_iters:
+        say(f"{run.out_dir}/ holds a run that is finished: it has done all of its {run.max_iters:,} "
+            f"iterations; with a larger --max_iters= it goes on")
+    elif rank == 0:
+        state.check_room(files.folder(run.out_dir, 'out_dir'))
+        with files.occupied(run.out_dir):
+            start(state, rank, world, dtype)
+    else:
+        start(state, rank, world, dtype)
     if world > 1:
         dist.barrier()  # rank 0 may still be writing the last checkpoint
         dist.destroy_process_group()

@@ -294,6 +294,16 @@ def test_temporary_files_of_killed_processes_are_removed_and_no_others(workdir):
         'best.pt', 'last.pt', 'mine.tmp', f'last.pt.{os.getppid()}.tmp'])  # that process is alive
 
 
+def test_two_runs_at_once_cannot_share_a_folder(workdir, mistake):
+    mark = workdir / 'out' / f'training.{os.getppid()}.tmp'
+    mark.parent.mkdir()
+    mark.touch()  # of a process that is alive
+    assert f'process {os.getppid()} trains there' in mistake(train.main, *TINY)
+    mark.rename(workdir / 'out' / 'training.99999999.tmp')
+    train.main(TINY)
+    assert sorted(p.name for p in (workdir / 'out').iterdir()) == ['best.pt', 'last.pt']
+
+
 def test_a_finished_run_that_is_resumed_says_so(workdir, capsys):
     train.main(TINY)
     before = Path('out/last.pt').read_bytes()
