@@ -30,9 +30,9 @@ def pick_device(name='auto'):
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        fail(f"device={name} cannot be used here ({str(e).splitlines()[0]}); try --device=cpu")
+        torch.empty(1, device=device).item()  # `meta` holds nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        fail(f"device={name} cannot be used here ({str(e).splitlines()[0][:150]}); try --device=cpu")
     return device
 
 
@@ -87,9 +87,10 @@ def token_files(dataset, split):
         fail(f"{folder} holds {whole.name} and shards such as {shards[0].name}, two texts: remove one of "
              f"them")
     if not shards and not whole.is_file():
-        there = {re.split(r'[._]', path.name)[0] for path in folder.glob('*.bin')} & {'train', 'val'}
-        fail(f"{whole} is missing: " + (f"this dataset has {' and '.join(sorted(there))} alone"
-                                        if there and split == 'test' else f"run {prepare} first"))
+        there = {re.split(r'[._]', path.name)[0] for path in folder.glob('*.bin')} & {'train', 'val', 'test'}
+        only = f"this dataset has {' and '.join(sorted(there))} alone" if there else ""
+        again = f"run {prepare} first" if split != 'test' or not there else ""
+        fail(f"{whole} is missing: {only}{only and again and '; '}{again}")
     return shards or [whole]
 
 
@@ -107,9 +108,9 @@ def load_tokens(dataset, split, vocab_size, device):
     tokens = np.empty(sum(lengths), dtype)  # filled shard by shard, so that memory holds them once
     for path, length, shard in zip(paths, lengths, np.split(tokens, np.cumsum(lengths)[:-1])):
         shard[:] = np.fromfile(path, dtype, length)
-        if length == 0 or shard.max() >= vocab_size:
-            what = (f"holds token {shard.max()}, beyond the vocabulary of {vocab_size}" if length
-                    else "is empty")
+        if length == 0 or shard.max() >= vocab_size or path.stat().st_size % dtype.itemsize:
+            what = ("is empty" if length == 0 else "is cut short" if shard.max() < vocab_size else
+                    f"holds token {shard.max()}, beyond the vocabulary of {vocab_size}")
             fail(f"{path} {what}: run `python data/{dataset}/prepare.py` again")
     return torch.from_numpy(tokens.view(f'i{dtype.itemsize}')).to(device)
 
@@ -162,8 +163,9 @@ def evaluate(nats, inputs, text, rows, seed=0):
 
 def save(checkpoint, path):
     """Write a checkpoint; whenever we are killed, `path` is whole. Or the script ends: there is no room."""
-    with files.writing(path, "make room; what was saved before is whole, --init_from=resume goes on "
-                             "there") as f:
+    whole = Path(path).with_name('last.pt')
+    then = f"{whole} is from before, --init_from=resume goes on there" if whole.exists() else "and start again"
+    with files.writing(path, then) as f:
         try:
             torch.save(checkpoint, f)
         except RuntimeError as e:  # so torch puts what the disk said, which stands in the chain
@@ -197,6 +199,9 @@ def load(path, device='cpu'):
             warnings.simplefilter('ignore')  # of torch, about files of another kind
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
+        old = sorted(Path(path).parent.glob('old-*/last.pt'), key=lambda p: p.stat().st_mtime)
+        if old:
+            fail(f"there is no checkpoint {path} yet; that of the run before is {old[-1]}")
         own = Path('config', f"train_{Path(path).parent.name.removeprefix('out-').replace('-', '_')}.py")
         fail(f"there is no checkpoint {path}: `python train.py "
              f"{own if own.exists() else 'config/train_mdlm.py'}` makes one")
@@ -219,6 +224,8 @@ def find_checkpoint(out_dir='', which='best'):
             fail("there is no out*/last.pt here: `python train.py config/train_mdlm.py` makes one")
         out_dir = found[-1].parent
     path = Path(out_dir, f'{which}.pt')
+    if Path(out_dir).suffix == '.pt':
+        fail(f"there is no checkpoint {out_dir}")
     return path if path.exists() else Path(out_dir, 'last.pt')
 
 

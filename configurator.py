@@ -10,6 +10,7 @@ impossible value ends in one line on stderr and exit code 2, before anything is 
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import math
 import os
@@ -24,25 +25,31 @@ Filename = NewType('Filename', str)  # type of a knob that names a file, a folde
 
 def script(main):
     """Run main(argv) as a script. What it prints, every output can hold: UTF-8 where that is no terminal, and
-    '?' for what a terminal has no letter for. Ctrl-C, a reader that has left (`| head`) and an output that is
-    full end it without a traceback."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    '?' for what a terminal has no letter for; an output that is closed is as if it were nowhere. Ctrl-C, a
+    reader that has left (`| head`), an output that is full and too little memory end it without a traceback."""
+    sys.stdout = sys.stdout or open(os.devnull, 'w')
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding=None if stream.isatty() else 'utf-8', errors='replace')
     try:
         try:
             main(sys.argv[1:])
         finally:
-            if sys.stdout:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:
-        if e.filename is not None or e.errno is None or sys.stdout is None:
+        if e.filename is not None or e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
             raise  # of a file, so it should have been told elsewhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second failure at the very end
         if isinstance(e, BrokenPipeError):
             sys.exit(141)  # as a program that SIGPIPE ends
         fail(f"the standard output cannot be written: {e.strerror}")
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and 'memory' not in str(e):  # torch says it in many ways
+            raise
+        why = str(e).strip().splitlines()[0][:200] if str(e).strip() else "more than this machine has"
+        fail(f"out of memory ({why}): a smaller batch, model or length may help")
 
 
 def fail(message):
@@ -71,8 +78,11 @@ def read(argv):
         else:
             try:
                 names = runpy.run_path(arg)
-            except Exception as e:
+            except (Exception, SystemExit) as e:
                 fail(f"config file {arg} does not run: {type(e).__name__}: {e}")
+            if not isinstance(names.get('cpu', {}), dict) or not all(isinstance(k, str)
+                                                                     for k in names.get('cpu', {})):
+                fail(f"config file {arg}: cpu is a dict of knobs, as in cpu = dict(n_layer=4)")
             names = {k: v for k, v in names.items() if not k.startswith('_') and not inspect.ismodule(v)}
             cpu.update(names.pop('cpu', {}))
             files.update(names)
@@ -90,8 +100,10 @@ def convert(field, value):
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             pass
+    if type(value) is int and abs(value) >= 2 ** 63:
+        raise ValueError(f"--{field.name}={str(value)[:20]}... is too large")
     if field.type is float and type(value) is int:
         value = float(value)
     if type(value) is not field.type or value != value or value in (math.inf, -math.inf):

@@ -118,7 +118,7 @@ class Config(unmask.Config):
             raise ValueError(f"mode={self.mode} needs a judge, for example --judge=out-ar")
         if self.mode != 'frontier' and (self.rules or self.csv or self.plot):
             raise ValueError(f"rules, csv and plot are for mode=frontier, not for mode={self.mode}")
-        if not all(part.strip().isdigit() and int(part) for part in self.grid_of_steps.split(',')):
+        if not all(part.strip().isdecimal() and int(part) for part in self.grid_of_steps.split(',')):
             raise ValueError(f"grid_of_steps={self.grid_of_steps!r} is not a list of numbers: 8,16,32")
 
 
@@ -540,13 +540,16 @@ def about_tasks(config, checkpoint, model, tokenizer, amp, device):
     how = config.knobs()
     if model.bound != 'exact':
         how['rule'] = config.rule or 'confidence'
-    print(f"| {checkpoint['objective']} | items | figures |\n|---|---|---|", flush=True)
+    found = {}
     for name in config.task.split(','):
         if name == 'gsm8k' and tokenizer.sep is None:
             fail("task=gsm8k is for a model that was fine-tuned on pairs (config/sft_gsm8k.py)")
         items = tasks.load(name, config.data)
         if 0 < config.items < len(items):
             items = [items[i] for i in np.linspace(0, len(items) - 1, config.items).astype(int)]
+        found[name] = items
+    print(f"| {checkpoint['objective']} | items | figures |\n|---|---|---|", flush=True)
+    for name, items in found.items():
         with amp:
             figures, n = tasks.measure(name, items, model, tokenizer, device, config.draws, config.seed, how,
                                        config.execute, config.show)

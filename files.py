@@ -18,17 +18,23 @@ from configurator import fail
 
 # ---- reading ----------------------------------------------------------------------------------------------
 
+MARKS = {b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}
+
+
 def encoding_of(data):
     """The name of the encoding of a text, from its first bytes."""
-    return 'utf-16' if data.startswith((b'\xff\xfe', b'\xfe\xff')) else 'utf-8-sig'  # of PowerShell's >
+    return next((name for mark, name in MARKS.items() if data.startswith(mark)), 'utf-8-sig')
 
 
 def text_of(data, source):
     """Bytes -> text without a byte order mark, with plain line ends; or the script ends."""
+    encoding = encoding_of(data)
+    if encoding == 'utf-8-sig' and data.count(0) > len(data) / 4:
+        fail(f"{source} holds zero bytes, as UTF-16 does: save it as UTF-8")
     try:
-        return data.decode(encoding_of(data)).replace('\r\n', '\n')
+        return data.decode(encoding).replace('\r\n', '\n').replace('\r', '\n')
     except UnicodeDecodeError as e:
-        fail(f"{source} is not UTF-8 text: {e}")
+        fail(f"{source} is not {'UTF-8' if encoding == 'utf-8-sig' else encoding.upper()} text: {e}")
 
 
 def read_bytes(path, flag=''):
@@ -58,30 +64,39 @@ def read_json(path):
 # ---- writing ----------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def disk(path, way_out=''):
-    """A disk that refuses to hold `path` (full, no rights) ends the script in one line."""
+def disk(path, then="then run the same command again"):
+    """A disk that refuses to hold `path` (full, no rights) ends the script in one line. then: what to do when
+    there is room."""
     try:
         yield
     except OSError as e:
-        room = way_out or "make room, then run the same command again" * (e.errno == errno.ENOSPC)
-        fail(f"cannot write {path}: {e.strerror or e}{room and '; '}{room}")
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        fail(f"cannot write {path}: {e.strerror or e}{f'; make room, {then}' if full else ''}")
+
+
+def temporary(path):
+    return path.with_name(f'{path.name}.{os.getpid()}.tmp')
 
 
 @contextlib.contextmanager
-def writing(path, way_out=''):
-    """A binary file to write to, which is renamed to `path` at the end; nothing is left of one that fails."""
-    path = Path(path)
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    with disk(path, way_out):
+def writing(path, *then):
+    """A binary file to write to, which is renamed to `path` at the end; nothing is left of one that fails. A
+    link is followed, a device or a pipe is written to as it is."""
+    with disk(path, *then):
+        path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            with open(path, 'wb') as f:
+                yield f
+            return
         try:
-            with open(temporary, 'wb') as f:
+            with open(temporary(path), 'wb') as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary(path), path)
         finally:
-            temporary.unlink(missing_ok=True)
+            temporary(path).unlink(missing_ok=True)
 
 
 def write(path, data):
@@ -95,15 +110,15 @@ def folder(path, flag, named=''):
     script ends, before there is anything to write. Temporary files of processes that were killed are removed
     from it. named: what the person wrote, if it is not the path. Returns the nearest folder that exists."""
     with disk(f'--{flag}={named or path}'):
-        there = Path(path)
+        there = Path(os.path.realpath(path))
         while not there.exists():
             there = there.parent
         if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f'{there} is no folder')
+            raise NotADirectoryError(errno.ENOTDIR, f'{there.name} is no folder')
         for old in Path(path).glob('*.tmp'):
             if (name := re.fullmatch(r'.+\.(\d+)\.tmp', old.name)) and abandoned(old, int(name[1])):
                 old.unlink(missing_ok=True)
-        (test := there / f'test.{os.getpid()}.tmp').write_bytes(b'')
+        (test := temporary(there / Path(named or 'test').name)).write_bytes(b'')
         test.unlink()
     return there
 
@@ -142,7 +157,7 @@ def occupied(path):
     for other in Path(path).glob('training.*.tmp'):
         fail(f"{path}/ is in use: process {other.name.split('.')[1]} trains there; stop it or take another "
              f"folder (or remove {other}, if it does not)")
-    mark = Path(path, f'training.{os.getpid()}.tmp')
+    mark = temporary(Path(os.path.realpath(path), 'training'))
     with disk(path):
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()

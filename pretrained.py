@@ -30,11 +30,12 @@ from urllib.parse import urljoin, urlsplit
 import requests
 import torch
 
+import adapt
 import common
 import files
 import lora
 import model
-from configurator import Filename, build, fail, help_text, read, script
+from configurator import Filename, build, convert, fail, help_text, read, script
 from data import tools
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -102,29 +103,45 @@ def shape_of(theirs):
             how = theirs[name].get('quant_method', '') if isinstance(theirs[name], dict) else theirs[name]
             raise ValueError(f"its weights are quantised ({name}{f': {how}' if how else ''}), which is not "
                              f"read here: take the model as it was before")
-    refused = {'gpt2': dict(activation_function='gelu_new', scale_attn_weights=True,
+    refused = {'gpt2': dict(activation_function='gelu_new', scale_attn_weights=True, is_causal=True,
                             scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True),
-               'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False,
+               'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, is_causal=True,
                              partial_rotary_factor=1.0)}
-    if kind not in refused:
+    if kind not in ('gpt2', 'llama'):
         raise ValueError(f"model_type={kind} is not one of: gpt2, llama")
     for name, known in refused[kind].items():
         if theirs.get(name, known) != known:
             raise ValueError(f"{name}={theirs[name]} is not something model.py does")
     if kind == 'gpt2':
+        for name, alias in dict(n_embd='hidden_size', n_head='num_attention_heads',
+                                n_layer='num_hidden_layers', n_positions='max_position_embeddings').items():
+            if theirs.get(alias, theirs[name]) != theirs[name]:
+                raise ValueError(f"{name}={theirs[name]} and {alias}={theirs[alias]} contradict each other")
         return dict(arch='gpt2', vocab_size=theirs['vocab_size'], block_size=theirs['n_positions'],
                     n_layer=theirs['n_layer'], n_head=theirs['n_head'], n_embd=theirs['n_embd'],
                     n_inner=theirs.get('n_inner') or 0, norm_eps=theirs.get('layer_norm_epsilon', 1e-5))
-    rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}  # of transformers 5; before
+    rope = rope_in(theirs)
     width, heads = theirs['hidden_size'], theirs['num_attention_heads']
     if (theirs.get('head_dim') or width // heads) != width // heads:
         raise ValueError(f"head_dim={theirs['head_dim']} is not something model.py does")
     return dict(arch='llama', vocab_size=theirs['vocab_size'], block_size=theirs['max_position_embeddings'],
                 n_layer=theirs['num_hidden_layers'], n_head=heads, n_embd=width,
                 n_kv_head=theirs.get('num_key_value_heads') or heads, n_inner=theirs['intermediate_size'],
-                rope_base=float(rope.get('rope_theta') or theirs.get('rope_theta') or 10000.0),
+                rope_base=float(rope.get('rope_theta', theirs.get('rope_theta', 10000.0))),
                 norm_eps=theirs.get('rms_norm_eps', 1e-6), tied=theirs.get('tie_word_embeddings', False),
                 **rope_of(rope))
+
+
+def rope_in(theirs):
+    """What a config.json says of rotary positions: `rope_parameters` of transformers 5, `rope_scaling` before.
+    Raises ValueError for two that differ."""
+    found = [theirs[name] for name in ('rope_parameters', 'rope_scaling') if theirs.get(name)]
+    if not all(isinstance(rope, dict) for rope in found) or found[1:] and found[0] != found[1]:
+        raise ValueError(f"rotary positions of {' and '.join(map(str, found))} are not something model.py does")
+    name, rope = 'original_max_position_embeddings', dict(found[0]) if found else {}
+    if theirs.get(name, rope.get(name)) != rope.get(name, theirs.get(name)):
+        raise ValueError(f"{name} is {theirs[name]} and {rope[name]}")
+    return {name: theirs[name]} | rope if name in theirs else rope
 
 
 def rope_of(rope):
@@ -265,10 +282,19 @@ def shards(folder):
     if not index.is_file():
         return ['model.safetensors']
     names = files.read_json(index).get('weight_map', {})
-    names = sorted(set(names.values())) if isinstance(names, dict) else []
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
     if not names or any(Path(name).name != name or not name.endswith('.safetensors') for name in names):
         fail(f"{index} names no files, or others than *.safetensors beside it")
     return ['model.safetensors'] if (folder / 'model.safetensors').is_file() else names
+
+
+def part_of_ours(theirs):
+    """What `write_folder` has put into a config.json, {} in one of others; or the script ends."""
+    own = theirs.get('unmask', {})
+    parts = dict(config=dict, run=dict, tokenizer=dict, objective=str, iter=int, tokens=int)
+    if not isinstance(own, dict) or own and not all(isinstance(own.get(k), t) for k, t in parts.items()):
+        fail("the part `unmask` of config.json is damaged: without it the folder is read as others' model")
+    return own
 
 
 def special(theirs, name):
@@ -280,7 +306,7 @@ def special(theirs, name):
 
 def tokenizer_of(folder, theirs):
     """The meta of the tokenizer in a folder, see vocabulary.Tokenizer."""
-    own = theirs.get('unmask', {}).get('tokenizer', {})
+    own = part_of_ours(theirs).get('tokenizer', {})
     if own.get('kind', 'json') != 'json':
         return own
     size = theirs.get('vocab_size')
@@ -293,6 +319,8 @@ def tokenizer_of(folder, theirs):
     of_bytes = isinstance(merges, dict) and not merges.get('byte_fallback')
     if model_file.is_file() and not of_bytes:  # LLaMA 2 has both files
         return known | dict(kind='sentencepiece', model=base64.b64encode(model_file.read_bytes()).decode())
+    if not source and (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
+        source = of_two_files(folder)
     if source:
         return known | dict(kind='json', json=source)
     if theirs.get('model_type') == 'gpt2' and size == 50257:
@@ -300,21 +328,45 @@ def tokenizer_of(folder, theirs):
     return fail(f"{folder} holds no tokenizer.json and no tokenizer.model")
 
 
+def of_two_files(folder):
+    """vocab.json and merges.txt, as GPT-2's tokenizer was first published -> the dict of a tokenizer.json."""
+    vocab = files.read_json(folder / 'vocab.json')
+    merges = [line for line in files.read_text(folder / 'merges.txt').split('\n')
+              if line.strip() and not line.startswith('#version')]
+    added = [dict(id=vocab[name], content=name) for name in ('<|endoftext|>',) if name in vocab]
+    return dict(model=dict(type='BPE', vocab=vocab, merges=merges), added_tokens=added,
+                pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False, use_regex=True))
+
+
+def shape_in(folder, theirs):
+    """config.json (dict) -> model.Config and the shapes of GPT's tensors, or the script ends."""
+    try:
+        shape = shape_of(theirs)
+        fields = {f.name: f for f in dataclasses.fields(model.Config)}
+        shape = model.Config(**{name: convert(fields[name], value) for name, value in shape.items()})
+        with torch.device('meta'):
+            return shape, {name: p.shape for name, p in model.GPT(shape, True, marks=0).state_dict().items()}
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError, RuntimeError) as e:
+        fail(f"{Path(folder, 'config.json')}: {f'{e} is missing' if type(e) is KeyError else e}")
+
+
 def read_folder(folder):
     """A folder in Hugging Face's layout -> a checkpoint dict, see common.load. Of others' it is an
     autoregressive model, whose [BOS] is the row of their bos token. Or the script ends."""
     theirs = files.read_json(Path(folder, 'config.json'))
-    try:
-        shape = model.Config(**shape_of(theirs))
-    except (ValueError, KeyError, TypeError) as e:
-        fail(f"{Path(folder, 'config.json')}: {f'{e} is missing' if type(e) is KeyError else e}")
-    with torch.device('meta'):
-        shapes = {name: p.shape for name, p in model.GPT(shape, True, marks=0).state_dict().items()}
-    tensors, own = Tensors(folder), theirs.get('unmask', {})
+    shape, shapes = shape_in(folder, theirs)
+    tensors, own = Tensors(folder), part_of_ours(theirs)
     weights = weights_of(tensors, shape, shapes)
     embed = weights['embed.weight']
     if own:
-        marks = tensors.get('unmask.marks', None)
+        for name in adapt.SHAPE & own['config'].keys() - {'block_size'}:
+            if own['config'][name] != getattr(shape, name):
+                fail(f"{Path(folder, 'config.json')} says {name}={getattr(shape, name)}, its part `unmask` "
+                     f"{own['config'][name]}")
+        if 'unmask.marks' not in tensors.where:
+            fail(f"{folder} has lost the tensor unmask.marks, the rows of [MASK] and [BOS]; without the part "
+                 f"`unmask` of its config.json it is read as others' model")
+        marks = tensors.get('unmask.marks', (len(adapt.marks(own['objective'], own['config'])), shape.n_embd))
     else:
         bos = next((i for i in (special(theirs, 'bos'), special(theirs, 'eos')) if i is not None), None)
         marks = embed.mean(0, keepdim=True) if bos is None else embed[bos:bos + 1]
@@ -461,7 +513,8 @@ def download(repository, weights=True):
                  f"on where it stopped; offline, name a folder that holds the model")
         return True
     get('config.json', needed=True)
-    get('tokenizer.json'), get('tokenizer.model')
+    if not (get('tokenizer.json') or get('tokenizer.model')):
+        get('vocab.json'), get('merges.txt')
     if weights and not get('model.safetensors'):
         get('model.safetensors.index.json')
         for name in shards(folder):

@@ -139,29 +139,37 @@ def make_canvas(config, start, tokenizer, block_size, window=0):
     return torch.tensor(row)
 
 
+ENDS = ('<|endoftext|>', '</s>', '<eos>')  # names of a model's own end
+
+
 def stop_ids(config, tokenizer):
-    """Where a text ends, as functions (ids) -> how many of them it has then, 0: it goes on. Behind the text
-    --stop, however it was cut into tokens; and behind the end of a line or an answer, where a dataset is made
-    of these."""
-    end, stops = tokenizer.end, []
-    if config.stop == '<|endoftext|>' and end is not None:
-        stops.append(lambda ids: ids.index(end) + 1 if end in ids else 0)
+    """Where a text ends, as functions (ids, how many of them are given) -> how many it has then, 0: it goes on.
+    Behind the text --stop, however it was cut into tokens; and behind the end of a line or an answer, where a
+    dataset is made of these."""
+    def at_end(ids, start):
+        return ids.index(tokenizer.end, start) + 1 if tokenizer.end in ids[start:] else 0
+    stops, marked = [], (tokenizer.bos, tokenizer.sep) != (None, None)
+    if config.stop in ENDS and tokenizer.end is not None:
+        stops.append(at_end)
     elif config.stop:
         known(tokenizer, config.stop)  # a character that cannot be written ends the script
-        stops.append(lambda ids: behind(tokenizer.pieces, ids, config.stop.encode(errors='replace')))
-    if (tokenizer.bos, tokenizer.sep) != (None, None) and not (config.suffix or config.template):
-        stops.append(lambda ids: ids.index(end) + 1 if end in ids else 0)
+    if config.stop:
+        stops.append(lambda ids, start: behind(tokenizer, ids, start, config.stop.encode(errors='replace')))
+    if marked and not (config.suffix or config.template):
+        stops.append(at_end)
     return stops
 
 
-def behind(pieces, ids, text):
-    """How many ids it takes until their bytes hold `text`, 0: they do not. pieces: the bytes of every id."""
-    parts = [pieces[i] for i in ids]
+def behind(tokenizer, ids, start, text):
+    """How many ids it takes until those from `start` on hold the bytes `text`, 0: they do not."""
+    parts = [tokenizer.pieces[i] for i in ids[start:]]
+    if start == 0 and parts:  # a space that is not shown
+        parts[0] = parts[0].removeprefix(tokenizer.lead.encode())
     at = b''.join(parts).find(text)
     if at < 0:
         return 0
     lengths = itertools.accumulate(map(len, parts))
-    return next(n for n, length in enumerate(lengths, 1) if length >= at + len(text))
+    return next(n for n, length in enumerate(lengths, start + 1) if length >= at + len(text))
 
 
 def ending(row, start, blank, stops, min_entropy, last=256):
@@ -172,7 +180,7 @@ def ending(row, start, blank, stops, min_entropy, last=256):
     blank is looked at.
     """
     written = row[:row.index(blank)] if blank in row else row
-    found = [start + n for n in (stop(written[start:]) for stop in stops) if n]
+    found = [n for n in (stop(written, start) for stop in stops) if n]
     if found:
         return min(found)
     if min_entropy and len(written) >= max(start + 1, last):
@@ -182,9 +190,10 @@ def ending(row, start, blank, stops, min_entropy, last=256):
 
 
 def up_to(text, stop, before):
-    """A text without what its last token holds behind --stop; before: the text without that token."""
-    at = text.rfind(stop) + len(stop) if stop and stop in text else 0
-    return text[:at] if at > len(before) else text
+    """A text without what its last token holds behind the first --stop that ends in it; before: the text
+    without that token."""
+    at = text.find(stop, max(0, len(before) - len(stop) + 1)) if stop else -1
+    return text[:at + len(stop)] if at >= 0 else text
 
 
 def stream(model, canvas, config):

@@ -251,6 +251,8 @@ def fill(model, tokenizer, item, device, **how):
     """The text that the model puts into a blank."""
     before, after = tokenizer.encode(item.before), tokenizer.encode_rest(item.after)
     n = max(count_behind(tokenizer, item.before, answer) for answer in item.answers)
+    if n == 0:  # the answer is nothing in these tokens
+        return ''
     ids = before + [model.blank] * n + (after if model.bound != 'exact' else [])
     ids, start, end = fit(ids, len(before), len(before) + n, model.config.block_size)
     row = torch.tensor(ids, device=device)[None]
@@ -360,9 +362,12 @@ def passes(text, item, seconds=5, memory=2 ** 31):
     program = (f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
                f"print({word!r})\n")
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, 'said'), 'w+b') as said:
-        process = subprocess.Popen([sys.executable, '-I', '-c', program], cwd=folder, env=bare,
-                                   start_new_session=True, stdin=subprocess.DEVNULL, stdout=said,
-                                   stderr=subprocess.DEVNULL)
+        try:
+            process = subprocess.Popen([sys.executable, '-I', '-c', program], cwd=folder, env=bare,
+                                       start_new_session=True, stdin=subprocess.DEVNULL, stdout=said,
+                                       stderr=subprocess.DEVNULL)
+        except ValueError:  # a zero byte or half a character in the program
+            return False
         limit(process, memory)
         try:
             process.wait(seconds)
@@ -435,6 +440,9 @@ def load(name, path=''):
         for number, item in enumerate(items, 1):
             if isinstance(item, Choice) and not 0 <= item.gold < len(item.choices):
                 raise ValueError(f"item {number} says that choice {item.gold + 1} is right")
+            texts = item.choices if isinstance(item, Choice) else item.answers
+            if not texts or not all(isinstance(text, str) and text for text in texts):
+                raise ValueError(f"item {number} has no answer, or an empty one")
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error,
             RecursionError) as e:
         fail(f"task={name}: {path or task.url} is not in the official format ({type(e).__name__}: {e})")

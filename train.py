@@ -11,6 +11,7 @@ Writes out_dir/last.pt (everything a resume needs) and out_dir/best.pt (the weig
 the lowest validation figure). The checkpoints of an earlier run in out_dir are moved to out_dir/old-1.
 Ctrl-C, SIGTERM or a terminal that hangs up: saves, then ends.
 """
+import contextlib
 import copy
 import itertools
 import math
@@ -105,6 +106,8 @@ def settings(argv):
     knobs = {**given, **(cpu if device.type == 'cpu' else {})}
     source, out_dir = peek({**knobs, **flags}, Config, 'init_from', 'out_dir')
     checkpoint = None
+    if not out_dir:
+        fail("where to? --out_dir=FOLDER")
     if source == 'resume':
         checkpoint = common.load(Path(out_dir, 'last.pt'))
         kept = {**checkpoint['config'], **checkpoint['run']}
@@ -258,7 +261,7 @@ class State:
             self.ema.load_state_dict(checkpoint['ema'])
             if self.slow and 'slow' in checkpoint:
                 self.slow.load_state_dict(checkpoint['slow'])
-            self.load_optimizers(checkpoint['optimizers'])
+            self.load_optimizers(checkpoint.get('optimizers', []))
             self.iter, self.tokens, self.best = checkpoint['iter'], checkpoint['tokens'], checkpoint['best']
         self.peak = [optimizer.defaults['lr'] for optimizer in self.optimizers]
         self.gauge = None      # training windows by which a VAE measures its scale
@@ -267,7 +270,8 @@ class State:
     def load_optimizers(self, states):
         """Go on with the momenta of another run's optimizers; their weight decay is this run's."""
         if len(states) != len(self.optimizers):
-            fail(f"the run to resume has {len(states)} optimizers instead of {len(self.optimizers)}: which "
+            fail(f"the run to resume has {len(states)} optimizers instead of {len(self.optimizers)}: a best.pt "
+                 f"has none (--init_from={self.run.out_dir} starts a new run from its weights), and which "
                  f"parameters are trained cannot change")
         for optimizer, state in zip(self.optimizers, states):
             decay = [group['weight_decay'] for group in optimizer.param_groups]
@@ -407,11 +411,9 @@ def prompts(run, tokens, tokenizer, T, device, rank):
 def say(line, bar=None):
     """Print a line (above the bar, if there is one). A reader that has left, or a full disk behind the
     output, do not stop the training."""
-    try:
+    with contextlib.suppress(OSError):
         bar.write(line, file=sys.stdout) if bar else print(line)
         sys.stdout.flush()
-    except (OSError, AttributeError):  # AttributeError: there is no output
-        pass
 
 
 def train(state, batch, val, text, rank, world, amp, stop):
@@ -508,8 +510,8 @@ def main(argv):
     dtype = common.pick_dtype(run.dtype, device)
     state = State(run, config, meta, checkpoint, device, base)
     if state.iter >= run.max_iters:
-        say(f"{run.out_dir}/ holds a run that is finished: it has done all of its {run.max_iters:,} "
-            f"iterations; with a larger --max_iters= it goes on")
+        say(f"{run.out_dir}/ holds a run that is finished: it has done {state.iter:,} iterations, max_iters is "
+            f"{run.max_iters:,}; with a larger --max_iters= it goes on")
     elif rank == 0:
         state.check_room(files.folder(run.out_dir, 'out_dir'))
         with files.occupied(run.out_dir):

@@ -36,30 +36,28 @@ class Tokenizer:
 
     def __init__(self, meta):
         self.meta, kind = meta, meta.get('kind')
-        if kind == 'char':
-            self.pieces, self.encode, self.end = char_tokens(meta['chars'])
-        elif kind == 'byte':
-            self.pieces, self.encode, self.end = byte_tokens()
-        elif kind == 'gpt2':
-            self.pieces, self.encode, self.end = gpt2_tokens()
-        elif kind == 'bpe':
-            self.pieces, self.encode, self.end = bpe_tokens(meta)
-        elif kind == 'json':
-            self.pieces, self.encode, self.end = json_tokens(meta)
-        elif kind == 'sentencepiece':
-            self.pieces, self.encode, self.end = sentencepiece_tokens(meta)
-        else:
-            fail(f"tokenizer kind {kind!r} is not one of: char, byte, gpt2, bpe, json, sentencepiece")
-        self.bos, self.lead, self.encode_rest = BOS if kind == 'bpe' else None, '', self.encode
-        if kind == 'sentencepiece':
-            self.lead, self.encode_rest = without_lead(self.encode, self.pieces)
-        self.sep = self.encode_rest(meta['sep']) if 'sep' in meta else None
-        self.vocab_size = len(self.pieces)
-        self.lengths = np.array([len(piece) for piece in self.pieces])
-        if kind == 'gpt2' or kind in ('json', 'sentencepiece') and self.end is not None:
-            self.lengths[self.end] = 0
-        if kind == 'bpe':
-            self.lengths[UNK] = 1
+        kinds = dict(char=lambda meta: char_tokens(meta['chars']), byte=lambda meta: byte_tokens(),
+                     gpt2=lambda meta: gpt2_tokens(), bpe=bpe_tokens, json=json_tokens,
+                     sentencepiece=sentencepiece_tokens)
+        if kind not in kinds:
+            fail(f"tokenizer kind {kind!r} is not one of: {', '.join(kinds)}")
+        try:
+            self.pieces, self.encode, self.end = kinds[kind](meta)
+            self.bos, self.lead, self.encode_rest = BOS if kind == 'bpe' else None, '', self.encode
+            if kind == 'sentencepiece':
+                self.lead, self.encode_rest = without_lead(self.encode, self.pieces)
+            self.sep = self.encode_rest(meta['sep']) if 'sep' in meta else None
+            self.vocab_size = len(self.pieces)
+            self.lengths = np.array([len(piece) for piece in self.pieces])
+            if kind in ('gpt2', 'sentencepiece', 'json') and self.end is not None and is_mark(meta, self.end):
+                self.lengths[self.end] = 0
+            if kind == 'bpe':
+                self.lengths[UNK] = 1
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+            fail(f"the description of the tokens, of kind {kind}, is damaged ({type(e).__name__}: {e}): "
+                 f"prepare the dataset again, or get the model again")
+        if self.sep == []:
+            fail(f"sep={meta['sep']!r} is nothing in the tokens of this model")
 
     def stream(self, text):
         """The ids of a text as a dataset holds them: its lines that are not empty, each between bos and end,
@@ -90,6 +88,11 @@ class Tokenizer:
         <|endoftext|> counts 0, it is a mark between texts and no text; <eos> counts 1, it is the end of a
         line; an unknown character counts 1, the fewest bytes that a character has."""
         return int(self.lengths[np.asarray(ids, np.int64)].sum())
+
+
+def is_mark(meta, end):
+    """Is the end of a text a token of its own? In a tokenizer.json it may be an ordinary piece."""
+    return meta['kind'] != 'json' or any(t.get('id') == end for t in meta['json'].get('added_tokens', []))
 
 
 def char_tokens(chars):
@@ -176,9 +179,13 @@ def byte_letters():
     return {chr(b): b for b in printing} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+class Unreadable(ValueError):
+    """A tokenizer.json of a kind that is not known here."""
+
+
 def words_of(pre):
     """The `pre_tokenizer` of a tokenizer.json -> the regular expression of the words that no byte pair
-    crosses. Raises ValueError."""
+    crosses. Raises Unreadable."""
     steps = pre['pretokenizers'] if pre and pre['type'] == 'Sequence' else [pre or {'type': None}]
     kinds, last = [step['type'] for step in steps], steps[-1]
     if last['type'] == 'ByteLevel' and not last.get('add_prefix_space'):
@@ -189,9 +196,10 @@ def words_of(pre):
             return GPT2_WORDS_DIGITS
         if kinds == ['Split', 'ByteLevel'] and not last.get('use_regex', True) and \
                 steps[0]['behavior'] == 'Isolated' and not steps[0].get('invert') and \
-                'Regex' in steps[0]['pattern']:
-            return steps[0]['pattern']['Regex']
-    raise ValueError(f"cuts words in a way that is not known here ({', '.join(map(str, kinds))})")
+                steps[0]['pattern'].get('Regex'):
+            regex = steps[0]['pattern']['Regex']
+            return rf'{regex}|(?:(?!{regex})[\s\S])+'  # what it leaves out is a word, too
+    raise Unreadable(f"cuts words in a way that is not known here ({', '.join(map(str, kinds))})")
 
 
 def json_tokens(meta):
@@ -202,17 +210,23 @@ def json_tokens(meta):
     try:
         model, letters = source['model'], byte_letters()
         if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or source.get('normalizer'):
-            raise ValueError(f"is of kind {model.get('type')} with "
+            raise Unreadable(f"is of kind {model.get('type')} with "
                              f"{(source.get('normalizer') or {}).get('type', 'byte_fallback')}")
+        for name in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
+            if model.get(name):
+                raise Unreadable(f"has {name}={model[name]}, which is not known here")
         pattern = words_of(source.get('pre_tokenizer'))
         added = {token['id']: token['content'].encode() for token in source.get('added_tokens', [])
                  if token['id'] < V}  # others have no row in the embedding
         ranks = {bytes(letters[c] for c in piece): i for piece, i in model['vocab'].items()
                  if i not in added}
+        if not all(type(i) is int for i in ranks.values()) or len(set(ranks.values())) < len(ranks):
+            raise Unreadable("gives an id to two pieces, or one that is no number")
         merges = (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
         joined = [model['vocab'][left + right] for left, right in merges]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        fail(f"the tokenizer.json {e if type(e) is ValueError else f'is damaged ({e!r})'}: "
+        encoding = tiktoken.Encoding('json', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        fail(f"the tokenizer.json {e if type(e) is Unreadable else f'is damaged ({e!r})'}: "
              f"byte-level byte pairs (GPT-2, SmolLM2, LLaMA-3) are what can be read")
     made = {i for piece, i in ranks.items() if len(piece) > 1}
     if joined != sorted(joined) or not (model.get('ignore_merges') or made <= set(joined)):
@@ -222,7 +236,6 @@ def json_tokens(meta):
         fail(f"the tokenizer.json has id {max(ranks.values())}, the model a vocabulary of {V}")
     known = {i: piece for piece, i in ranks.items()} | added
     pieces = [known.get(i, b'') for i in range(V)]
-    encoding = tiktoken.Encoding('json', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     able = {b for b in range(256) if bytes([b]) in ranks}
 
     def encode(text):
@@ -242,7 +255,9 @@ def sentencepiece_tokens(meta):
     except ImportError:
         fail("this model's tokenizer is one of SentencePiece: pip install sentencepiece")
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(meta['model']))
+        data = base64.b64decode(meta['model'])
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data) if data else fail(
+            "the tokenizer.model is empty")
     except (RuntimeError, ValueError) as e:
         fail(f"the tokenizer.model is damaged: {e}")
 
@@ -265,14 +280,17 @@ def sentencepiece_tokens(meta):
 def without_lead(encode, pieces):
     """encode(text) of SentencePiece -> (what it puts before every text: ' ' or nothing, how to encode a text
     that goes on where another one ended: without that, and with the spaces at its beginning)."""
-    lead = ' ' if b''.join(pieces[i] for i in encode('a')).startswith(b' ') else ''
+    around = b''.join(pieces[i] for i in encode('a'))
+    lead = ' ' if around.startswith(b' ') else ''
+    if around.endswith(b' '):
+        fail("the tokenizer.model puts spaces behind words (treat_whitespace_as_suffix), which is not known here")
 
     def encode_rest(text):
         if lead and text.startswith(lead) and text.strip():  # the space before the text is this one
             return encode(text[1:])
         for mark in ('\n', '.', '"'):  # behind something that it does not join with
             ids, left = encode(mark + text), encode(mark)
-            if ids[:len(left)] == left:
+            if left and ids[:len(left)] == left:
                 return ids[len(left):]
         return encode(text)
     return lead, encode_rest

@@ -1,6 +1,7 @@
 """
 What the preparers share: flags, downloads that go on where they were cut, text into tokens.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -157,16 +158,17 @@ def write_meta(out, meta):
 
 def write_splits(out, tokens, meta):
     """tokens {'train': ids, 'val': ids, ...} -> out/<split>.bin (uint16, or uint32 for a vocabulary beyond)
-    for each, out/meta.json."""
-    dtype = file_type(Tokenizer(meta).vocab_size)
-    with files.disk(out):
-        Path(out, 'meta.json').unlink(missing_ok=True)  # it is not that of what is written now
-    for split in ('train', 'val', 'test'):
-        if split in tokens:
-            files.write(Path(out, f'{split}.bin'), np.array(tokens[split], dtype).tobytes())
-        else:
-            with files.disk(out):  # of an earlier run, maybe in other tokens
-                Path(out, f'{split}.bin').unlink(missing_ok=True)
+    for each, out/meta.json. What an earlier run has left stays until all of it is written."""
+    dtype, splits = file_type(Tokenizer(meta).vocab_size), ('train', 'val', 'test')
+    with contextlib.ExitStack() as stack:
+        for split in splits:
+            if split in tokens:
+                f = stack.enter_context(files.writing(Path(out, f'{split}.bin')))
+                f.write(np.asarray(tokens[split], dtype).tobytes())
+                f.flush()
+        with files.disk(out):  # of an earlier run, maybe in other tokens
+            for name in ('meta.json', *(f'{split}.bin' for split in splits if split not in tokens)):
+                Path(out, name).unlink(missing_ok=True)
     write_meta(out, meta)
 
 

@@ -178,7 +178,8 @@ def test_a_text_ends_behind_the_text_of_its_stop_however_it_was_cut_into_tokens(
     assert end(ids('xyz'), 0, 'z', 'y') == 2  # whichever comes first
     assert end([*ids('a'), 299, *ids('b')], 0, '<|endoftext|>') == 2
     assert sample.up_to('say: "Stop. Go', 'Stop', 'say: "St') == 'say: "Stop'
-    assert sample.up_to('stop, stop. Go', 'stop', 'stop, stop') == 'stop, stop. Go'  # the last token is ' Go'
+    assert sample.up_to('stop, stop. Go', 'stop', 'stop, stop.') == 'stop, stop. Go'  # the last token: ' Go'
+    assert sample.up_to('a...', '.', 'a') == 'a.' and sample.up_to('baaaa', 'aa', 'b') == 'baa'
 
 
 @pytest.mark.parametrize('flags', [['--cfg=2'], ['--grid=cosine'], ['--rule=llada', '--part_length=4'],

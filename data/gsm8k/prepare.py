@@ -59,7 +59,7 @@ def read_pairs(data, source, config):
         try:
             item = json.loads(line)
             prompt, answer = item[config.prompt], item[config.answer]
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             why = f"has no field {e}" if type(e) is KeyError else "is no JSON object"
             fail(f"{source}, line {number} {why}: --prompt= and --answer= name the fields")
         if not (isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip()):
@@ -74,9 +74,15 @@ def read_pairs(data, source, config):
 
 
 def stream(pairs, tokenizer):
-    """Pairs of texts -> prompt <end> answer <end> ... (pairs.py)."""
-    return [i for prompt, answer in pairs for i in (*tokenizer.encode(prompt), tokenizer.end,
-                                                    *tokenizer.encode_rest(answer), tokenizer.end)]
+    """Pairs of texts -> prompt <end> answer <end> ... (pairs.py), or the script ends."""
+    out = []
+    for prompt, answer in pairs:
+        for ids in (tokenizer.encode(prompt), tokenizer.encode_rest(answer)):
+            if tokenizer.end in ids:
+                fail(f"the token that ends an answer, {tokenizer.piece(tokenizer.end)!r}, is also one of "
+                     f"{prompt[:40]!r}: this tokenizer has no mark of its own")
+            out += [*ids, tokenizer.end]
+    return out
 
 
 def main(argv):

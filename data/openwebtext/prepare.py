@@ -69,7 +69,7 @@ def file_documents(path):
     lines = []
     try:
         with open(path, 'rb') as f:
-            encoding = files.encoding_of(f.read(2))
+            encoding = files.encoding_of(f.read(4))
         with open(path, encoding=encoding) as f:
             for number, line in enumerate(f, 1):
                 if path.suffix == '.jsonl' and line.strip():
@@ -79,9 +79,9 @@ def file_documents(path):
                     lines = []
                 elif path.suffix != '.jsonl':
                     lines.append(line)
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as e:
         fail(f'{path}, line {number}: not an object with a "text" ({type(e).__name__}: {e})')
-    except (OSError, UnicodeError) as e:
+    except (OSError, ValueError) as e:  # UnicodeError is one
         fail(f"cannot read {path} as UTF-8 text: {e}")
     yield ''.join(lines)
 
@@ -121,7 +121,7 @@ def main(argv):
     first = next(texts, '')  # a source that does not open ends the script here, before anything is written
     texts = filter(str.strip, itertools.chain([first], texts))
     tokenizer, out = Tokenizer(dict(kind='gpt2')), Path(config.out)
-    paths = {split: out / f'{split}.bin.tmp' for split in ('train', 'val')}
+    paths = {split: files.temporary(out / f'{split}.bin') for split in ('train', 'val')}
     with files.disk(out):
         out.mkdir(parents=True, exist_ok=True)
     try:
@@ -129,6 +129,8 @@ def main(argv):
         if not all(counts.values()):
             fail(f"{source} holds fewer than two documents; a single text: data/text/prepare.py")
         with files.disk(out):
+            for name in ('meta.json', 'test.bin'):  # of an earlier run, maybe in other tokens
+                (out / name).unlink(missing_ok=True)
             for split, path in paths.items():
                 os.replace(path, out / f'{split}.bin')
     finally:

@@ -21,6 +21,7 @@ import requests
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+import files  # noqa: E402
 from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
 
@@ -67,11 +68,10 @@ def plays(wheel):
 
 def find_text(config):
     """(bytes of the text, where they came from) from the first source that has it, or the script ends."""
-    for path in filter(None, (config.input, HERE / 'input.txt')):
-        if Path(path).is_file():
-            return Path(path).read_bytes(), str(Path(path).name)
-        if config.input:
-            fail(f"--input={path} does not exist")
+    if config.input:
+        return files.read_bytes(config.input, 'input'), Path(config.input).name
+    if (HERE / 'input.txt').is_file():
+        return files.read_bytes(HERE / 'input.txt'), 'input.txt'
     try:
         with tempfile.TemporaryDirectory() as folder:
             tools.download(config.url, Path(folder, 'input.txt'), config.sha256)

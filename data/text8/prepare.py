@@ -41,7 +41,7 @@ def find_text(config):
         tools.fetch(config.url, path, otherwise="give the file with --input=text8.zip")
     if zipfile.is_zipfile(path) or not config.input:
         return tools.unzip(path, 'text8')
-    return files.read_bytes(path, 'input')
+    return files.read_text(path, 'input').encode()
 
 
 def main(argv):
@@ -57,11 +57,10 @@ def main(argv):
         odd = data[int(tokens.argmax())]
         fail(f"{source} holds {chr(odd)!r}, text8 only a-z and space; other texts: data/text/prepare.py")
     a, b = int(0.9 * len(tokens)), int(0.95 * len(tokens))
-    for split, part in (('train', tokens[:a]), ('val', tokens[a:b]), ('test', tokens[b:])):
-        files.write(Path(config.out, f'{split}.bin'), part.tobytes())
-        print(f"{split}: {len(part):,} characters")
-    tools.write_meta(config.out, dict(kind='char', chars=list(CHARS), source=source,
-                                      sha256=hashlib.sha256(data).hexdigest()))
+    splits = dict(train=tokens[:a], val=tokens[a:b], test=tokens[b:])
+    tools.write_splits(config.out, splits, dict(kind='char', chars=list(CHARS), source=source,
+                                                sha256=hashlib.sha256(data).hexdigest()))
+    print(', '.join(f"{split}: {len(part):,} characters" for split, part in splits.items()))
 
 
 if __name__ == '__main__':
