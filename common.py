@@ -164,7 +164,9 @@ def evaluate(nats, inputs, text, rows, seed=0):
 def save(checkpoint, path):
     """Write a checkpoint; whenever we are killed, `path` is whole. Or the script ends: there is no room."""
     whole = Path(path).with_name('last.pt')
-    then = f"{whole} is from before, --init_from=resume goes on there" if whole.exists() else "and start again"
+    then = "and start again"
+    if whole.exists():
+        then = f"{whole} is from before, --init_from=resume goes on there"
     with files.writing(path, then) as f:
         try:
             torch.save(checkpoint, f)

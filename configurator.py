@@ -26,7 +26,7 @@ Filename = NewType('Filename', str)  # type of a knob that names a file, a folde
 def script(main):
     """Run main(argv) as a script. What it prints, every output can hold: UTF-8 where that is no terminal, and
     '?' for what a terminal has no letter for; an output that is closed is as if it were nowhere. Ctrl-C, a
-    reader that has left (`| head`), an output that is full and too little memory end it without a traceback."""
+    reader that has left (`| head`), a full output and too little memory end it without a traceback."""
     sys.stdout = sys.stdout or open(os.devnull, 'w')
     sys.stderr = sys.stderr or open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr):

@@ -105,6 +105,24 @@ def write(path, data):
         f.write(data.encode(errors='replace') if isinstance(data, str) else data)
 
 
+def write_all(folder, data, stale=()):
+    """Files that belong together, {name: bytes}: when all of them are written they are renamed, in this
+    order, the `stale` ones removed before."""
+    with contextlib.ExitStack() as stack, disk(folder):
+        folder = Path(os.path.realpath(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in data.items():
+            stack.callback(temporary(folder / name).unlink, missing_ok=True)
+            with open(temporary(folder / name), 'wb') as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+        for name in data:
+            os.replace(temporary(folder / name), folder / name)
+
+
 def folder(path, flag, named=''):
     """Can files be written into the folder that a person named with --flag, which need not exist yet? Or the
     script ends, before there is anything to write. Temporary files of processes that were killed are removed

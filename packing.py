@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from configurator import fail
-from vocabulary import as_ids
+from vocabulary import EOS, as_ids
 
 
 # ---- who is where: functions of the segment ids (B, T) int64 ----------------------------------------------
@@ -111,6 +111,8 @@ class Lines:
         first = np.flatnonzero(self.tokens == bos)
         if not len(first):
             fail("a dataset of lines without <bos>: prepare it again (data/lines/prepare.py)")
+        if self.tokens[0] != bos or self.tokens[-1] != EOS:
+            fail("a dataset of lines that is cut short: prepare it again (data/lines/prepare.py)")
         self.bounds = np.stack([first, np.append(first[1:], len(self.tokens))], axis=1)
         self.pad, self.packed, self.inserted, self.expanded = pad, packed, inserted, expanded
 

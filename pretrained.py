@@ -133,11 +133,12 @@ def shape_of(theirs):
 
 
 def rope_in(theirs):
-    """What a config.json says of rotary positions: `rope_parameters` of transformers 5, `rope_scaling` before.
-    Raises ValueError for two that differ."""
+    """What a config.json says of rotary positions: `rope_parameters` of transformers 5, `rope_scaling`
+    before. Raises ValueError for two that differ."""
     found = [theirs[name] for name in ('rope_parameters', 'rope_scaling') if theirs.get(name)]
     if not all(isinstance(rope, dict) for rope in found) or found[1:] and found[0] != found[1]:
-        raise ValueError(f"rotary positions of {' and '.join(map(str, found))} are not something model.py does")
+        raise ValueError(f"rotary positions of {' and '.join(map(str, found))} are not something model.py "
+                         f"does")
     name, rope = 'original_max_position_embeddings', dict(found[0]) if found else {}
     if theirs.get(name, rope.get(name)) != rope.get(name, theirs.get(name)):
         raise ValueError(f"{name} is {theirs[name]} and {rope[name]}")
@@ -346,7 +347,7 @@ def shape_in(folder, theirs):
         shape = model.Config(**{name: convert(fields[name], value) for name, value in shape.items()})
         with torch.device('meta'):
             return shape, {name: p.shape for name, p in model.GPT(shape, True, marks=0).state_dict().items()}
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError, RuntimeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
         fail(f"{Path(folder, 'config.json')}: {f'{e} is missing' if type(e) is KeyError else e}")
 
 

@@ -143,9 +143,9 @@ ENDS = ('<|endoftext|>', '</s>', '<eos>')  # names of a model's own end
 
 
 def stop_ids(config, tokenizer):
-    """Where a text ends, as functions (ids, how many of them are given) -> how many it has then, 0: it goes on.
-    Behind the text --stop, however it was cut into tokens; and behind the end of a line or an answer, where a
-    dataset is made of these."""
+    """Where a text ends, as functions (ids, how many of them are given) -> how many it has then, 0: it goes
+    on. Behind the text --stop, however it was cut into tokens; and behind the end of a line or an answer,
+    where a dataset is made of these."""
     def at_end(ids, start):
         return ids.index(tokenizer.end, start) + 1 if tokenizer.end in ids[start:] else 0
     stops, marked = [], (tokenizer.bos, tokenizer.sep) != (None, None)

@@ -270,9 +270,9 @@ class State:
     def load_optimizers(self, states):
         """Go on with the momenta of another run's optimizers; their weight decay is this run's."""
         if len(states) != len(self.optimizers):
-            fail(f"the run to resume has {len(states)} optimizers instead of {len(self.optimizers)}: a best.pt "
-                 f"has none (--init_from={self.run.out_dir} starts a new run from its weights), and which "
-                 f"parameters are trained cannot change")
+            fail(f"the run to resume has {len(states)} optimizers instead of {len(self.optimizers)}: a "
+                 f"best.pt has none (--init_from={self.run.out_dir} starts a new run from its weights), and "
+                 f"which parameters are trained cannot change")
         for optimizer, state in zip(self.optimizers, states):
             decay = [group['weight_decay'] for group in optimizer.param_groups]
             try:
@@ -510,8 +510,8 @@ def main(argv):
     dtype = common.pick_dtype(run.dtype, device)
     state = State(run, config, meta, checkpoint, device, base)
     if state.iter >= run.max_iters:
-        say(f"{run.out_dir}/ holds a run that is finished: it has done {state.iter:,} iterations, max_iters is "
-            f"{run.max_iters:,}; with a larger --max_iters= it goes on")
+        say(f"{run.out_dir}/ holds a run that is finished: it has done {state.iter:,} iterations, max_iters "
+            f"is {run.max_iters:,}; with a larger --max_iters= it goes on")
     elif rank == 0:
         state.check_room(files.folder(run.out_dir, 'out_dir'))
         with files.occupied(run.out_dir):

@@ -283,7 +283,8 @@ def without_lead(encode, pieces):
     around = b''.join(pieces[i] for i in encode('a'))
     lead = ' ' if around.startswith(b' ') else ''
     if around.endswith(b' '):
-        fail("the tokenizer.model puts spaces behind words (treat_whitespace_as_suffix), which is not known here")
+        fail("the tokenizer.model puts spaces behind words (treat_whitespace_as_suffix): that is not known "
+             "here")
 
     def encode_rest(text):
         if lead and text.startswith(lead) and text.strip():  # the space before the text is this one

@@ -1,7 +1,6 @@
 """
 What the preparers share: flags, downloads that go on where they were cut, text into tokens.
 """
-import contextlib
 import hashlib
 import json
 import os
@@ -150,26 +149,23 @@ def meta_of(kind, text=''):
     return pretrained.tokenizer(kind)
 
 
+def as_json(meta):
+    """What meta.json holds: the name of the tokenizer and the origin of the text."""
+    return json.dumps(meta, ensure_ascii=False, indent=1).encode()
+
+
 def write_meta(out, meta):
-    """meta.json, the name of the tokenizer and the origin of the text, is written last: it says that the
-    dataset is there."""
-    files.write(Path(out, 'meta.json'), json.dumps(meta, ensure_ascii=False, indent=1).encode())
+    """meta.json is written last: it says that the dataset is there."""
+    files.write(Path(out, 'meta.json'), as_json(meta))
 
 
 def write_splits(out, tokens, meta):
     """tokens {'train': ids, 'val': ids, ...} -> out/<split>.bin (uint16, or uint32 for a vocabulary beyond)
     for each, out/meta.json. What an earlier run has left stays until all of it is written."""
     dtype, splits = file_type(Tokenizer(meta).vocab_size), ('train', 'val', 'test')
-    with contextlib.ExitStack() as stack:
-        for split in splits:
-            if split in tokens:
-                f = stack.enter_context(files.writing(Path(out, f'{split}.bin')))
-                f.write(np.asarray(tokens[split], dtype).tobytes())
-                f.flush()
-        with files.disk(out):  # of an earlier run, maybe in other tokens
-            for name in ('meta.json', *(f'{split}.bin' for split in splits if split not in tokens)):
-                Path(out, name).unlink(missing_ok=True)
-    write_meta(out, meta)
+    data = {f'{split}.bin': np.asarray(tokens[split], dtype).tobytes() for split in splits if split in tokens}
+    stale = [f'{split}.bin' for split in splits if split not in tokens]
+    files.write_all(out, data | {'meta.json': as_json(meta)}, ['meta.json', *stale])
 
 
 def prepare_bytes(data, kind, out, source):

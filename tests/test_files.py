@@ -43,7 +43,7 @@ def trained(workdir):
 # ---- reading ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('encoding, mark', [('utf-8', BOM), ('utf-8', b''), ('utf-16', b''),
-                                            ('utf-16-be', b'\xfe\xff')])  # utf-16 makes its own
+                                            ('utf-16-be', b'\xfe\xff'), ('utf-32', b'')])  # own marks
 def test_a_byte_order_mark_is_no_text(encoding, mark):
     for text in ('naïve\nä', 'naïve\r\nä'):
         assert files.text_of(mark + text.encode(encoding), 'x') == 'naïve\nä'
@@ -52,6 +52,8 @@ def test_a_byte_order_mark_is_no_text(encoding, mark):
 def test_what_cannot_be_read_is_named(workdir, mistake):
     (workdir / 'latin').write_bytes('naïve'.encode('latin-1'))
     (workdir / 'list.json').write_text('[1]')
+    (workdir / 'wide').write_bytes('naive'.encode('utf-16-le'))
+    assert 'zero bytes' in mistake(lambda argv: files.read_text('wide'))
     for path, words in (('latin', 'UTF-8'), ('none', 'No such file'), ('.', 'directory'), ('a\0b', 'null')):
         assert words in mistake(lambda argv: files.read_text(path))
     assert 'list instead of an object' in mistake(lambda argv: files.read_json('list.json'))
@@ -106,6 +108,29 @@ def test_only_shards_with_numbers_belong_to_a_split(workdir, mistake):
 def test_a_split_that_a_dataset_does_not_have_is_said_to_be_none(trained, mistake):
     told = mistake(evaluation.main, '--out_dir=out-m', '--split=test')
     assert 'has train and val alone' in told and 'prepare.py' not in told
+    tools.prepare_text(dict(test=TEXT), 'byte', 'data/t', 't', '')
+    assert 'has test alone' in mistake(evaluation.main, '--out_dir=out-m', '--dataset=t')
+
+
+def test_tokens_that_are_cut_short_are_refused(workdir, mistake):
+    from data.lines import prepare as lines
+    with open('data/tiny/val.bin', 'ab') as f:
+        f.write(b'x')
+    assert 'val.bin is cut short' in mistake(lambda argv: common.load_tokens('tiny', 'val', 30, 'cpu'))
+    (workdir / 't.txt').write_text(TEXT)
+    lines.main(['--input=t.txt', '--out=data/l', '--vocab_size=60'])
+    os.truncate('data/l/train.bin', 40)
+    assert 'cut short' in mistake(train.main, *TINY, '--dataset=l', '--block_size=32')
+
+
+@pytest.mark.parametrize('meta', [
+    dict(kind='char'), dict(kind='bpe', pieces=['é€']), dict(kind='json'), dict(kind='byte', sep=3),
+    dict(kind='sentencepiece', model='', vocab_size=3)])
+def test_a_damaged_description_of_tokens_ends_in_one_line(meta, workdir, mistake):
+    if meta['kind'] == 'sentencepiece':
+        pytest.importorskip('sentencepiece')
+    Path('data/tiny/meta.json').write_text(json.dumps(meta))
+    mistake(train.main, *TINY)
 
 
 # ---- a checkpoint that is something else ------------------------------------------------------------------
@@ -176,6 +201,20 @@ def test_an_unknown_knob_is_told_before_a_dataset_is_missed(workdir, mistake):
     assert '--config' in mistake(train.main, '--config=config/train_mdlm.py', '--dataset=none')
 
 
+@pytest.mark.parametrize('source, word', [('cpu = 3', 'cpu is a dict'), ('cpu = {1: 2}', 'cpu is a dict'),
+                                          ('import sys; sys.exit(1)', 'does not run: SystemExit'),
+                                          ('lr = [1]', 'lr')])
+def test_a_config_file_that_is_something_else_is_named(source, word, workdir, mistake):
+    (workdir / 'c.py').write_text(source)
+    assert word in mistake(train.main, 'c.py', '--dataset=tiny')
+
+
+@pytest.mark.parametrize('flag', ['--lr=' + '9' * 400, '--lr={[]:1}', '--T=99999999999999999999',
+                                  '--seed=' + '9' * 30, '--lr=' + '[' * 5000, '--device=meta', '--out_dir='])
+def test_values_beyond_all_measure_end_in_one_line(flag, workdir, mistake):
+    mistake(train.main, *[a for a in TINY if 'device' not in a], flag)
+
+
 # ---- outputs ----------------------------------------------------------------------------------------------
 
 def test_outputs_that_know_few_letters_are_written_in_utf8(workdir, tmp_path):
@@ -204,6 +243,59 @@ def test_a_reader_that_leaves_and_a_full_output_end_without_a_traceback(trained)
         assert Path('x.html').exists()  # saved before anything is printed
         done = shell(f"{sys.executable} {ROOT / 'train.py'} {' '.join(TINY)} > /dev/full")
         assert done.returncode == 0 and common.load('out/last.pt')['iter'] == 4
+
+
+def test_outputs_that_are_closed_are_as_if_they_were_nowhere(trained):
+    for script, flags in (('train.py', TINY), ('sample.py', ['--steps=2', '--watch', '--num_samples=1'])):
+        for closed in ('>&-', '2>&-', '>&- 2>&-'):
+            done = subprocess.run(f"{sys.executable} {ROOT / script} {' '.join(flags)} {closed}", shell=True,
+                                  capture_output=True, timeout=60)
+            assert done.returncode == 0 and b'Traceback' not in done.stderr and b'[out' not in done.stdout
+    assert common.load('out/last.pt')['iter'] == 4
+
+
+def test_too_little_memory_ends_in_one_line():
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch\nfrom configurator import script\n"
+            f"script(lambda argv: torch.empty(10 ** 15))")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith(b'error: out of memory') and \
+        done.stderr.count(b'\n') == 1
+
+
+def test_links_are_followed_and_devices_and_pipes_are_written_to_as_they_are(workdir):
+    (workdir / 'real').write_text('old')
+    (workdir / 'link').symlink_to('real')
+    (workdir / 'dangling').symlink_to('gone')
+    files.write('link', 'new')
+    files.write('dangling/x', 'new')
+    files.writable('dangling/y', 'html')
+    assert (workdir / 'real').read_text() == 'new' and (workdir / 'link').is_symlink()
+    assert (workdir / 'gone' / 'x').read_text() == 'new'
+    if hasattr(os, 'mkfifo'):
+        os.mkfifo('pipe')
+        reader = subprocess.Popen(['cat', 'pipe'], stdout=subprocess.PIPE)
+        files.write('pipe', 'new')
+        assert reader.communicate(timeout=20)[0] == b'new' and not (workdir / 'pipe').is_file()
+
+
+def test_a_name_that_is_too_long_is_told_at_the_start(trained, mistake, monkeypatch):
+    monkeypatch.setattr(pretrained, 'find', lambda *_: pytest.fail("too late"))
+    mistake(sample.main, '--out_dir=out-m', '--html=' + 'a' * 250)
+
+
+def test_preparing_anew_on_a_disk_that_is_full_leaves_what_was_there(workdir, mistake, monkeypatch):
+    tools.prepare_bytes(TEXT.encode(), 'char', 'data/t', 't')
+    before = {p.name: p.read_bytes() for p in Path('data/t').iterdir()}
+    written, real = [], files.os.fsync
+
+    def full(number):
+        written.append(number)
+        if len(written) == 2:  # the second of two files
+            raise OSError(28, 'No space left on device')
+        real(number)
+    monkeypatch.setattr(files.os, 'fsync', full)
+    assert 'make room' in mistake(lambda argv: tools.prepare_bytes(TEXT.encode() * 2, 'byte', 'data/t', 't'))
+    assert {p.name: p.read_bytes() for p in Path('data/t').iterdir()} == before
 
 
 @pytest.mark.parametrize('main, flag', [
@@ -278,7 +370,20 @@ def test_a_new_run_that_has_not_saved_yet_is_not_taken_for_the_old_one(workdir, 
     train.main([*TINY, '--out_dir=out'])
     monkeypatch.setattr(train, 'train', lambda *_: None)  # killed before its first checkpoint
     train.main([*TINY, '--out_dir=out', '--objective=ar'])
-    assert 'there is no checkpoint out/last.pt' in mistake(sample.main, '--out_dir=out')
+    told = mistake(sample.main, '--out_dir=out')
+    assert 'there is no checkpoint out/last.pt yet' in told and 'out/old-1/last.pt' in told
+
+
+@pytest.mark.parametrize('flags', [['--expanded=True'], ['--dataset=lines', '--objective=block'],
+                                   ['--dataset=empty']])
+def test_a_mistake_moves_nothing(flags, workdir, mistake):
+    from data.lines import prepare as lines
+    (workdir / 't.txt').write_text(TEXT)
+    lines.main(['--input=t.txt', '--out=data/lines', '--vocab_size=60'])
+    tools.write_splits('data/empty', dict(train=[0] * 100, val=[]), dict(kind='byte'))
+    train.main([*TINY, '--out_dir=out'])
+    mistake(train.main, *TINY, '--out_dir=out', *flags)
+    assert sorted(p.name for p in (workdir / 'out').iterdir()) == ['best.pt', 'last.pt']
 
 
 def test_temporary_files_of_killed_processes_are_removed_and_no_others(workdir):
@@ -311,6 +416,14 @@ def test_a_finished_run_that_is_resumed_says_so(workdir, capsys):
     train.main(['--init_from=resume'])
     out = capsys.readouterr().out
     assert 'finished' in out and '--max_iters=' in out and Path('out/last.pt').read_bytes() == before
+    train.main(['--init_from=resume', '--max_iters=2'])
+    assert 'done 4 iterations, max_iters is 2' in capsys.readouterr().out
+
+
+def test_a_best_pt_cannot_be_resumed_and_says_why(workdir, mistake):
+    train.main(TINY)
+    (workdir / 'out' / 'best.pt').rename(workdir / 'out' / 'last.pt')
+    assert 'a best.pt has none' in mistake(train.main, '--init_from=resume', '--max_iters=9')
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason="Windows has no SIGHUP")

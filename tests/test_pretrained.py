@@ -689,3 +689,92 @@ def test_the_caches_of_the_hubs_library_are_where_its_variables_say(monkeypatch,
 def test_a_path_of_ours_that_does_not_exist_is_not_looked_up_on_the_hub(name, workdir, monkeypatch, mistake):
     monkeypatch.setattr(pretrained, 'download', lambda *_: pytest.fail("asked the hub"))
     assert 'there is no ' in mistake(lambda argv: pretrained.find(name))
+
+
+@pytest.mark.parametrize('change, word', [
+    (dict(is_causal=False), 'is_causal=False'),
+    (dict(rope_parameters=dict(rope_type='default', rope_theta=7.0),
+          rope_scaling=dict(rope_type='linear', factor=4.0)), 'rotary positions'),
+    (dict(original_max_position_embeddings=500, rope_scaling=LONG[2]), '500 and 1000'),
+    (dict(rope_theta=0), 'rope_base=0'), (dict(rope_scaling='linear'), 'linear'),
+    (dict(rope_scaling=[1]), '[1]'),
+    (dict(num_attention_heads=0), 'config.json'), (dict(num_hidden_layers=2.0), 'n_layer=2.0'),
+    (dict(rms_norm_eps=None), 'norm_eps=None'), (dict(intermediate_size='wide'), 'n_inner=wide'),
+    (dict(max_position_embeddings=10 ** 20), 'block_size'), (dict(unmask=[1]), 'unmask'),
+    (dict(unmask=dict(config={})), 'unmask'), (dict(model_type=['llama']), "['llama']")])
+def test_a_config_json_that_cannot_be_right_is_refused_by_name(change, word, tmp_path, mistake):
+    make_folder(tmp_path / 'theirs', 'llama', **change)
+    err = mistake(lambda argv: pretrained.find(str(tmp_path / 'theirs')))
+    assert word in err, err
+
+
+def test_two_names_of_one_number_in_gpt2s_config_must_agree(tmp_path, mistake):
+    make_folder(tmp_path / 'theirs', 'gpt2', num_attention_heads=4)
+    assert 'contradict' in mistake(lambda argv: pretrained.find(str(tmp_path / 'theirs')))
+
+
+def test_a_written_folder_whose_config_was_changed_afterwards_is_refused(tmp_path, mistake):
+    make_folder(tmp_path / 'theirs', 'llama')
+    pretrained.write_folder(pretrained.find(str(tmp_path / 'theirs'))[1], tmp_path / 'own')
+    path = tmp_path / 'own' / 'config.json'
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | dict(rope_theta=77.0)))
+    assert 'rope_base=77.0' in mistake(lambda argv: pretrained.find(str(tmp_path / 'own')))
+    path.write_text(json.dumps(whole))
+    rewrite(tmp_path / 'own', lambda t: t | {'unmask.marks': t['unmask.marks'][:, :8]})
+    assert 'unmask.marks' in mistake(lambda argv: pretrained.find(str(tmp_path / 'own')))
+    rewrite(tmp_path / 'own', lambda t: without(t, 'unmask.marks'))
+    assert 'has lost' in mistake(lambda argv: pretrained.find(str(tmp_path / 'own')))
+    path.write_text(json.dumps({k: v for k, v in whole.items() if k != 'unmask'}))
+    loaded(tmp_path / 'own')
+
+
+def test_a_tokenizer_in_two_files_is_read_as_its_own_and_not_as_gpt2s(tmp_path):
+    make_folder(tmp_path / 'theirs', 'gpt2')
+    source = json.loads((tmp_path / 'theirs' / 'tokenizer.json').read_text())
+    _, want = loaded(tmp_path / 'theirs')
+    (tmp_path / 'theirs' / 'tokenizer.json').unlink()
+    vocab = source['model']['vocab'] | {'<|endoftext|>': 299}
+    (tmp_path / 'theirs' / 'vocab.json').write_text(json.dumps(vocab))
+    merges = '\n'.join(' '.join(m) for m in source['model']['merges'])
+    (tmp_path / 'theirs' / 'merges.txt').write_text(f'#version: 0.2\n{merges}\n')
+    _, got = loaded(tmp_path / 'theirs')
+    assert got.pieces == want.pieces and got.end == 299
+    for text in AWKWARD[:-1]:
+        assert got.encode(text) == want.encode(text)
+
+
+@pytest.mark.parametrize('change', [
+    dict(model=dict(vocab={'a': 'x'}, merges=[])), dict(model=dict(vocab={'a': 5.5}, merges=[])),
+    dict(model=dict(vocab={'a': 1, 'b': 1}, merges=[])),
+    dict(model=dict(vocab={'a': 0}, merges=[['a', 'a', 'a']])),
+    dict(pre_tokenizer=dict(type='Sequence', pretokenizers=[])),
+    dict(pre_tokenizer=dict(SPLIT, pretokenizers=[dict(SPLIT['pretokenizers'][0], pattern=dict(Regex='(')),
+                                                  SPLIT['pretokenizers'][1]])),
+    dict(pre_tokenizer=dict(SPLIT, pretokenizers=[dict(SPLIT['pretokenizers'][0], pattern=dict(Regex='')),
+                                                  SPLIT['pretokenizers'][1]])),
+    dict(model=dict(tokenizer_json()['model'], end_of_word_suffix='</w>'))])
+def test_a_tokenizer_json_that_cannot_be_right_ends_in_one_line(change, mistake):
+    mistake(lambda argv: tokenizer_of(tokenizer_json() | change))
+
+
+def test_what_the_words_of_a_tokenizer_leave_out_is_kept():
+    library = pytest.importorskip('tokenizers')
+    letters = dict(type='Split', pattern=dict(Regex=r'\p{L}+'), behavior='Isolated', invert=False)
+    steps = [letters, dict(BYTE_LEVEL, use_regex=False)]
+    source = tokenizer_json(pre=dict(type='Sequence', pretokenizers=steps))
+    source['model'] |= dict(dropout=None, unk_token=None, continuing_subword_prefix=None, fuse_unk=False,
+                            end_of_word_suffix=None)
+    source['added_tokens'] = []
+    ref = library.Tokenizer.from_str(json.dumps(source | dict(version='1.0', truncation=None, padding=None,
+                                                              post_processor=None, decoder=None)))
+    for text in ('  the  2 x', 'the, the; 12', '\n\n', ''):
+        assert tokenizer_of(source).encode(text) == ref.encode(text).ids, text
+        assert tokenizer_of(source).decode(tokenizer_of(source).encode(text)) == text
+
+
+@pytest.mark.parametrize('names', [None, 3, ['a']])
+def test_an_index_with_something_else_for_names_is_refused(names, theirs, mistake):
+    (theirs / 'model.safetensors').unlink()
+    (theirs / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map={'a': names})))
+    assert 'names no files' in mistake(lambda argv: pretrained.find(str(theirs)))

@@ -329,8 +329,9 @@ def sentencepiece_tokenizer(**more):
             'in it: yes'] * 30
     library.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=out, vocab_size=320,
                                        model_type='bpe', byte_fallback=True, minloglevel=2,
-                                       hard_vocab_limit=False, normalization_rule_name='identity',
-                                       **dict(remove_extra_whitespaces=False) | more)
+                                       hard_vocab_limit=False, **dict(
+                                           normalization_rule_name='identity',
+                                           remove_extra_whitespaces=False) | more)
     model = base64.b64encode(out.getvalue()).decode()
     return vocabulary.Tokenizer(dict(kind='sentencepiece', model=model, vocab_size=320, end=2, sep='\nA:'))
 
@@ -387,6 +388,49 @@ def test_a_template_and_a_suffix_get_no_space_that_they_have_not():
     assert tokenizer.text(row).startswith('the\nA:░') and tokenizer.text(row).endswith('░ of it')
     again = sample.make_canvas(sample.Config(suffix=' of it', length=20), 'the', tokenizer, 64).tolist()
     assert row == again  # what stands before an answer is compared as text
+
+
+def test_a_normaliser_that_takes_line_ends_away_does_not_put_spaces_in(mistake):
+    """SentencePiece's default, nmt_nfkc: a line end is a space, and is nothing at the beginning."""
+    tokenizer = sentencepiece_tokenizer(normalization_rule_name='nmt_nfkc', remove_extra_whitespaces=True)
+    ids = tokenizer.encode('the gov') + tokenizer.encode_rest('ernment')
+    assert tokenizer.text(ids) == 'the government'
+    meta = tokenizer.meta | dict(sep=' ')
+    assert 'is nothing in the tokens' in mistake(lambda argv: vocabulary.Tokenizer(meta))
+
+
+def test_the_end_of_a_model_of_sentencepiece_and_the_space_before_its_texts_are_not_text():
+    import sample
+    tokenizer = sentencepiece_tokenizer()
+    ids = tokenizer.encode('the people of')
+
+    def end(row, stop):
+        stops = sample.stop_ids(sample.Config(stop=stop), vocabulary.Tokenizer(
+            {k: v for k, v in tokenizer.meta.items() if k != 'sep'}))
+        return sample.ending(row, 0, tokenizer.vocab_size, stops, 0.0)
+    assert end(ids, ' the') == 0 and tokenizer.text(ids[:end(ids, 'the')]) == 'the'
+    assert end([*ids, 2, *ids], '</s>') == len(ids) + 1
+
+
+def test_a_piece_that_ends_answers_cannot_stand_in_them(mistake):
+    from theirs import tokenizer_json
+    from data.gsm8k import prepare
+    tokenizer = vocabulary.Tokenizer(dict(kind='json', json=tokenizer_json(), vocab_size=300, end=101))  # 'e'
+    assert tokenizer.n_bytes(tokenizer.encode('tele e')) == 6
+    assert 'no mark of its own' in mistake(lambda argv: prepare.stream([('a', 'seed')], tokenizer))
+
+
+@pytest.mark.parametrize('answer', ['', None])
+def test_an_item_without_an_answer_is_refused(answer, tmp_path, mistake):
+    item = dict(prompt='a', suffix='b', test='', entry_point='f', canonical_solution=answer)
+    (tmp_path / 'f.jsonl').write_text(json.dumps(item))
+    assert 'item 1 has no answer' in mistake(lambda argv: tasks.load('humaneval_infill',
+                                                                     str(tmp_path / 'f.jsonl')))
+
+
+def test_a_program_that_cannot_be_written_down_does_not_pass():
+    item = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')[1]
+    assert not tasks.passes('    y = 1 + x #\0\n', item) and not tasks.passes('    y = 1 + x #\ud800\n', item)
 
 
 def test_the_name_of_a_mask_in_a_text_is_text():
