@@ -46,7 +46,8 @@ def script(main):
             sys.exit(141)  # as a program that SIGPIPE ends
         fail(f"the standard output cannot be written: {e.strerror}")
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and 'memory' not in str(e):  # torch says it in many ways
+        words = ('out of memory', "can't allocate memory", 'not enough memory')  # of torch's RuntimeErrors
+        if isinstance(e, RuntimeError) and not any(word in str(e).lower() for word in words):
             raise
         why = str(e).strip().splitlines()[0][:200] if str(e).strip() else "more than this machine has"
         fail(f"out of memory ({why}): a smaller batch, model or length may help")

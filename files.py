@@ -144,6 +144,8 @@ def folder(path, flag, named=''):
 def writable(path, flag):
     """The same of a file."""
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device, a pipe
+        return
     folder(path.parent, flag, path)
     with disk(f'--{flag}={path}'):
         if path.is_dir():
