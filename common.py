@@ -226,7 +226,7 @@ def find_checkpoint(out_dir='', which='best'):
             fail("there is no out*/last.pt here: `python train.py config/train_mdlm.py` makes one")
         out_dir = found[-1].parent
     path = Path(out_dir, f'{which}.pt')
-    if Path(out_dir).suffix == '.pt':
+    if Path(out_dir).suffix == '.pt' and not Path(out_dir).is_dir():
         fail(f"there is no checkpoint {out_dir}")
     return path if path.exists() else Path(out_dir, 'last.pt')
 

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import files
 import model
 import vae
 from masked import low_discrepancy
@@ -140,16 +141,19 @@ def cached(encoder, windows, folder, rows=256):
     path = Path(folder, f'latents-{key.hexdigest()[:16]}.npy')
     if not path.exists():
         n, d, device = encoder.config.n_latent, encoder.config.d_latent, windows.start.device
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f'.{os.getpid()}.tmp')
-        out = np.lib.format.open_memmap(temporary, 'w+', np.float16, (len(windows), n, d))
+        with files.disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            out = np.lib.format.open_memmap(temporary, 'w+', np.float16, (len(windows), n, d))
         parts = torch.arange(len(windows), device=device).split(rows)
         try:
             for part in tqdm(parts, desc=f'latents of {len(windows)} windows', disable=None):
                 z = encoder.encode(windows.window(part))
                 out[part[0].item():part[-1].item() + 1] = z.half().cpu().numpy()
-            out.flush()
-            os.replace(temporary, path)
+            with files.disk(path):
+                out.flush()
+                del out  # Windows renames no file that is open
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return torch.from_numpy(np.load(path))

@@ -475,9 +475,11 @@ def start(state, rank, world, dtype):
             f"{run.max_iters} iterations, {device} in {dtype}, to {run.out_dir}/")
 
     caught = []
-    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP; under nohup it stays ignored
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), lambda number, frame: caught.append(number))
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        stops.append(signal.SIGHUP)
+    for number in stops:
+        signal.signal(number, lambda number, frame: caught.append(number))
 
     def stop(it):
         """Has a signal come?
