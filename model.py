@@ -240,8 +240,8 @@ def orthogonal(G, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """Keller Jordan's Muon (kellerjordan.github.io/posts/muon): a step along the orthogonalised momentum,
-    lr sqrt(max(1, m / n)) long. As torch.optim.Muon, which always works in bfloat16; in that, a CPU without
-    instructions for it takes four times as long for a training step as in float32 (NOTES.md)."""
+    lr sqrt(max(1, m / n)) long. As torch.optim.Muon, which always works in bfloat16; on a CPU without
+    instructions for it a training step then takes 3.5 times as long as with float32 (NOTES.md)."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
