@@ -8,6 +8,7 @@ them on a CPU. Every knob is checked against its dataclass field: an unknown nam
 impossible value ends in one line on stderr and exit code 2, before anything is written.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -56,7 +57,8 @@ def script(main):
 def fail(message):
     """End the script as a person's mistake deserves:
     what is wrong and the way out, one line, exit code 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
@@ -96,6 +98,8 @@ def convert(field, value):
     if value is True and field.type is not bool:
         raise ValueError(f"--{field.name}=True is not of type {field.type.__name__}: a knob and its value "
                          f"are joined by =, as in --{field.name}={field.default or 'VALUE'}")
+    if field.type is str and isinstance(value, str) and value != value.encode(errors='replace').decode():
+        raise ValueError(f"--{field.name} is not UTF-8 text")
     if field.type in (str, Filename) and isinstance(value, str):
         return os.path.expanduser(value) if field.type is Filename else value
     if isinstance(value, str):

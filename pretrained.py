@@ -410,26 +410,29 @@ def write_folder(checkpoint, folder):
     plain = {**checkpoint['config'], 'lora_rank': 0}
     own = dict(objective=checkpoint['objective'], config=plain,
                **{name: checkpoint[name] for name in ('run', 'iter', 'tokens')})
-    theirs = config_json(shape)
+    theirs, small = config_json(shape), {}
     if meta['kind'] == 'json':
         own['tokenizer'] = {k: v for k, v in meta.items() if k != 'json'}
         theirs |= dict(eos_token_id=meta['end'], bos_token_id=meta.get('bos'))
-        files.write(folder / 'tokenizer.json', json.dumps(meta['json'], ensure_ascii=False).encode())
+        small['tokenizer.json'] = json.dumps(meta['json'], ensure_ascii=False).encode()
     else:
         own['tokenizer'] = meta
         print(f"note: a tokenizer of kind {meta['kind']} has no file in that layout, it goes into "
               f"config.json, where only this repository looks", file=sys.stderr)
-    temporary = folder / f'model.safetensors.{os.getpid()}.tmp'
+    small['config.json'] = json.dumps(theirs | dict(unmask=own), indent=1).encode()
+    temporary = files.temporary(folder / 'model.safetensors')
     with files.disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors | {'unmask.marks': embed[V:].contiguous()}, temporary, {'format': 'pt'})
+            os.umask(mask := os.umask(0))
+            temporary.chmod(0o666 & ~mask)  # as any other file; the library gives it to its owner alone
+            files.write_all(folder, small)
             os.replace(temporary, folder / 'model.safetensors')
         except SafetensorError as e:
             raise OSError(str(e))
         finally:
             temporary.unlink(missing_ok=True)
-    files.write(folder / 'config.json', json.dumps(theirs | dict(unmask=own), indent=1).encode())
     return tensors
 
 
@@ -545,6 +548,9 @@ def find(source, which='best'):
     the script ends."""
     path = Path(source)
     if source and path.is_dir() and (path / 'config.json').is_file():
+        if (path / 'best.pt').is_file() or (path / 'last.pt').is_file():
+            fail(f"{path}/ holds a config.json with its model and checkpoints of ours too: move one of them "
+                 f"away")
         return path, read_folder(path)
     if path.is_file():
         return path, common.load(path)
@@ -568,6 +574,8 @@ def main(argv):
         fail("where to? --to=FOLDER")
     if Path(config.to, 'config.json').exists():
         fail(f"{config.to} holds a model already: name another folder")
+    if any(Path(config.to).glob('*.pt')):
+        fail(f"{config.to} holds checkpoints of ours: name another folder")
     files.folder(config.to, 'to')
     path, checkpoint = find(config.out_dir, config.which)
     tensors = write_folder(checkpoint, config.to)

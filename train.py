@@ -108,6 +108,8 @@ def settings(argv):
     checkpoint = None
     if not out_dir:
         fail("where to? --out_dir=FOLDER")
+    if Path(out_dir, 'config.json').exists():
+        fail(f"out_dir={out_dir} holds a model in Hugging Face's layout: take another folder")
     if source == 'resume':
         checkpoint = common.load(Path(out_dir, 'last.pt'))
         kept = {**checkpoint['config'], **checkpoint['run']}
@@ -262,7 +264,9 @@ class State:
             if self.slow and 'slow' in checkpoint:
                 self.slow.load_state_dict(checkpoint['slow'])
             self.load_optimizers(checkpoint.get('optimizers', []))
-            self.iter, self.tokens, self.best = checkpoint['iter'], checkpoint['tokens'], checkpoint['best']
+            self.iter, self.tokens = checkpoint['iter'], checkpoint['tokens']
+            if all(checkpoint['run'][name] == getattr(run, name) for name in ('eval_windows', 'eval_draws')):
+                self.best = checkpoint['best']  # else it is the figure of another text
         self.peak = [optimizer.defaults['lr'] for optimizer in self.optimizers]
         self.gauge = None      # training windows by which a VAE measures its scale
         self.evaluated = None  # iteration of self.val

@@ -210,8 +210,8 @@ def json_tokens(meta):
     try:
         model, letters = source['model'], byte_letters()
         if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or source.get('normalizer'):
-            raise Unreadable(f"is of kind {model.get('type')} with "
-                             f"{(source.get('normalizer') or {}).get('type', 'byte_fallback')}")
+            more = [(source.get('normalizer') or {}).get('type'), model.get('byte_fallback') and 'byte_fallback']
+            raise Unreadable(f"is of kind {' with '.join(filter(None, [model.get('type'), *more]))}")
         for name in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
             if model.get(name):
                 raise Unreadable(f"has {name}={model[name]}, which is not known here")

@@ -466,3 +466,9 @@ def test_a_vocabulary_of_one_trains_samples_and_is_measured(workdir, objective, 
 def test_an_empty_text_to_score_is_said_to_be_none(trained, mistake):
     (trained / 'empty.txt').touch()
     assert 'holds no text' in mistake(evaluation.main, '--out_dir=out-m', '--input=empty.txt')
+
+
+def test_a_given_text_that_is_no_utf8_is_refused_and_a_path_is_not(mistake):
+    assert '--start is not UTF-8' in mistake(lambda argv: configurator.build(dict(start='caf\udce9'),
+                                                                             sample.Config))
+    assert configurator.build(dict(html='caf\udce9'), sample.Config)[0].html == 'caf\udce9'

@@ -778,3 +778,25 @@ def test_an_index_with_something_else_for_names_is_refused(names, theirs, mistak
     (theirs / 'model.safetensors').unlink()
     (theirs / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map={'a': names})))
     assert 'names no files' in mistake(lambda argv: pretrained.find(str(theirs)))
+
+
+def test_a_folder_is_a_model_of_others_or_checkpoints_of_ours_and_not_both(own, mistake):
+    train.main([*RUN, f'--init_from={own}', '--out_dir=out-a'])
+    assert 'holds checkpoints' in mistake(pretrained.main, '--out_dir=out-a', '--to=out-a')
+    assert "Hugging Face's layout" in mistake(train.main, *RUN, f'--init_from={own}', f'--out_dir={own}')
+    os.link('out-a/last.pt', own / 'last.pt')
+    assert 'move one of them away' in mistake(lambda argv: pretrained.find(str(own)))
+
+
+def test_an_export_that_fails_leaves_nothing_and_one_that_does_not_is_readable_by_all(
+        theirs, tmp_path, mistake, monkeypatch):
+    _, checkpoint = pretrained.find(str(theirs))
+    with monkeypatch.context() as m:
+        def full(*_):
+            raise OSError(28, 'No space left on device')
+        m.setattr(pretrained.files, 'write_all', full)
+        assert 'make room' in mistake(lambda argv: pretrained.write_folder(checkpoint, tmp_path / 'out'))
+        assert not list((tmp_path / 'out').iterdir())
+    pretrained.write_folder(checkpoint, tmp_path / 'out')
+    modes = {path.stat().st_mode for path in (tmp_path / 'out').iterdir()}
+    assert len(modes) == 1 and len(list((tmp_path / 'out').iterdir())) == 3

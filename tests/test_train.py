@@ -316,6 +316,16 @@ def test_weight_decay_and_learning_rates_may_change_when_a_run_is_resumed(workdi
     assert same(before['model'], after['model']) and after['run']['weight_decay'] == 0.25
 
 
+def test_the_best_figure_of_another_evaluation_does_not_count(workdir):
+    train.main(TINY)
+    checkpoint = common.load('out/last.pt')
+    torch.save(checkpoint | dict(best=-1.0), 'out/last.pt')  # nothing will be better
+    train.main(['--init_from=resume', '--max_iters=6'])
+    assert common.load('out/best.pt')['iter'] == 4
+    train.main(['--init_from=resume', '--max_iters=8', '--eval_windows=4'])
+    assert common.load('out/best.pt')['iter'] == 8
+
+
 def test_adapters_that_muon_has_all_of_are_trained(workdir):
     train.main([*TINY, '--objective=ar', '--out_dir=out-a'])
     train.main([*TINY, '--init_from=out-a', '--objective=masked', '--lora_rank=2', '--lora_embed=False'])
