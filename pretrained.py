@@ -10,7 +10,8 @@ Wherever a script takes a checkpoint it may be named in four ways: a folder or f
 config.json, *.safetensors and a tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging
 Face hub. The last two are downloaded once, into HF_HOME, unless the hub's own library has them already (in
 HF_HUB_CACHE); HF_ENDPOINT names a mirror, HF_TOKEN opens what is behind a consent. Only tensors are read, no
-code (no pickle), and all of them: one that has no place in the model ends the script, as quantised weights do.
+code (no pickle), and all of them: one that has no place in the model ends the script, as quantised weights
+do.
 
 What is written is such a folder again, adapters merged. What others do not have, the rows of [MASK] and
 [BOS] and the objective, stands in a tensor `unmask.marks` and in config.json under `unmask`; others leave it

@@ -210,8 +210,9 @@ def json_tokens(meta):
     try:
         model, letters = source['model'], byte_letters()
         if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or source.get('normalizer'):
-            more = [(source.get('normalizer') or {}).get('type'), model.get('byte_fallback') and 'byte_fallback']
-            raise Unreadable(f"is of kind {' with '.join(filter(None, [model.get('type'), *more]))}")
+            what = [model.get('type'), (source.get('normalizer') or {}).get('type'),
+                    'byte_fallback' * bool(model.get('byte_fallback'))]
+            raise Unreadable(f"is of kind {' with '.join(filter(None, what))}")
         for name in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
             if model.get(name):
                 raise Unreadable(f"has {name}={model[name]}, which is not known here")
