@@ -53,9 +53,10 @@ def mask_law(n, low, high):
     """Probability that k of a block's n tokens are masked in training, k = 0..n: (n + 1,) float64, all 0 if
     no k fits.
 
-    BD3-LM's clipped schedule (arXiv 2503.09573 and its code): t is uniform on [low, high], every token is
-    masked with probability t, and that again until the share k / n lies in [low, high] too. Blocks without a
-    mask cost nothing and are left out; so [0, 1] makes k uniform on 1..n, as in the bound.
+    BD3-LM's clipped schedule (arXiv 2503.09573 and its code): t is uniform on [low, high], and every token is
+    masked with probability t; a block is drawn again, at the same t, until its share k / n lies in
+    [low, high] too. Blocks without a mask cost nothing and are left out, so [0, 1] makes k uniform on 1..n,
+    as in the bound.
     """
     k = torch.arange(n + 1, dtype=torch.float64, device='cpu')
     t = low + (high - low) * (torch.arange(1000, dtype=torch.float64, device='cpu') + 0.5) / 1000

@@ -1,9 +1,9 @@
 """
 The files that people have, and those that they get.
 
-What is read is UTF-8, with or without a byte order mark, or UTF-16 with one. What is written appears under a
-temporary name and is renamed when it is whole, so a file is whole or absent. A file that cannot be read, and
-a disk that refuses, end the script in one line.
+What is read is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one. What is written gets a
+temporary name first and is renamed when it is whole, so a file is whole or absent. A file that cannot be
+read, and a disk that refuses, end the script in one line.
 """
 import contextlib
 import errno
@@ -75,6 +75,7 @@ def disk(path, then="then run the same command again"):
 
 
 def temporary(path):
+    """The name that this process writes `path` under before it is whole: see `folder`, `abandoned`."""
     return path.with_name(f'{path.name}.{os.getpid()}.tmp')
 
 
@@ -124,9 +125,9 @@ def write_all(folder, data, stale=()):
 
 
 def folder(path, flag, named=''):
-    """Can files be written into the folder that a person named with --flag, which need not exist yet? Or the
-    script ends, before there is anything to write. Temporary files of processes that were killed are removed
-    from it. named: what the person wrote, if it is not the path. Returns the nearest folder that exists."""
+    """Check that files can be written into the folder that a person named with --flag; it need not exist yet.
+    If not, the script ends, before there is anything to write. Removes temporary files of processes that were
+    killed. named: what the person wrote, if it is not `path`. Returns the nearest folder that exists."""
     with disk(f'--{flag}={named or path}'):
         there = Path(os.path.realpath(path))
         while not there.exists():
@@ -142,7 +143,7 @@ def folder(path, flag, named=''):
 
 
 def writable(path, flag):
-    """The same of a file."""
+    """Check that the file which a person named with --flag can be written, or the script ends; see `folder`."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():  # a device, a pipe
         return
@@ -156,7 +157,7 @@ def writable(path, flag):
 
 
 def abandoned(path, pid, seconds=600):
-    """Will process pid not go on writing the temporary file `path`?"""
+    """Has process pid, which made the temporary file `path`, ended?"""
     if pid == os.getpid():
         return True
     if os.name != 'posix':  # there is no harmless way to ask
@@ -172,8 +173,8 @@ def abandoned(path, pid, seconds=600):
 
 @contextlib.contextmanager
 def occupied(path):
-    """While this runs, the folder is ours: another process that wants it ends in one line. (A mark of a
-    process that was killed does not count, see `folder`.)"""
+    """Mark the folder as in use while this runs; a process that finds the mark of another ends in one line.
+    (`folder` has removed the marks of processes that were killed.)"""
     for other in Path(path).glob('training.*.tmp'):
         fail(f"{path}/ is in use: process {other.name.split('.')[1]} trains there; stop it or take another "
              f"folder (or remove {other}, if it does not)")

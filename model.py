@@ -229,13 +229,14 @@ class Block(nn.Module):
 
 
 def orthogonal(G, steps=5):
-    """The matrix G (m, n) with its singular values moved close to 1, by steps of Newton and Schulz."""
-    X = G.T if len(G) > len(G.T) else G
+    """G (m, n) with its singular values moved close to 1: Newton-Schulz steps, coefficients of Muon's author."""
+    tall = G.size(0) > G.size(1)
+    X = G.T if tall else G
     X = X / X.norm().clamp(min=1e-7)
     for _ in range(steps):
         A = X @ X.T
         X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
-    return X.T if len(G) > len(G.T) else X
+    return X.T if tall else X
 
 
 class Muon(torch.optim.Optimizer):

@@ -19,6 +19,7 @@ out.
 """
 import base64
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -380,12 +381,28 @@ def read_folder(folder):
                 model=weights, ema=weights, iter=own.get('iter', 0), tokens=own.get('tokens', 0))
 
 
+def write_model(folder, tensors, others):
+    """model.safetensors and the other files {name: bytes}, all or none; or the script ends."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    temporary = files.temporary(folder / 'model.safetensors')
+    with files.disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary, {'format': 'pt'})
+            os.umask(mask := os.umask(0))
+            temporary.chmod(0o666 & ~mask)  # as any other file; the library gives it to its owner alone
+            files.write_all(folder, others)
+            os.replace(temporary, folder / 'model.safetensors')
+        except SafetensorError as e:
+            raise OSError(str(e))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def write_folder(checkpoint, folder):
     """A checkpoint dict of ours -> a folder in Hugging Face's layout, or the script ends."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError:
+    if not importlib.util.find_spec('safetensors'):
         fail(f"writing {folder} needs the library safetensors: {MISSING}")
     config = common.concept(checkpoint['objective']).Config(**checkpoint['config'])
     if checkpoint['objective'] not in ('ar', 'masked') or config.arch == 'ours':
@@ -421,19 +438,7 @@ def write_folder(checkpoint, folder):
         print(f"note: a tokenizer of kind {meta['kind']} has no file in that layout, it goes into "
               f"config.json, where only this repository looks", file=sys.stderr)
     small['config.json'] = json.dumps(theirs | dict(unmask=own), indent=1).encode()
-    temporary = files.temporary(folder / 'model.safetensors')
-    with files.disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors | {'unmask.marks': embed[V:].contiguous()}, temporary, {'format': 'pt'})
-            os.umask(mask := os.umask(0))
-            temporary.chmod(0o666 & ~mask)  # as any other file; the library gives it to its owner alone
-            files.write_all(folder, small)
-            os.replace(temporary, folder / 'model.safetensors')
-        except SafetensorError as e:
-            raise OSError(str(e))
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_model(folder, tensors | {'unmask.marks': embed[V:].contiguous()}, small)
     return tensors
 
 

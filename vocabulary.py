@@ -49,10 +49,10 @@ class Tokenizer:
             self.sep = self.encode_rest(meta['sep']) if 'sep' in meta else None
             self.vocab_size = len(self.pieces)
             self.lengths = np.array([len(piece) for piece in self.pieces])
-            if kind in ('gpt2', 'sentencepiece', 'json') and self.end is not None and is_mark(meta, self.end):
-                self.lengths[self.end] = 0
             if kind == 'bpe':
                 self.lengths[UNK] = 1
+            elif self.end is not None and is_mark(meta, self.end):
+                self.lengths[self.end] = 0
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             fail(f"the description of the tokens, of kind {kind}, is damaged ({type(e).__name__}: {e}): "
                  f"prepare the dataset again, or get the model again")

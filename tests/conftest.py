@@ -35,6 +35,15 @@ def workdir(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def trained(workdir):
+    """A working folder with a tiny masked model in out-m and its AR twin in out-a."""
+    import train
+    train.main([*TINY, '--out_dir=out-m'])
+    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
+    return workdir
+
+
+@pytest.fixture
 def mistake(capsys):
     """Call a script's main and return its one line of complaint; anything but exit code 2 and one line fails
     the test."""

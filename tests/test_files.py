@@ -33,13 +33,6 @@ def run(script, *flags, **how):
     return subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, timeout=120, **how)
 
 
-@pytest.fixture
-def trained(workdir):
-    train.main([*TINY, '--out_dir=out-m'])
-    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
-    return workdir
-
-
 # ---- reading ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('encoding, mark', [('utf-8', BOM), ('utf-8', b''), ('utf-16', b''),

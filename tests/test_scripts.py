@@ -21,14 +21,6 @@ import vocabulary
 from conftest import ROOT, TEXT, TINY
 
 
-@pytest.fixture
-def trained(workdir):
-    """A working folder with a tiny masked model in out-m and its AR twin in out-a."""
-    train.main([*TINY, '--out_dir=out-m'])
-    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
-    return workdir
-
-
 # ---- the commands -----------------------------------------------------------------------------------------
 
 def test_the_commands_of_the_readme_work_end_to_end(tmp_path):
