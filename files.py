@@ -143,7 +143,7 @@ def folder(path, flag, named=''):
 
 
 def writable(path, flag):
-    """Check that the file which a person named with --flag can be written, or the script ends; see `folder`."""
+    """Check that the file that a person named with --flag can be written, or the script ends."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():  # a device, a pipe
         return

@@ -229,7 +229,7 @@ class Block(nn.Module):
 
 
 def orthogonal(G, steps=5):
-    """G (m, n) with its singular values moved close to 1: Newton-Schulz steps, coefficients of Muon's author."""
+    """G (m, n) with its singular values moved close to 1, by Newton-Schulz steps with Muon's coefficients."""
     tall = G.size(0) > G.size(1)
     X = G.T if tall else G
     X = X / X.norm().clamp(min=1e-7)
