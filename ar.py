@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import lora
+from parts import lora
 import model
-from packing import apart, of_text, starts
+from text.packing import apart, of_text, starts
 from unmask import draw
 
 

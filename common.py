@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import files
+from text import files
 from configurator import fail
-from vocabulary import Tokenizer, as_ids, file_type
+from text.vocabulary import Tokenizer, as_ids, file_type
 
 OBJECTIVES = ('ar', 'masked', 'block', 'score', 'vae', 'latent')  # the concept files
 

@@ -47,16 +47,16 @@ import torch
 import torch.nn.functional as F
 
 import common
-import files
-import packing
-import pretrained
-import tasks
+from text import files
+from text import packing
+from hub import pretrained
+from tools import tasks
 import unmask
 import vae
-import vocabulary
+from text import vocabulary
 from configurator import Filename, build, fail, help_text, read, script
-from pairs import Pairs
-from tasks import TASKS
+from text.pairs import Pairs
+from tools.tasks import TASKS
 
 MODES = ('nll', 'gen_ppl', 'frontier', 'latents', 'tasks')
 

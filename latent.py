@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import files
+from text import files
 import model
 import vae
 from masked import low_discrepancy

@@ -42,10 +42,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ar
-import lora
+from parts import lora
 import model
 from ar import token_nats
-from packing import apart, of_text
+from text.packing import apart, of_text
 from unmask import unmask
 
 

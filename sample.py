@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 
 import common
-import files
+from text import files
 import latent
-import pretrained
+from hub import pretrained
 import score
 import unmask
 import vae
-import vocabulary
+from text import vocabulary
 from configurator import Filename, build, fail, help_text, read, script
 
 

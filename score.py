@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import model
 from ar import token_nats
 from masked import low_discrepancy
-from packing import apart, of_text
+from text.packing import apart, of_text
 from unmask import ranks, truncate
 
 

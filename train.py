@@ -27,16 +27,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import adapt
+from hub import adapt
 import common
-import files
-import lora
-import packing
-import pretrained
-import vocabulary
+from text import files
+from parts import lora
+from text import packing
+from hub import pretrained
+from text import vocabulary
 from configurator import Filename, build, fail, fields_of, help_text, peek, read, script
 from model import optimizers
-from pairs import Pairs
+from text.pairs import Pairs
 
 
 @dataclass

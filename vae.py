@@ -31,11 +31,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import lora
+from parts import lora
 import model
 from ar import prompt_length, token_nats
 from unmask import draw
-from windows import OTHER, Windows, begins, last, sentence_ends
+from text.windows import OTHER, Windows, begins, last, sentence_ends
 
 
 @dataclass

@@ -1,24 +1,18 @@
 """
-What the preparers share: flags, downloads that go on where they were cut, text into tokens.
+What the preparers share: flags, and text into tokens.
 """
 import hashlib
 import json
-import os
 import sys
-import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
-import requests
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import files  # noqa: E402
 from configurator import build, fail, help_text, read  # noqa: E402
-from vocabulary import Tokenizer, file_type  # noqa: E402
-
-TRIES, PAUSE = 5, 1.0  # of a download that was cut; seconds before the second, doubled for each after it
+from hub import pretrained  # noqa: E402
+from text import files  # noqa: E402
+from text.vocabulary import Tokenizer, file_type  # noqa: E402
 
 
 def settings(argv, doc, Config):
@@ -31,95 +25,6 @@ def settings(argv, doc, Config):
     config, = build({**given, **flags}, Config)
     files.folder(config.out, 'out')
     return config
-
-
-# ---- files ------------------------------------------------------------------------------------------------
-
-def unzip(path, member):
-    """The bytes of one member of a zip file, which carries a checksum of its own; or the script ends."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(member)
-    except (zipfile.BadZipFile, KeyError) as e:
-        fail(f"{path} is damaged or another file than expected ({e}): replace it")
-
-
-# ---- downloads --------------------------------------------------------------------------------------------
-
-def append(url, part, headers):
-    """One connection: ask for what `part` lacks and put it behind what it has.
-    Raises requests.RequestException; what has come by then stays in `part`."""
-    have = part.stat().st_size if part.exists() else 0
-    asked = {**headers, 'Accept-Encoding': 'identity'}  # else lengths would count compressed bytes
-    if have:
-        asked['Range'] = f'bytes={have}-'
-    with requests.get(url, headers=asked, stream=True, timeout=20) as response:
-        size = response.headers.get('content-range', '').rpartition('/')[2]
-        if response.status_code == 416 and have:  # nothing lies beyond `have`
-            if size == str(have):
-                return
-            part.unlink()  # of another file, or of another version of this one
-            return append(url, part, headers)
-        response.raise_for_status()
-        if response.status_code != 206:  # the server knows no ranges and sends all of it
-            have, size = 0, response.headers.get('content-length', '')
-        total = int(size) if size.isdigit() else None
-        with files.disk(part):
-            part.parent.mkdir(parents=True, exist_ok=True)
-            f = open(part, 'ab' if have else 'wb')
-        with f, tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=part.stem,
-                     disable=not sys.stderr.isatty()) as bar:
-            for chunk in response.iter_content(1 << 16):
-                with files.disk(part):
-                    f.write(chunk)
-                    f.flush()  # a full disk says so here
-                bar.update(len(chunk))
-    if total is not None and part.stat().st_size != total:
-        raise requests.ConnectionError(f"{part.stat().st_size} of {total} bytes came")
-
-
-def download(url, path, sha256='', headers=()):
-    """url -> path, whole and with the right checksum, or not at all; a file that exists is left alone.
-
-    What has come lies in path.part, where the next call goes on. A connection that is cut is tried again,
-    one that never gave a byte is not. Raises requests.RequestException, or ValueError (another checksum).
-    """
-    path = Path(path)
-    if path.exists():
-        return
-    part = path.with_name(path.name + '.part')
-    for attempt in range(TRIES):
-        try:
-            append(url, part, dict(headers))
-            break
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
-            if attempt == TRIES - 1 or not part.exists():
-                raise
-            time.sleep(PAUSE * 2 ** attempt)
-    if sha256:
-        with open(part, 'rb') as f:
-            found = hashlib.file_digest(f, 'sha256').hexdigest()
-        if found != sha256:
-            part.unlink()
-            raise ValueError(f"sha256 {found[:12]}… instead of {sha256[:12]}…")
-    os.replace(part, path)
-
-
-def fetch(url, path, sha256='', otherwise=''):
-    """download(), or the script ends and names the way out; `otherwise` is another one."""
-    try:
-        download(url, path, sha256)
-    except (requests.RequestException, ValueError) as e:
-        why = type(e).__name__ if isinstance(e, requests.ConnectionError) else str(e)[:150]
-        fail(f"{url} could not be downloaded ({why}): "
-             f"run the same command again, it goes on where it stopped{otherwise and '; or ' + otherwise}")
-
-
-def hub(repository, name, kind='datasets/'):
-    """The address of a file in a dataset of the Hugging Face hub (kind='': a model), or of its mirror
-    HF_ENDPOINT."""
-    host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
-    return f'{host}/{kind}{repository}/resolve/main/{name}'
 
 
 # ---- text into tokens -------------------------------------------------------------------------------------
@@ -145,7 +50,6 @@ def meta_of(kind, text=''):
         return dict(kind=kind)
     if kind == 'char':
         return dict(kind=kind, chars=sorted(set(text)))
-    import pretrained  # which downloads with what is in this file
     return pretrained.tokenizer(kind)
 
 

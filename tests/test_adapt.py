@@ -4,11 +4,11 @@ import dataclasses
 import pytest
 import torch
 
-import adapt
+from hub import adapt
 import ar
 import block
 import common
-import lora
+from parts import lora
 import masked
 import model
 import train

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import regex
 
-import vocabulary
-from vocabulary import BOS, EOS, MARKS, PAD, UNK
+from text import vocabulary
+from text.vocabulary import BOS, EOS, MARKS, PAD, UNK
 from conftest import TEXT
 from data.lines import prepare
 

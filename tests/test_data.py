@@ -19,10 +19,11 @@ import requests
 import torch
 
 import common
-import files
-import vocabulary
+from text import files
+from text import vocabulary
 from conftest import ROOT, TEXT
 from data import tools
+from hub import web
 
 AWKWARD = ['', '\n\n\t  \n', 'To be, or not to be', 'e\u0301 ä ß', '👩\u200d👧 🇩🇪 🤷🏽', '漢字かな 한국어',
            '\0\ufeff\ufffd\u2028', 'a<|endoftext|>b', 'x' * 500]
@@ -95,7 +96,7 @@ def site(monkeypatch):
     threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
     site.url = f'http://127.0.0.1:{server.server_port}'
     monkeypatch.setenv('HF_ENDPOINT', site.url)
-    monkeypatch.setattr(tools, 'PAUSE', 0)
+    monkeypatch.setattr(web, 'PAUSE', 0)
     yield site
     server.shutdown()
     server.server_close()
@@ -223,33 +224,33 @@ GOOD = hashlib.sha256(DATA).hexdigest()
 
 def test_a_download_goes_on_where_the_connection_was_cut(site, tmp_path):
     site.files['/f'], site.cuts = DATA, [200_000, 150_000]
-    tools.download(f'{site.url}/f', tmp_path / 'f', GOOD)
+    web.download(f'{site.url}/f', tmp_path / 'f', GOOD)
     assert (tmp_path / 'f').read_bytes() == DATA and not list(tmp_path.glob('*.part'))
     starts = [int(wanted[6:-1]) for wanted in site.asked[1:]]
     assert len(starts) == 2 and 100_000 < starts[0] <= 200_000 and 200_000 < starts[1] <= 350_000
-    tools.download(f'{site.url}/f', tmp_path / 'f', GOOD)
+    web.download(f'{site.url}/f', tmp_path / 'f', GOOD)
     assert len(site.asked) == 3, "a whole file is not asked for again"
 
 
 def test_a_server_may_give_less_than_was_asked_for(site, tmp_path):
     site.files['/f'], site.cuts, site.most = DATA, [300_000], 150_000
-    tools.download(f'{site.url}/f', tmp_path / 'f')
+    web.download(f'{site.url}/f', tmp_path / 'f')
     assert (tmp_path / 'f').read_bytes() == DATA
 
 
 def test_a_download_goes_on_where_an_earlier_run_stopped(site, tmp_path, mistake):
     site.files['/f'], site.cuts = DATA, [100_000, 0, 0, 0, 0]
-    message = mistake(lambda argv: tools.fetch(f'{site.url}/f', tmp_path / 'f', GOOD))
+    message = mistake(lambda argv: web.fetch(f'{site.url}/f', tmp_path / 'f', GOOD))
     assert 'run the same command again' in message and not (tmp_path / 'f').exists()
     have = (tmp_path / 'f.part').stat().st_size
     assert 0 < have <= 100_000
-    tools.fetch(f'{site.url}/f', tmp_path / 'f', GOOD)
+    web.fetch(f'{site.url}/f', tmp_path / 'f', GOOD)
     assert (tmp_path / 'f').read_bytes() == DATA and site.asked[-1] == f'bytes={have}-'
 
 
 def test_a_server_without_ranges_is_asked_for_all_of_it_again(site, tmp_path):
     site.files['/f'], site.cuts, site.ranges = DATA, [200_000], False
-    tools.download(f'{site.url}/f', tmp_path / 'f', GOOD)
+    web.download(f'{site.url}/f', tmp_path / 'f', GOOD)
     assert (tmp_path / 'f').read_bytes() == DATA and len(site.asked) == 2
 
 
@@ -257,20 +258,20 @@ def test_a_server_without_ranges_is_asked_for_all_of_it_again(site, tmp_path):
 def test_a_part_that_is_already_whole_or_too_long_is_noticed(site, tmp_path, part, requests_made):
     site.files['/f'] = DATA
     (tmp_path / 'f.part').write_bytes(part)
-    tools.download(f'{site.url}/f', tmp_path / 'f', GOOD)
+    web.download(f'{site.url}/f', tmp_path / 'f', GOOD)
     assert (tmp_path / 'f').read_bytes() == DATA and len(site.asked) == requests_made
 
 
 def test_a_wrong_checksum_ends_the_download_and_removes_the_part(site, tmp_path, mistake):
     site.files['/f'] = DATA
-    message = mistake(lambda argv: tools.fetch(f'{site.url}/f', tmp_path / 'f', '0' * 64, 'dance'))
+    message = mistake(lambda argv: web.fetch(f'{site.url}/f', tmp_path / 'f', '0' * 64, 'dance'))
     assert 'sha256' in message and GOOD[:12] in message and message.endswith('or dance\n')
     assert not list(tmp_path.iterdir())
 
 
 def test_what_never_came_is_not_tried_again_and_leaves_nothing(site, tmp_path, mistake):
     for url in (f'{site.url}/none', 'http://127.0.0.1:9/f', 'nonsense'):
-        assert url in mistake(lambda argv, url=url: tools.fetch(url, tmp_path / 'a/f'))
+        assert url in mistake(lambda argv, url=url: web.fetch(url, tmp_path / 'a/f'))
     assert len(site.asked) == 1 and not list(tmp_path.iterdir())
 
 
@@ -280,11 +281,11 @@ def test_a_full_disk_is_one_line_and_keeps_what_has_come(site, tmp_path, mistake
             raise OSError(errno.ENOSPC, 'No space left on device')
     site.files['/f'] = DATA
     (tmp_path / 'f.part').write_bytes(DATA[:1000])
-    monkeypatch.setattr(tools, 'open', Full, raising=False)
-    message = mistake(lambda argv: tools.fetch(f'{site.url}/f', tmp_path / 'f'))
+    monkeypatch.setattr(web, 'open', Full, raising=False)
+    message = mistake(lambda argv: web.fetch(f'{site.url}/f', tmp_path / 'f'))
     assert 'No space left' in message and 'make room' in message and len(site.asked) == 1
     monkeypatch.undo()
-    tools.download(f'{site.url}/f', tmp_path / 'f', GOOD)
+    web.download(f'{site.url}/f', tmp_path / 'f', GOOD)
     assert site.asked[-1] == 'bytes=1000-'
 
 

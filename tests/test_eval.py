@@ -10,7 +10,7 @@ import torch
 import common
 import eval as evaluation
 import train
-import vocabulary
+from text import vocabulary
 from conftest import TEXT, TINY
 from theirs import make_folder
 

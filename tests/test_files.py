@@ -16,12 +16,12 @@ import torch
 import common
 import configurator
 import eval as evaluation
-import files
-import pretrained
+from text import files
+from hub import pretrained
 import sample
-import tasks
+from tools import tasks
 import train
-import vocabulary
+from text import vocabulary
 from conftest import ROOT, TEXT, TINY
 from data import tools
 

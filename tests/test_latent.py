@@ -9,7 +9,7 @@ import torch
 import latent
 import score
 import vae
-import windows
+from text import windows
 
 VAE = vae.Config(vocab_size=7, block_size=8, base_context=16, n_layer=1, n_head=2, n_embd=16, n_latent=2,
                  d_latent=4, lora_rank=2)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import lora
+from parts import lora
 import model
 
 RANK, ALPHA = 3, 5.0

@@ -9,8 +9,8 @@ import ar
 import common
 import masked
 import model
-import packing
-import vocabulary
+from text import packing
+from text import vocabulary
 import score
 import train
 from conftest import TINY

@@ -12,7 +12,7 @@ import sample
 import train
 from conftest import TINY
 from data.gsm8k import prepare
-from pairs import Pairs, fit
+from text.pairs import Pairs, fit
 from theirs import make_folder
 
 SEP, END = [90, 91], 99

@@ -11,9 +11,9 @@ import torch
 
 import common
 import masked
-import pretrained
+from hub import pretrained
 import train
-import vocabulary
+from text import vocabulary
 from conftest import TEXT, TINY
 from theirs import BYTE_LEVEL, LETTERS, SHAPES, make_folder, tokenizer_json
 

@@ -17,7 +17,7 @@ import sample
 import score
 import train
 import unmask
-import vocabulary
+from text import vocabulary
 from conftest import ROOT, TEXT, TINY
 
 

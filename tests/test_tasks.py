@@ -12,9 +12,9 @@ import ar
 import common
 import eval as evaluation
 import masked
-import tasks
-import vocabulary
-from tasks import Blank, Choice
+from tools import tasks
+from text import vocabulary
+from tools.tasks import Blank, Choice
 from theirs import make_folder, tokenizer_json
 
 TOKENIZER = vocabulary.Tokenizer(dict(kind='json', json=tokenizer_json(), vocab_size=300, end=299))

@@ -10,7 +10,7 @@ import ar
 import model
 import train
 import vae
-from windows import END, SPACE, begins, sentences
+from text.windows import END, SPACE, begins, sentences
 
 SIZES = dict(vocab_size=7, block_size=8, base_context=16, n_layer=2, n_head=2, n_embd=16, n_latent=2,
              d_latent=4, lora_rank=2)

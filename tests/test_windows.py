@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from windows import END, OTHER, SPACE, Windows, last, sentence_ends, sentences
+from text.windows import END, OTHER, SPACE, Windows, last, sentence_ends, sentences
 
 V = 7  # six tokens of text and one, 6, between documents
 ENDS = torch.tensor([END if i in (1, 4) else SPACE if i == 3 else OTHER for i in range(V)])

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-import vocabulary
+from text import vocabulary
 
 LETTERS = {b: letter for letter, b in vocabulary.byte_letters().items()}
 SHAPES = dict(

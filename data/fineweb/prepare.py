@@ -19,9 +19,10 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-import files  # noqa: E402
+from text import files  # noqa: E402
 from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
+from hub import web  # noqa: E402
 
 REPOSITORY = 'kjj0/fineweb10B-gpt2'
 MAGIC, VERSION = 20240520, 1  # llm.c, dev/data/data_common.py
@@ -54,7 +55,7 @@ def main(argv):
     for name in ['val_000000.bin'] + [f'train_{i:06d}.bin' for i in range(1, config.shards + 1)]:
         if not (out / name).exists():
             raw = out / f'fineweb_{name}'
-            tools.fetch(tools.hub(REPOSITORY, raw.name), raw)
+            web.fetch(web.hub(REPOSITORY, raw.name), raw)
             tokens = shard_tokens(raw)
             files.write(out / name, tokens.tobytes())
             raw.unlink()

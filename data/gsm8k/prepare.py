@@ -22,10 +22,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-import files  # noqa: E402
+from text import files  # noqa: E402
 from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
-from vocabulary import Tokenizer  # noqa: E402
+from hub import web  # noqa: E402
+from text.vocabulary import Tokenizer  # noqa: E402
 
 URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/'
 
@@ -90,7 +91,7 @@ def main(argv):
     paths = {split: path for split, path in (('train', config.train), ('test', config.test)) if path}
     for split in () if config.train else {'train', 'test'} - paths.keys():
         paths[split] = Path(config.out, f'{split}.jsonl')
-        tools.fetch(f'{URL}{split}.jsonl', paths[split], otherwise="give files with --train= --test=")
+        web.fetch(f'{URL}{split}.jsonl', paths[split], otherwise="give files with --train= --test=")
     paths = dict(sorted(paths.items(), reverse=True))
     meta = tools.meta_of(config.tokenizer) | dict(before=config.before, sep=config.sep)
     tokenizer = Tokenizer(meta)

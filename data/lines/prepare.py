@@ -20,8 +20,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-import files  # noqa: E402
-from vocabulary import MARKS, WORDS, Tokenizer, load_tiktoken  # noqa: E402
+from text import files  # noqa: E402
+from text.vocabulary import MARKS, WORDS, Tokenizer, load_tiktoken  # noqa: E402
 from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
 

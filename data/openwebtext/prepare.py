@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-import files  # noqa: E402
-from vocabulary import Tokenizer  # noqa: E402
+from text import files  # noqa: E402
+from text.vocabulary import Tokenizer  # noqa: E402
 from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
 

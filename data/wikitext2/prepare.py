@@ -18,9 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-import files  # noqa: E402
+from text import files  # noqa: E402
 from configurator import Filename, script  # noqa: E402
 from data import tools  # noqa: E402
+from hub import web  # noqa: E402
 
 NAME = 'wikitext-2-raw-v1.zip'
 SHA256 = 'ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11'
@@ -43,9 +44,9 @@ def find_texts(config):
         texts = {split: files.read_bytes(path, split) for split, path in given.items() if path}
         return texts, ', '.join(Path(path).name for path in given.values() if path)
     path = Path(config.out, NAME)
-    url = tools.hub('ggml-org/ci', NAME)
-    tools.fetch(url, path, config.sha256, "give files with --train= --valid= --test=")
-    return {split: tools.unzip(path, f'wikitext-2-raw/wiki.{split}.raw') for split in given}, NAME
+    url = web.hub('ggml-org/ci', NAME)
+    web.fetch(url, path, config.sha256, "give files with --train= --valid= --test=")
+    return {split: web.unzip(path, f'wikitext-2-raw/wiki.{split}.raw') for split in given}, NAME
 
 
 def main(argv):

@@ -4,7 +4,7 @@ The weights of others: GPT-2 and LLaMA shapes in Hugging Face's layout, read and
     python train.py config/adapt_gpt2.py --init_from=gpt2            # or any of what follows
     python sample.py --out_dir=HuggingFaceTB/SmolLM2-135M --start="The capital of Italy is" --length=16
     python eval.py --out_dir=FOLDER --input=my.txt
-    python pretrained.py --out_dir=out-adapt --to=FOLDER             # a checkpoint of ours in that layout
+    python -m hub.pretrained --out_dir=out-adapt --to=FOLDER             # a checkpoint of ours in that layout
 
 Wherever a script takes a checkpoint it may be named in four ways: a folder or file of ours; a folder with
 config.json, *.safetensors and a tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging
@@ -32,13 +32,13 @@ from urllib.parse import urljoin, urlsplit
 import requests
 import torch
 
-import adapt
+from hub import adapt
 import common
-import files
-import lora
+from text import files
+from parts import lora
 import model
 from configurator import Filename, build, convert, fail, help_text, read, script
-from data import tools
+from hub import web
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 MISSING = "pip install safetensors"
@@ -509,12 +509,12 @@ def download(repository, weights=True):
         """Is the file there now?"""
         if (folder / name).exists():
             return True
-        url = tools.hub(repository, name, '')
+        url = web.hub(repository, name, '')
         try:
             sha256 = published(url, headers)
             if sha256 is None:
                 return fail(f"{repository} on the hub has no {name}") if needed else False
-            tools.download(url, folder / name, sha256, headers)
+            web.download(url, folder / name, sha256, headers)
         except PermissionError:
             fail(f"{repository} does not exist here nor on the hub, or is behind a consent, for which "
                  f"HF_TOKEN must hold a token")

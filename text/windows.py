@@ -8,7 +8,7 @@ stands where there is no token: behind a short window, and before a prefix that 
 """
 import torch
 
-from vocabulary import as_ids
+from text.vocabulary import as_ids
 
 OTHER, END, SPACE = range(3)  # what a token is to a sentence
 

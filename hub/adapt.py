@@ -13,7 +13,7 @@ from dataclasses import fields
 
 import torch
 
-import lora
+from parts import lora
 import model
 from configurator import fail
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from configurator import fail
-from vocabulary import EOS, as_ids
+from text.vocabulary import EOS, as_ids
 
 
 # ---- who is where: functions of the segment ids (B, T) int64 ----------------------------------------------

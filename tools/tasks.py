@@ -37,9 +37,9 @@ import torch
 from tqdm import tqdm
 
 import common
-import files
+from text import files
 from configurator import fail
-from data import tools
+from hub import web
 
 LEVELS = 32  # of the published score
 
@@ -431,10 +431,10 @@ def load(name, path=''):
         fail(f"task={name}: get its file ({task.otherwise}) and name it with --data=")
     else:
         there = folder / f"{name}-{task.url.rpartition('/')[2]}"
-        tools.fetch(task.url, there, otherwise='name its file with --data=')
-        text = tools.unzip(there, task.member) if task.member else there.read_bytes()
+        web.fetch(task.url, there, otherwise='name its file with --data=')
+        text = web.unzip(there, task.member) if task.member else there.read_bytes()
         labels = Path(task.member).with_suffix('').as_posix() + task.labels
-        labels = tools.unzip(there, labels) if task.labels else b''
+        labels = web.unzip(there, labels) if task.labels else b''
     try:
         items = task.read(*(files.text_of(data, path or task.url) for data in (text, labels)))
         for number, item in enumerate(items, 1):

@@ -1,0 +1,1 @@
+"""The weights of others: downloads, formats, adaptation, export."""

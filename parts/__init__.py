@@ -1,0 +1,1 @@
+"""What a model may have besides: adapters, other schedules, Muon."""

@@ -1,0 +1,1 @@
+"""Programs behind the lesson: zero-shot tasks, what latents tell, pages, plots."""
