@@ -53,25 +53,29 @@ def prompt_length(xt, mask_id):
     return int((~blank).sum(-1).min())
 
 
+RULES = {}  # of sampling: there is one way
+
+
 class Model(nn.Module):
     bound = 'exact'  # what `nats` is: exact | upper
     packs = True     # does it take packed rows, with segments?
     revises = False  # can a token of a canvas that `sample` yields change later?
+    any_length = False  # may a canvas be longer than block_size?
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.blank = config, config.vocab_size
+        self.config, self.mask_id = config, config.vocab_size
         self.gpt = lora.by_config(model.GPT(config, causal=True), config)
 
     def shifted(self, x):
         """[BOS] x_1 ... x_{T-1}: what predicts x_1 ... x_T."""
-        return F.pad(x[:, :-1], (1, 0), value=self.blank)
+        return F.pad(x[:, :-1], (1, 0), value=self.mask_id)
 
     def logits(self, x, segment=None):
         """What x_<i predicts for x_i, (B, T, V). segment (B, T): of packed texts, see packing.py."""
         before = self.shifted(x)
         if segment is not None:
-            before = before.where(~starts(segment), self.blank)
+            before = before.where(~starts(segment), self.mask_id)
         return self.gpt(before, **apart(segment))
 
     def forward(self, x, segment=None, given=None):
@@ -94,11 +98,11 @@ class Model(nn.Module):
         if rule or knobs:
             raise ValueError(f"{', '.join(knobs) or 'rule'} is for denoisers: "
                              f"an autoregressive model writes from left to right, a token a call")
-        start, cache = prompt_length(xt, self.blank), model.Cache(self.config.n_layer)
+        start, cache = prompt_length(xt, self.mask_id), model.Cache(self.config.n_layer)
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):
             logits = self.gpt(new, cache=cache)[:, -1].float()
             drawn = draw(logits.log_softmax(-1), temperature, top_k, top_p)
-            xt[:, i] = torch.where(xt[:, i] == self.blank, drawn, xt[:, i])  # some prompts are longer
+            xt[:, i] = torch.where(xt[:, i] == self.mask_id, drawn, xt[:, i])  # some prompts are longer
             new = xt[:, i:i + 1]
             yield xt.clone()

@@ -25,7 +25,7 @@ import torch.nn as nn
 import model
 from ar import prompt_length, token_nats
 from masked import exactly, low_discrepancy
-from unmask import shares, unmask
+from unmask import RULES, shares, unmask  # noqa: F401
 
 
 @dataclass
@@ -83,11 +83,11 @@ def block_causal(start, T, block_length, device=None):
 
 
 class Model(nn.Module):
-    bound, packs, revises = 'upper', False, False
+    bound, packs, revises, any_length = 'upper', False, False, False
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.blank = config, config.vocab_size
+        self.config, self.mask_id = config, config.vocab_size
         self.gpt = model.GPT(config, causal=False)
         if config.block_length == 1:
             self.bound = 'exact'
@@ -120,7 +120,7 @@ class Model(nn.Module):
         """Sum over the masked tokens of each block of -log p(x_i | the block's clean tokens, the clean
         blocks before), (B, T / block_length). x (B, T), masked (B, T) bool."""
         T, n = x.size(1), self.config.block_length
-        both = torch.cat([x.where(~masked, self.blank), x], dim=1)
+        both = torch.cat([x.where(~masked, self.mask_id), x], dim=1)
         position = torch.arange(T, device=x.device).repeat(2)
         h = self.gpt.trunk(self.gpt.embed(both), block_mask(T, n, x.device), where=position)
         return (token_nats(self.gpt.logits(h[:, :T]), x) * masked).view(x.size(0), -1, n).sum(-1)
@@ -165,14 +165,14 @@ class Model(nn.Module):
         if how.get('cfg'):
             raise ValueError("cfg is not for block diffusion, whose prompt is in the cache")
         n, cache = self.config.block_length, model.Cache(self.config.n_layer)
-        first = prompt_length(xt, self.blank) // n * n
+        first = prompt_length(xt, self.mask_id) // n * n
         if first:
             self.read(xt[:, :first], cache)
         blocks = range(first, xt.size(1), n)
-        sizes = [int((xt[:, i:i + n] == self.blank).sum(-1).max()) for i in blocks]
+        sizes = [int((xt[:, i:i + n] == self.mask_id).sum(-1).max()) for i in blocks]
         for begin, share in zip(blocks, shares(steps, sizes)):
             denoise = lambda block, t: self.denoise_block(block, cache)
-            for block in unmask(denoise, xt[:, begin:begin + n], self.blank, share, rule or 'random', **how):
+            for block in unmask(denoise, xt[:, begin:begin + n], self.mask_id, share, rule or 'random', **how):
                 xt = torch.cat([xt[:, :begin], block, xt[:, begin + n:]], dim=1)
                 yield xt
             if begin + n < xt.size(1):

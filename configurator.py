@@ -1,28 +1,98 @@
 """
-Knobs: a dataclass in the source, then config files, then --key=value; the last one wins.
+Knobs, nanoGPT's way: config files, then --key=value; the last one wins.
 
     python train.py config/train_mdlm.py --n_layer=2
 
 A config file is Python whose names are knobs. Its `cpu = dict(...)`, if any, holds the values that replace
-them on a CPU. Every knob is checked against its dataclass field: an unknown name, a wrong type or an
-impossible value ends in one line on stderr and exit code 2, before anything is written.
+them on a CPU. A knob is a field of a dataclass, or an argument of a function behind its `*`. Its type says
+what it may be, the comment behind it what it means:
+
+    n_layer: Count = 6      # blocks
+
+An unknown name, a wrong type or an impossible value ends in one line on stderr and exit code 2, before
+anything is written.
 """
 import ast
 import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import math
 import os
+import re
 import runpy
 import sys
 import textwrap
 from pathlib import Path
-from typing import NewType
+from typing import Annotated, Any, Literal, NamedTuple, NewType, TypeVar, get_args, get_origin
 
-Filename = NewType('Filename', str)  # type of a knob that names a file, a folder or a model: ~ is your home
+# ---- what a knob may be -----------------------------------------------------------------------------------
 
+Filename = NewType('Filename', str)  # of a file, a folder or a model: ~ is your home
+
+
+class Range(NamedTuple):
+    """Numbers that a knob may be, and how to say so."""
+    fits: Any   # value -> bool
+    words: str
+
+
+Count = Annotated[int, Range(lambda v: v >= 1, "must be at least 1")]
+Natural = Annotated[int, Range(lambda v: v >= 0, "must not be negative")]
+NonNegative = Annotated[float, Range(lambda v: v >= 0, "must not be negative")]
+Positive = Annotated[float, Range(lambda v: v > 0, "must be positive")]
+Share = Annotated[float, Range(lambda v: 0 <= v <= 1, "must be in [0, 1]")]
+ShareBelow1 = Annotated[float, Range(lambda v: 0 <= v < 1, "must be in [0, 1)")]
+ShareAbove0 = Annotated[float, Range(lambda v: 0 < v <= 1, "must be in (0, 1]")]
+T = TypeVar('T')
+Fixed = Annotated[T, 'fixed']  # set by the data or by the weights that are taken over; no flag
+
+
+class Knob(NamedTuple):
+    name: str
+    type: Any
+    default: Any
+    comment: str = ''
+    group: str = ''
+
+
+def kind_of(type):
+    """int, float, str, bool or Filename: what a knob's value is, without its range."""
+    if get_origin(type) is Literal:
+        return str
+    return get_args(type)[0] if get_origin(type) is Annotated else type
+
+
+def is_fixed(knob):
+    return 'fixed' in getattr(knob.type, '__metadata__', ())
+
+
+def knobs_of(thing):
+    """The knobs {name: Knob} of a dataclass, or of a function: its arguments behind the `*`."""
+    if dataclasses.is_dataclass(thing):
+        parents = [c for c in reversed(thing.__mro__) if dataclasses.is_dataclass(c)]
+        source, found = ''.join(map(inspect.getsource, parents)), dataclasses.fields(thing)
+    else:
+        bound = thing.keywords if isinstance(thing, functools.partial) else {}
+        thing = thing.func if isinstance(thing, functools.partial) else thing
+        found = [p for name, p in inspect.signature(thing).parameters.items()
+                 if p.kind is p.KEYWORD_ONLY and name not in bound]
+        source = inspect.getsource(thing).split('"""')[0]
+    comments, group = {}, ''
+    for line in source.splitlines():
+        if name := re.match(r'.*?\b(\w+): .*?#(.*)', line):
+            comments[name[1]] = name[2].strip(), group
+        elif title := re.match(r' +# (?:-+ )?(.+?)(?: -+)?$', line):
+            group = title[1]
+        elif line.startswith('class '):
+            group = ''
+    return {f.name: Knob(f.name, getattr(f, 'annotation', None) or f.type, f.default,
+                         *comments.get(f.name, ())) for f in found}
+
+
+# ---- scripts ----------------------------------------------------------------------------------------------
 
 def script(main):
     """Run main(argv) as a script. What it prints, every output can hold: UTF-8 where that is no terminal, and
@@ -92,72 +162,114 @@ def read(argv):
     return files, cpu, flags
 
 
-def convert(field, value):
-    """A knob's value as its field's type, or ValueError.
-    Flags come as strings; an int will do for a float."""
-    if value is True and field.type is not bool:
-        raise ValueError(f"--{field.name}=True is not of type {field.type.__name__}: a knob and its value "
-                         f"are joined by =, as in --{field.name}={field.default or 'VALUE'}")
-    if field.type is str and isinstance(value, str) and value != value.encode(errors='replace').decode():
-        raise ValueError(f"--{field.name} is not UTF-8 text")
-    if field.type in (str, Filename) and isinstance(value, str):
-        return os.path.expanduser(value) if field.type is Filename else value
-    if isinstance(value, str):
-        try:
+def convert(knob, value):
+    """A knob's value as its type, or ValueError. Flags come as strings; an int will do for a float."""
+    kind, name = kind_of(knob.type), knob.name
+    if value is True and kind is not bool:
+        raise ValueError(f"--{name}=True is not of type {kind.__name__}: a knob and its value are joined by "
+                         f"=, as in --{name}={knob.default or 'VALUE'}")
+    if kind is str and isinstance(value, str) and value != value.encode(errors='replace').decode():
+        raise ValueError(f"--{name} is not UTF-8 text")
+    if isinstance(value, str) and kind not in (str, Filename):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            pass
+    if kind is Filename and isinstance(value, str):
+        return os.path.expanduser(value)
     if type(value) is int and abs(value) >= 2 ** 63:
-        raise ValueError(f"--{field.name}={str(value)[:20]}... is too large")
-    if field.type is float and type(value) is int:
+        raise ValueError(f"--{name}={str(value)[:20]}... is too large")
+    if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not field.type or value != value or value in (math.inf, -math.inf):
-        raise ValueError(f"--{field.name}={value} is not of type {field.type.__name__} "
-                         f"(default: {field.default!r})")
+    if type(value) is not kind or value != value or value in (math.inf, -math.inf):
+        raise ValueError(f"--{name}={value} is not of type {kind.__name__} (default: {knob.default!r})")
+    if get_origin(knob.type) is Literal and value not in get_args(knob.type):
+        raise ValueError(f"{name}={value!r} is not one of: {', '.join(filter(None, get_args(knob.type)))}")
+    for part in getattr(knob.type, '__metadata__', ()):
+        if isinstance(part, Range) and not part.fits(value):
+            raise ValueError(f"{name}={value} {part.words}")
     return value
 
 
 def peek(knobs, cls, *names):
     """The values of a few knobs of a dataclass, checked, before the others are known."""
-    fields = fields_of({}, cls)
+    found = knobs_of(cls)
     try:
-        return [convert(fields[name], knobs.get(name, fields[name].default)) for name in names]
+        return [convert(found[name], knobs.get(name, found[name].default)) for name in names]
     except ValueError as e:
         fail(e)
 
 
-def fields_of(knobs, *classes):
-    """The fields of the dataclasses by name; every knob must be one of them, or the script ends."""
-    fields = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
+def check_names(knobs, *things):
+    """Every knob must be one of the dataclasses' or functions', or the script ends -> {name: Knob}."""
+    known = {name: knob for thing in reversed(things) for name, knob in knobs_of(thing).items()}
+    flags = [name for name, knob in known.items() if not is_fixed(knob)]
     for key in knobs:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
+        if key not in known:
+            near = difflib.get_close_matches(key, flags, 1)
             fail(f"unknown knob --{key}"
                  + (f"; did you mean --{near[0]}?" if near else "; --help lists them"))
-    return fields
+    return known
 
 
-def build(knobs, *classes):
-    """One instance of each dataclass from the knobs; every knob must be a field of one of them."""
-    fields = fields_of(knobs, *classes)
+def build(knobs, *classes, functions=()):
+    """One instance of each dataclass from the knobs, and a dict of all that were given, checked. Every knob
+    must be a field of one of the dataclasses or one of the functions', or the script ends."""
+    known = check_names(knobs, *classes, *functions)
     try:
-        values = {key: convert(fields[key], value) for key, value in knobs.items()}
-        return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-                for cls in classes]
+        given = {key: convert(known[key], value) for key, value in knobs.items()}
+        return [cls(**{name: given[name] for name in knobs_of(cls) if name in given})
+                for cls in classes] + [given]
     except ValueError as e:
         fail(e)
+
+
+def settings(argv, doc, *classes, functions=(), others=''):
+    """`build` from a command line; --help prints the script's docstring and all knobs, and ends it. others:
+    what else stands in the help."""
+    files, _, flags = read(argv)
+    if 'help' in flags:
+        print(help_text(doc, *classes) + others)
+        sys.exit(0)
+    return build({**files, **flags}, *classes, functions=functions)
+
+
+def arguments(function, given, defaults):
+    """What to call a function with: all of `given`, and of the defaults what it takes. Raises ValueError for
+    one that was given and is none of its arguments."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    wrong = [name for name in given if name not in parameters and not takes_all]
+    if wrong:
+        own = [name for name in parameters if name not in ('self', 'xt')]
+        raise ValueError(f"{', '.join(wrong)} is not for this model: its sampler takes {', '.join(own)}")
+    return {name: value for name, value in defaults.items() if name in parameters} | given
+
+
+def help_lines(thing, indent='  '):
+    """A line for every knob: its default and its comment; the dataclass's groups have titles."""
+    group = ''
+    for knob in knobs_of(thing).values():
+        if is_fixed(knob):
+            continue
+        if knob.group != group:
+            group = knob.group
+            yield f"{indent}{group}" if group else ''
+        default = str(knob.default).replace('\n', '\\n')
+        yield f"{indent}--{f'{knob.name}={default}':<26} {knob.comment}".rstrip()
 
 
 def help_text(doc, *classes):
     """The script's docstring and, for every knob, its default and the comment behind it in the source."""
     lines = [textwrap.dedent(doc).strip()]
     for cls in classes:
-        source = '\n'.join(inspect.getsource(c) for c in reversed(cls.__mro__)
-                           if dataclasses.is_dataclass(c))
-        comments = {s.split(':')[0].strip(): s.partition('#')[2].strip()
-                    for s in source.splitlines() if ':' in s}
-        lines.append(f"\nknobs of {Path(inspect.getsourcefile(cls)).name}:")
-        shown = {f.name: str(f.default).replace('\n', '\\n') for f in dataclasses.fields(cls)}
-        lines += [f"  --{f'{name}={default}':<26} {comments.get(name, '')}"
-                  for name, default in shown.items()]
+        lines += [f"\nknobs of {Path(inspect.getsourcefile(cls)).name}:", *help_lines(cls)]
+    return '\n'.join(lines)
+
+
+def help_of_rules(title, rules):
+    """The rules {name: function} of a sampler with their own knobs, as lines of help."""
+    lines = [f"\n{title}:"]
+    for name, rule in rules.items():
+        function = rule.func if isinstance(rule, functools.partial) else rule
+        about = (inspect.getdoc(function) or '').split('. ')[0].split(':')[0].replace('\n', ' ')
+        lines += [f"  {name:<14} {about}", *help_lines(rule, '      ')]
     return '\n'.join(lines)

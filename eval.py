@@ -174,7 +174,7 @@ def rows_of(tokens, sep, tokenizer, model, most, run):
         rows = cut.inputs(cut.spread(most), getattr(model.config, 'n_prev', 0))
     else:
         rows = [common.windows(tokens, T, most)]
-    return rows, rows[0] != model.blank
+    return rows, rows[0] != model.mask_id
 
 
 def nll(config, checkpoint, model, tokenizer, amp):
@@ -440,14 +440,14 @@ def reconstruction(encoder, x, rows):
     """What a VAE keeps of windows x (N, W), `rows` at once, as rows of a table: (name, figure)."""
     found = []
     for part in x.split(rows):
-        blank, W = torch.full_like(part, encoder.blank), part.size(1)
+        blank, W = torch.full_like(part, encoder.mask_id), part.size(1)
         mu, logvar = encoder.posterior(part)
         z = mu + (logvar / 2).exp() * torch.randn_like(mu)
         writes = [encoder.write(mu, blank, W, tau) for tau in (0.0, 0.1, 1.0)]
         reads = [encoder.logits(latents, part, blank).argmax(-1) for latents in (mu, z)]
         found.append((mu, logvar, z, *writes, *reads))
     mu, logvar, z, *texts = map(torch.cat, zip(*found))
-    text, N = x != encoder.blank, min(len(x), 2048)
+    text, N = x != encoder.mask_id, min(len(x), 2048)
     greedy, warm, hot, right, noisy = (f"{(ids == x)[text].double().mean():.4f}" for ids in texts)
     whole = ((texts[0] == x) | ~text).all(-1).double().mean()
     kl = vae.kl_to_prior(mu, logvar).sum((1, 2))
@@ -466,7 +466,7 @@ def condition_effect(model, x, before, rows):
     """How often the prediction of the latents of windows x (N, W) from the windows `before` (N, n_prev, W),
     their mean under the model, is nearer in angle to the true ones than to those of another window: rows of
     a table. Windows without any before are left out."""
-    kept = (before[:, -1] != model.blank).any(-1)
+    kept = (before[:, -1] != model.mask_id).any(-1)
     guesses, truths = [], []
     for part, past in zip(x[kept].split(rows), before[kept].split(rows)):
         guesses.append(model.expected(*model.context(past)).flatten(1))
@@ -497,7 +497,7 @@ def window_texts(model, x, prefix, before, config):
         write('next windows', drawn, prefix, doubt)
         write('noise in place of their latents', torch.randn_like(drawn), prefix, doubt)
         *_, drawn = model.draw(z, there & False, config.steps, rule, eta, 0.0)
-        write('windows out of nothing', drawn, torch.full_like(x, encoder.blank), doubt)
+        write('windows out of nothing', drawn, torch.full_like(x, encoder.mask_id), doubt)
     return texts
 
 
@@ -522,7 +522,7 @@ def about_latents(config, checkpoint, model, tokenizer, amp, device):
     print()
     head()
     for name, (ids, *_) in {'validation windows': (x,), **texts}.items():
-        ids = [text[text != model.blank].tolist() for text in ids]
+        ids = [text[text != model.mask_id].tolist() for text in ids]
         row(name, '', 0, 0, judged(judge, [(tokenizer.decode(text), False) for text in ids], device))
     print('\n| texts | cosine of their latents with those they were written from | with another\'s |')
     print('|---|---|---|')
@@ -574,7 +574,7 @@ def main(argv):
     knobs, _, flags = read(argv)
     if 'help' in flags:
         return print(help_text(__doc__.replace('TASKS', ', '.join(TASKS)), Config))
-    config, = build({**knobs, **flags}, Config)
+    config, _ = build({**knobs, **flags}, Config)
     if config.csv:
         files.writable(config.csv, 'csv')
     if config.plot:

@@ -175,12 +175,12 @@ class Latents:
 
 
 class Model(nn.Module):
-    bound, packs, revises = 'upper', False, False
+    bound, packs, revises, any_length = 'upper', False, False, True
     built_on = 'vae'
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.blank, c = config, config.vocab_size, config
+        self.config, self.mask_id, c = config, config.vocab_size, config
         self.vae = vae.Model(vae.Config(**json.loads(c.vae))).requires_grad_(False).eval()
         self.n, self.d = self.vae.config.n_latent, self.vae.config.d_latent
         self.doubt = min(DOUBT, self.vae.config.latent_noise)
@@ -242,7 +242,7 @@ class Model(nn.Module):
 
     def context(self, windows):
         """Windows of tokens (B, n_prev, W) -> their latents (B, n_prev, n, d), and which hold any text."""
-        there = (windows != self.blank).any(-1)
+        there = (windows != self.mask_id).any(-1)
         return self.vae.encode(windows.flatten(0, 1)).unflatten(0, there.shape), there
 
     def nats(self, x, n=1, prefix=None, past=None):
@@ -253,7 +253,7 @@ class Model(nn.Module):
         Of n draws, one is in each n-th of the range of log c_out, over which the integrand is |z - D|^2 /
         c_out^2: constant, were the latents normal.
         """
-        nothing = torch.full_like(x, self.blank)
+        nothing = torch.full_like(x, self.mask_id)
         prefix = nothing if prefix is None else prefix
         past = nothing[:, None].expand(-1, self.config.n_prev, -1) if past is None else past
         seen = self.context(past)
@@ -324,7 +324,7 @@ class Model(nn.Module):
         if context > k * W:
             raise ValueError(f"context={context}: this model sees {k * W} tokens before a window "
                              f"(n_prev={k}, block_size={W})")
-        prompts = [row[row != self.blank][-context:] for row in xt]  # -0: all
+        prompts = [row[row != self.mask_id][-context:] for row in xt]  # -0: all
         # a prompt shorter than a window stands where the end of a long one would (NOTES.md)
         right = not self.vae.config.sentences
         before, there = self.context(torch.stack([self.vae.windows_of(ids, k, right) for ids in prompts]))

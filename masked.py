@@ -46,7 +46,7 @@ from parts import lora
 import model
 from ar import token_nats
 from text.packing import apart, of_text
-from unmask import unmask
+from unmask import RULES, unmask  # noqa: F401
 
 
 @dataclass
@@ -224,11 +224,11 @@ PARAMETERIZATIONS = {'subs': subs, 'd3pm': d3pm, 'sedd': sedd}
 
 
 class Model(nn.Module):
-    bound, packs, revises = 'upper', True, False
+    bound, packs, revises, any_length = 'upper', True, False, False
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.blank = config, config.vocab_size
+        self.config, self.mask_id = config, config.vocab_size
         self.copies = config.parameterization != 'd3pm'  # are clean tokens copied, or predicted too?
         self.packs = not config.shift  # the first token of a text would be predicted from another's
         shape = dataclasses.replace(config, block_size=config.block_size + config.shift)
@@ -295,7 +295,7 @@ class Model(nn.Module):
         """Sum of the loss over the masked positions, (B,). x (B, T), masked (B, T) bool, segment (B, T): of
         packed texts; noise levels m, m_before (B,). copy_weight: of the clean positions, where they are not
         copied; seen: see `network`."""
-        out = self.network(x.where(~masked, self.blank), m, segment, seen)
+        out = self.network(x.where(~masked, self.mask_id), m, segment, seen)
         columns = (m[:, None], m_before[:, None]) if m is not None else ()
         loss = (self.token_loss(out, x, *columns) * masked).sum(-1)
         if self.copies or not copy_weight:
@@ -307,7 +307,7 @@ class Model(nn.Module):
         (T, T) bool: who sees whom while attention is annealed; with shift [BOS] is first, so T + 1."""
         shift = self.config.shift
         if shift:
-            xt = F.pad(xt, (1, 0), value=self.blank + 1)
+            xt = F.pad(xt, (1, 0), value=self.mask_id + 1)
             segment = None if segment is None else F.pad(segment, (1, 0), value=0)
         how = apart(segment)
         if seen is not None:
@@ -358,7 +358,7 @@ class Model(nn.Module):
         position = torch.arange(x.size(1), device=x.device)
         total = 0
         for i in range(x.size(1)):
-            logp = self.logp(x.where(position < i, self.blank))[:, i]
+            logp = self.logp(x.where(position < i, self.mask_id))[:, i]
             total = total - logp.gather(-1, x[:, i:i + 1])[:, 0]
         return total
 
@@ -366,7 +366,7 @@ class Model(nn.Module):
         """Unnormalised log p(x0 | xt), (B, T, V), at least float32; [MASK] left out. t (B,) is the noise
         level, by default the share of masks."""
         if t is None:
-            t = (xt == self.blank).float().mean(-1)
+            t = (xt == self.mask_id).float().mean(-1)
         out = self.network(xt, t)[..., :self.config.vocab_size]
         return sedd_logs(out)
 
@@ -377,8 +377,8 @@ class Model(nn.Module):
     def denoise(self, xt, t=None):
         """log p(x0 | xt), (B, T, V) float32, normalised. A clean token is copied. t (B,): noise level."""
         logp = self.logp(xt, t).float()
-        copied = torch.full_like(logp, -torch.inf).scatter(-1, xt.clamp(max=self.blank - 1)[..., None], 0.0)
-        return torch.where((xt == self.blank)[..., None], logp, copied)
+        copied = torch.full_like(logp, -torch.inf).scatter(-1, xt.clamp(max=self.mask_id - 1)[..., None], 0.0)
+        return torch.where((xt == self.mask_id)[..., None], logp, copied)
 
     @torch.no_grad()
     def sample(self, xt, steps, rule='', **how):
@@ -388,4 +388,4 @@ class Model(nn.Module):
             raise ValueError("rule=analytic is for scores (sedd) and for subs, not for d3pm")
         analytic = rule == 'analytic' and self.token_loss is sedd
         denoise = self.logs if analytic else self.denoise
-        yield from unmask(denoise, xt, self.blank, steps, rule or 'ancestral', **how)
+        yield from unmask(denoise, xt, self.mask_id, steps, rule or 'ancestral', **how)

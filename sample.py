@@ -278,7 +278,7 @@ def reconstruct(config, encoder, decode, windows, nearest):
     for row, copies in zip(x, again.split(config.num_samples)):
         yield decode(row)
         yield from (f"  -> {decode(copy)}" for copy in copies)
-        yield f"  {(copies == row)[:, row != encoder.blank].float().mean():.0%} of the tokens"
+        yield f"  {(copies == row)[:, row != encoder.mask_id].float().mean():.0%} of the tokens"
 
 
 def interpolate(config, encoder, decode, windows, nearest):
@@ -291,8 +291,8 @@ def interpolate(config, encoder, decode, windows, nearest):
         fail(f"interpolate is between two windows, of at most {x[0].size(1)} tokens each")
     a, b = encoder.encode(x := torch.cat(x))
     z = torch.stack([vae.slerp(a, b, i / (config.points - 1)) for i in range(config.points)])
-    blank = torch.full((len(z), x.size(1)), encoder.blank, device=x.device)
-    longer = int((x != encoder.blank).sum(-1).max())
+    blank = torch.full((len(z), x.size(1)), encoder.mask_id, device=x.device)
+    longer = int((x != encoder.mask_id).sum(-1).max())
     return map(decode, encoder.write(encoder.raw(z), blank, longer, config.tau, max(0, config.doubt)))
 
 
@@ -311,7 +311,7 @@ def about_latents(tool, config, encoder, tokenizer, checkpoint, folder):
         fail("reconstruct and nearest are about a text: give one with --start")
 
     def decode(row):
-        return tokenizer.decode(row[row != encoder.blank].tolist())
+        return tokenizer.decode(row[row != encoder.mask_id].tolist())
 
     def windows(text):
         return encoder.windows_of(torch.tensor(known(tokenizer, text), device=device))
@@ -389,7 +389,7 @@ def main(argv):
         rules = (f"{', '.join(unmask.RULES)}; of score.py: {', '.join(score.RULES)}; "
                  f"of latent.py: {', '.join(latent.RULES)}")
         return print(help_text(__doc__.replace('RULES', rules), Config))
-    config, = build({**knobs, **flags}, Config)
+    config, _ = build({**knobs, **flags}, Config)
     if config.html:
         files.writable(config.html, 'html')
     device = common.pick_device(config.device)

@@ -238,11 +238,11 @@ ORDERS = {f.__name__: f for f in (sure, random, left, together)}
 
 
 class Model(nn.Module):
-    bound, packs, revises = 'upper', True, True
+    bound, packs, revises, any_length = 'upper', True, True, False
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.blank = config, config.vocab_size
+        self.config, self.mask_id = config, config.vocab_size
         V, d, C = config.vocab_size, config.d_embed, config.n_embd
         self.gpt = model.GPT(config, causal=False, timed=True, tokens=False)
         self.embed = nn.Embedding(V, d)
@@ -365,7 +365,7 @@ class Model(nn.Module):
                 raise ValueError(f"{name}={value!r} is not one of: {', '.join(known)}")
         if others:
             raise ValueError(f"{', '.join(others)} is not for score-based diffusion")
-        E, free = on_sphere(self.embed.weight), xt == self.blank
+        E, free = on_sphere(self.embed.weight), xt == self.mask_id
         if not free.any():
             return
         once, last = torch.rand(xt.shape, device=xt.device), (free.sum(-1, keepdim=True) - 1).clamp(min=1)
@@ -385,7 +385,7 @@ class Model(nn.Module):
             return torch.minimum(sigma, level)
 
         sigma = self.level(torch.ones(xt.shape, device=xt.device))[0].masked_fill(~free, 0)
-        points = E[xt.clamp(max=self.blank - 1)]
+        points = E[xt.clamp(max=self.mask_id - 1)]
         pure = math.hypot(self.config.sigma_max, 1) * torch.randn_like(points)
         x = torch.where(free[..., None], pure, points)
         for logp in RULES[rule](denoise, x, sigma, path, steps):

@@ -34,7 +34,7 @@ from parts import lora
 from text import packing
 from hub import pretrained
 from text import vocabulary
-from configurator import Filename, build, fail, fields_of, help_text, peek, read, script
+from configurator import Filename, build, check_names, fail, help_text, peek, read, script
 from model import optimizers
 from text.pairs import Pairs
 
@@ -123,7 +123,7 @@ def settings(argv):
         fail(f"objective={objective}: the run to resume is of {checkpoint['objective']}, "
              f"that cannot change")
     concept = common.concept(objective)
-    fields_of(knobs, Config, concept.Config)
+    check_names(knobs, Config, concept.Config)
     if checkpoint and 'base' in flags:
         fail(f"base is for a new run: init_from={source} holds all it needs")
     base = built_on(concept, base) if not checkpoint else None
@@ -134,7 +134,7 @@ def settings(argv):
         knobs |= own
     meta = common.load_meta(dataset)
     vocab_size = vocabulary.Tokenizer(meta).vocab_size
-    run, config = build({**knobs, 'vocab_size': vocab_size}, Config, concept.Config)
+    run, config, _ = build({**knobs, 'vocab_size': vocab_size}, Config, concept.Config)
     check(run, config, meta, checkpoint, base)
     return run, config, meta, checkpoint, base
 
@@ -377,7 +377,7 @@ def examples(run, config, meta, device, rank, model):
             source = model.source(tokens[0], tokenizer.end, run.out_dir)
             cut = model.cut(tokens[1], tokenizer.end)
             val = cut.inputs(cut.spread(run.eval_windows), getattr(config, 'n_prev', 0))
-            return lambda: (source.batch(B), B * T), val, val[0] != model.blank
+            return lambda: (source.batch(B), B * T), val, val[0] != model.mask_id
         val = common.windows(tokens[1], T, run.eval_windows)
         return lambda: ((common.batch(tokens[0], B, T),), B * T), (val,), torch.ones_like(val)
     if not model.packs:

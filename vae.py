@@ -163,14 +163,17 @@ def refuse(who, top_k, top_p, knobs):
         raise ValueError(f"{', '.join(wrong)} is not for {who}")
 
 
+RULES = {}  # of sampling: there is one way
+
+
 class Model(nn.Module):
-    bound, packs, revises = 'upper', False, False
+    bound, packs, revises, any_length = 'upper', False, False, True
     built_on = 'ar'    # objective of the checkpoint that --base names
     selects = False    # is the checkpoint with the lowest bound the best one? beta is not 1
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.blank, c = config, config.vocab_size, config
+        self.config, self.mask_id, c = config, config.vocab_size, config
         n, d, C = c.n_latent, c.d_latent, c.n_embd
         sizes = model.Config(**{f.name: getattr(c, f.name) for f in fields(model.Config)} |
                              dict(block_size=c.base_context))
@@ -219,12 +222,12 @@ class Model(nn.Module):
         """The windows of a stream of tokens, `stride` apart (0: side by side) or sentences; end: the id
         between documents, or None."""
         W, ends = self.config.block_size, self.ends if self.config.sentences else None
-        return Windows(tokens, W, self.blank, stride or W, ends, end)
+        return Windows(tokens, W, self.mask_id, stride or W, ends, end)
 
     def windows_of(self, ids, n=0, right=False):
         """The last n windows (0: all) of a text's ids (L,): (n, W); right: see `windows.last`."""
         ends = self.ends if self.config.sentences else None
-        return last(ids, n, self.config.block_size, self.blank, ends, right)
+        return last(ids, n, self.config.block_size, self.mask_id, ends, right)
 
     def source(self, tokens, end, folder):
         """What train.py draws batches from."""
@@ -234,7 +237,7 @@ class Model(nn.Module):
 
     def hidden(self, x):
         """What becomes of the n queries over windows x (B, W), V where there is no token: (B, n, C)."""
-        seen, h = x != self.blank, self.encoder.embed(x)
+        seen, h = x != self.mask_id, self.encoder.embed(x)
         if self.config.pooled:
             seen = seen | ~seen.any(-1, keepdim=True)  # a softmax over nothing would be no number
             h = self.encoder.trunk(h, seen[:, None, None])
@@ -286,13 +289,13 @@ class Model(nn.Module):
         h = self.w_d(z * (1 + s * s).rsqrt()) + s / (1 + s) * self.told
         h = torch.cat([h, self.decoder.embed(prefix)], 1)
         where = torch.cat([P + self.stretches, torch.arange(P, device=z.device)])
-        return h, F.pad(prefix != self.blank, (z.size(1), 0), value=True), where
+        return h, F.pad(prefix != self.mask_id, (z.size(1), 0), value=True), where
 
     def logits(self, z, x, prefix, doubt=0.0):
         """What z (B, n, d), prefix (B, P) and x_<i predict for x_i: (B, T, V). x (B, T)."""
         h, seen, where = self.opening(z, prefix, doubt)
         seen = F.pad(seen, (0, x.size(1)), value=True)
-        h = torch.cat([h, self.decoder.embed(F.pad(x[:, :-1], (1, 0), value=self.blank))], 1)
+        h = torch.cat([h, self.decoder.embed(F.pad(x[:, :-1], (1, 0), value=self.mask_id))], 1)
         where = torch.cat([where, prefix.size(1) + torch.arange(x.size(1), device=x.device)])
         h = self.decoder.trunk(h, seen[:, None, None], where=where)
         return self.decoder.logits(h[:, -x.size(1):])
@@ -300,7 +303,7 @@ class Model(nn.Module):
     def scored(self, logits, x):
         """-log p in nats, (B, W), of the tokens that windows x (B, W) hold, from logits (B, W, V). Behind a
         window that ends since its sentence does: of the tokens that would begin another."""
-        text, x = x != self.blank, x.clamp(max=self.blank - 1)
+        text, x = x != self.mask_id, x.clamp(max=self.mask_id - 1)
         nats = token_nats(logits, x) * text
         if self.config.sentences:
             others = (logits.float() - 1e9 * (self.ends != OTHER)).logsumexp(-1)
@@ -320,7 +323,7 @@ class Model(nn.Module):
         if tau:  # without, no random number is drawn: what is only shown must not change what follows
             z = z + tau ** 0.5 * self.blur * torch.randn_like(z)
         h, seen, where = self.opening(z, prefix, doubt)
-        cache, new, x = model.Cache(self.config.n_layer), torch.full_like(prefix[:, :1], self.blank), []
+        cache, new, x = model.Cache(self.config.n_layer), torch.full_like(prefix[:, :1], self.mask_id), []
         for i in range(length):
             h = torch.cat([h, self.decoder.embed(new)], 1)
             seen, where = F.pad(seen, (0, 1), value=True), F.pad(where, (0, 1), value=prefix.size(1) + i)
@@ -330,13 +333,13 @@ class Model(nn.Module):
             x.append(new)
         x = torch.cat(x, 1)
         if self.config.sentences:
-            x = x.masked_fill(begins(self.ends[x]).cumsum(-1) > 0, self.blank)
+            x = x.masked_fill(begins(self.ends[x]).cumsum(-1) > 0, self.mask_id)
         return x
 
     def reconstruct(self, x, tau=0.0, doubt=0.0):
         """Windows x (B, W) -> latents -> windows again, without a prefix; tau, doubt as in `write`."""
-        again = self.write(self.posterior(x)[0], torch.full_like(x, self.blank), x.size(1), tau, doubt)
-        return again.masked_fill(x == self.blank, self.blank)
+        again = self.write(self.posterior(x)[0], torch.full_like(x, self.mask_id), x.size(1), tau, doubt)
+        return again.masked_fill(x == self.mask_id, self.mask_id)
 
     # ---- the objective ----
 
@@ -348,9 +351,9 @@ class Model(nn.Module):
         if c.short:
             length = 1 + (torch.rand(B, 1, device=device) * x.size(1)).long()
             cut = torch.rand(B, 1, device=device) < c.short
-            x = x.masked_fill(cut & (torch.arange(x.size(1), device=device) >= length), self.blank)
-        prefix = torch.full_like(x, self.blank) if prefix is None else prefix
-        prefix = prefix.masked_fill(torch.rand(B, 1, device=device) < c.prefix_drop, self.blank)
+            x = x.masked_fill(cut & (torch.arange(x.size(1), device=device) >= length), self.mask_id)
+        prefix = torch.full_like(x, self.mask_id) if prefix is None else prefix
+        prefix = prefix.masked_fill(torch.rand(B, 1, device=device) < c.prefix_drop, self.mask_id)
         mu, logvar = self.posterior(x)
         z = mu + (logvar / 2).exp() * torch.randn_like(mu)
         # no noise before beta is full, or z never gets to tell anything; and the decoder's errors in noisy
@@ -361,9 +364,9 @@ class Model(nn.Module):
         # any share, so that none hidden and many are both known; none where z is in doubt: there the decoder
         # is to be a language model
         hidden = c.word_dropout * torch.rand(B, 1, device=device) * (s == 0)[:, 0]
-        read = x.masked_fill(torch.rand(x.shape, device=device) < hidden, self.blank)
+        read = x.masked_fill(torch.rand(x.shape, device=device) < hidden, self.mask_id)
         logits = self.logits(noisy, read, prefix, s)
-        text = x != self.blank
+        text = x != self.mask_id
         count = text.sum().clamp(min=1)
         nats = self.scored(logits, x).sum() / count
         kl = kl_to_prior(mu, logvar)
@@ -377,7 +380,7 @@ class Model(nn.Module):
     def nats(self, x, n=1, prefix=None):
         """An estimate of an upper bound on -log p(x | prefix) in nats, (B,), from n draws of z, weighted by
         importance; n = 1: the negative ELBO. x, prefix (B, W)."""
-        prefix = torch.full_like(x, self.blank) if prefix is None else prefix
+        prefix = torch.full_like(x, self.mask_id) if prefix is None else prefix
         mu, logvar = self.posterior(x)
         weights = []
         for _ in range(n):
@@ -393,8 +396,8 @@ class Model(nn.Module):
         """Generator of (canvas (B, T), start (B,) of the window being written): window after window of the
         blanks (= V) behind every row's prompt, `most` windows or (0) until all is full. latents(): a
         generator of z (B, n, d), called for each window; each z is written out, the last one stays."""
-        prompt_length(xt, self.blank)
-        W, blank, k = self.config.block_size, self.blank, 0
+        prompt_length(xt, self.mask_id)
+        W, blank, k = self.config.block_size, self.mask_id, 0
         while (xt == blank).any() and (not most or k < most):
             start = (xt != blank).sum(-1)
             prefix = before(xt, start, W, blank)

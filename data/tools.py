@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configurator import build, fail, help_text, read  # noqa: E402
+import configurator  # noqa: E402
+from configurator import fail  # noqa: E402
 from hub import pretrained  # noqa: E402
 from text import files  # noqa: E402
 from text.vocabulary import Tokenizer, file_type  # noqa: E402
@@ -18,11 +19,7 @@ from text.vocabulary import Tokenizer, file_type  # noqa: E402
 def settings(argv, doc, Config):
     """The Config that the flags ask for, whose folder `out` can be written to; --help prints what there is
     and ends the script."""
-    given, _, flags = read(argv)
-    if 'help' in flags:
-        print(help_text(doc, Config))
-        sys.exit(0)
-    config, = build({**given, **flags}, Config)
+    config, _ = configurator.settings(argv, doc, Config)
     files.folder(config.out, 'out')
     return config
 

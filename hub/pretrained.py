@@ -37,7 +37,7 @@ import common
 from text import files
 from parts import lora
 import model
-from configurator import Filename, build, convert, fail, help_text, read, script
+from configurator import Filename, convert, fail, knobs_of, script, settings
 from hub import web
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -345,8 +345,8 @@ def shape_in(folder, theirs):
     """config.json (dict) -> model.Config and the shapes of GPT's tensors, or the script ends."""
     try:
         shape = shape_of(theirs)
-        fields = {f.name: f for f in dataclasses.fields(model.Config)}
-        shape = model.Config(**{name: convert(fields[name], value) for name, value in shape.items()})
+        knobs = knobs_of(model.Config)
+        shape = model.Config(**{name: convert(knobs[name], value) for name, value in shape.items()})
         with torch.device('meta'):
             return shape, {name: p.shape for name, p in model.GPT(shape, True, marks=0).state_dict().items()}
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
@@ -572,10 +572,7 @@ def find(source, which='best'):
 
 
 def main(argv):
-    knobs, _, flags = read(argv)
-    if 'help' in flags:
-        return print(help_text(__doc__, Config))
-    config, = build({**knobs, **flags}, Config)
+    config, _ = settings(argv, __doc__, Config)
     if not config.to:
         fail("where to? --to=FOLDER")
     if Path(config.to, 'config.json').exists():

@@ -217,7 +217,7 @@ def test_the_effect_of_the_condition_is_one_half_without_one_and_one_with_the_an
     x = torch.randint(20, (400, 16), generator=torch.Generator().manual_seed(0))
     z = model.vae.encode(x)
     before = x[:, None].clone()
-    before[0] = model.blank  # nothing is foretold from nothing: left out
+    before[0] = model.mask_id  # nothing is foretold from nothing: left out
     queue = iter(z[1:].split(100))
     model.denoise = lambda *_: next(queue)
     assert evaluation.condition_effect(model, x, before, 100)[0][1].startswith('1.0000')
@@ -240,7 +240,7 @@ def test_a_judge_compares_next_windows_with_real_ones(both, capsys):
 def test_what_a_text_says_of_its_latents_is_all_if_it_is_the_text_they_are_of_and_else_nothing(both):
     model, _ = common.load_model(common.load('out-latent/last.pt'), torch.device('cpu'))
     x = torch.randint(20, (64, 16), generator=torch.Generator().manual_seed(0))
-    nothing = torch.full_like(x, model.blank)
+    nothing = torch.full_like(x, model.mask_id)
     model.vae.write = lambda *_: x
     texts = evaluation.window_texts(model, x, nothing, x[:, None], evaluation.Config(steps=2))
     _, again, z = texts['the same through the VAE']

@@ -367,7 +367,7 @@ def test_a_blank_has_as_many_tokens_as_the_answer_has_behind_the_text_before():
             block_size = 64
 
         def sample(self, row, **how):
-            n = int((row[0] != self.blank).sum())
+            n = int((row[0] != self.mask_id).sum())
             seen.append(row.size(1) - n)
             row = row.clone()
             row[0, n:] = torch.tensor(whole[n:row.size(1)])

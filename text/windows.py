@@ -3,7 +3,7 @@ A text as windows: what a sentence VAE encodes, and what comes before.
 
 A stream of tokens is cut into windows of at most W tokens, either all of W, a `stride` apart, or sentences.
 A sentence ends behind . ! ? or a line break, with the closing marks in the same token and the space that
-follow, or when W tokens are full; it does not cross a document's end, windows of W tokens do. The blank id V
+follow, or when W tokens are full; it does not cross a document's end, windows of W tokens do. The mask_id id V
 stands where there is no token: behind a short window, and before a prefix that has fewer than W tokens.
 """
 import torch
@@ -58,8 +58,8 @@ class Windows:
     start[i] + length[i], in a document that begins at origin[i]; `back` windows before it is the one that
     ends where it starts."""
 
-    def __init__(self, tokens, W, blank, stride=1, ends=None, end=None):
-        self.tokens, self.W, self.blank = tokens, W, blank
+    def __init__(self, tokens, W, mask_id, stride=1, ends=None, end=None):
+        self.tokens, self.W, self.mask_id = tokens, W, mask_id
         if ends is None:
             if W % stride:
                 raise ValueError(f"stride={stride} must divide {W}, the tokens of a window")
@@ -85,7 +85,7 @@ class Windows:
         place = torch.arange(self.W, device=i.device)
         at = (self.start[i][..., None] + place).clamp(max=len(self.tokens) - 1)
         inside = (place < self.length[i][..., None]) & (i >= 0)[..., None]
-        return torch.where(inside, self.ids(at), self.blank)
+        return torch.where(inside, self.ids(at), self.mask_id)
 
     def before(self, i, n):
         """The indices (B, n) of the n windows before windows i (B,), the nearest last; -1: there is none."""
@@ -96,7 +96,7 @@ class Windows:
     def prefix(self, i):
         """The W tokens before windows i (B,), sentences: in their document; (B, W), V if there are fewer."""
         at = self.start[i][:, None] + torch.arange(-self.W, 0, device=i.device)
-        return torch.where(at >= self.origin[i][:, None], self.ids(at.clamp(min=0)), self.blank)
+        return torch.where(at >= self.origin[i][:, None], self.ids(at.clamp(min=0)), self.mask_id)
 
     def batch(self, B):
         return self.inputs(torch.randint(len(self), (B,), device=self.start.device))
@@ -114,7 +114,7 @@ class Windows:
         return torch.arange(most, device=device) * (N - 1) // max(1, most - 1)
 
 
-def last(tokens, n, W, blank, ends=None, right=False):
+def last(tokens, n, W, mask_id, ends=None, right=False):
     """The last n windows (0: all) of a prompt (L,) as Windows cuts them, but from its end: (n, W), V where
     there is nothing. right: short ones stand at the end of theirs, as if their text began before them."""
     if ends is None:
@@ -123,7 +123,7 @@ def last(tokens, n, W, blank, ends=None, right=False):
         start, length, _ = sentences(tokens, W, ends, None)
         parts = [tokens[s:s + k] for s, k in zip(start.tolist(), length.tolist())]
     parts = parts[-n:]
-    rows = torch.full((n or len(parts), W), blank, device=tokens.device)
+    rows = torch.full((n or len(parts), W), mask_id, device=tokens.device)
     for row, part in zip(rows[len(rows) - len(parts):], parts):
         row[W - len(part) if right else 0:][:len(part)] = part
     return rows

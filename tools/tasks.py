@@ -253,7 +253,7 @@ def fill(model, tokenizer, item, device, **how):
     n = max(count_behind(tokenizer, item.before, answer) for answer in item.answers)
     if n == 0:  # the answer is nothing in these tokens
         return ''
-    ids = before + [model.blank] * n + (after if model.bound != 'exact' else [])
+    ids = before + [model.mask_id] * n + (after if model.bound != 'exact' else [])
     ids, start, end = fit(ids, len(before), len(before) + n, model.config.block_size)
     row = torch.tensor(ids, device=device)[None]
     for canvas in model.sample(row, **{**how, 'steps': min(how['steps'], end - start)}):
@@ -267,7 +267,7 @@ def answer(model, tokenizer, item, device, **how):
     kept for that; a prompt that leaves less loses its head."""
     T, before = model.config.block_size, tokenizer.meta.get('before', '')
     given = (tokenizer.encode(before + item.before) + tokenizer.sep)[-(T * 3 // 4):]
-    row = torch.tensor(given + [model.blank] * (T - len(given)), device=device)[None]
+    row = torch.tensor(given + [model.mask_id] * (T - len(given)), device=device)[None]
     for canvas in model.sample(row, **how):
         if tokenizer.end in canvas[0, len(given):].tolist() and model.bound == 'exact':
             break
