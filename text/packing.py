@@ -11,14 +11,22 @@ What keeps the texts of a row apart is the segment id: 0, 1, 2 ... for the texts
                 instead, as has been done, lets two texts of equal length see each other.)
     positions   start from 0 in every segment
     loss        padding is outside
-so a packed text gets the same logits as alone. Pads that `expand` and `insert` add are different: they
-belong to the text, the model reads and writes them, so it can write texts shorter than the canvas.
+so a packed text gets the same logits as alone. Pads that `expand` adds are different: they belong to the
+text, the model reads and writes them, so it can write texts shorter than the canvas.
 """
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from configurator import fail
-from text.vocabulary import EOS, as_ids
+from text.vocabulary import BOS, EOS, PAD, as_ids
+
+
+@dataclass
+class Config:
+    packed: bool = True     # several lines to a row; False: one, padded
+    expanded: bool = False  # a random number of pads behind each line, as part of its text
 
 
 # ---- who is where: functions of the segment ids (B, T) int64 ----------------------------------------------
@@ -40,15 +48,16 @@ def positions(segment):
     return place - torch.where(starts(segment), place, 0).cummax(-1).values
 
 
-def apart(segment):
-    """What keeps the texts of packed rows apart in GPT.trunk: mask and where. None: a row is one text."""
+def keep_apart(segment):
+    """What keeps the texts of packed rows apart in GPT.trunk: {mask, where}. None: a row is one text, {}."""
     return {} if segment is None else dict(mask=same_text(segment), where=positions(segment))
 
 
-def of_text(value, segment, given=None):
-    """value (B, T), 0 at padding, and at tokens that are given (B, T) bool. None: there are none."""
-    value = value if segment is None else value * (segment >= 0)
-    return value if given is None else value * ~given
+def counted(x, segment=None, given=None):
+    """The tokens of x that a loss is about, (B, T) bool: no padding, and none that are given (B, T) bool, as
+    a prompt is."""
+    kept = torch.ones_like(x, dtype=torch.bool) if segment is None else segment >= 0
+    return kept if given is None else kept & ~given
 
 
 # ---- packing ----------------------------------------------------------------------------------------------
@@ -88,91 +97,81 @@ def crop(text, T, rng):
     return text[begin:begin + T]
 
 
-def insert(text, share, pad, rng):
-    """share * L pads at random places."""
-    n = round(share * len(text))
-    return np.insert(text, rng.integers(len(text) + 1, size=n), pad) if n else text
-
-
 def expand(text, T, pad, rng):
     """A random number of pads, at most up to T tokens, behind the text."""
     return np.append(text, np.full(rng.integers(max(0, T - len(text)) + 1), pad))
 
 
-class Lines:
-    """The lines of a stream of tokens: random batches for training, all of them for evaluation.
+class Rows:
+    """The lines of a stream of tokens (ids, or of rows.load_tokens); see rows.py."""
 
-    tokens: as of common.load_tokens, or ids; bos: the id every line starts with; pad: that of padding.
-    packed: several lines to a row. inserted, expanded: see `insert` and `expand`.
-    """
-
-    def __init__(self, tokens, bos, pad, packed=True, inserted=0.0, expanded=False):
-        self.tokens = as_ids(tokens).cpu().numpy()
-        first = np.flatnonzero(self.tokens == bos)
+    def __init__(self, tokens, tokenizer, T, packed=True, expanded=False):
+        self.tokens, self.device = as_ids(tokens).cpu().numpy(), tokens.device
+        first = np.flatnonzero(self.tokens == BOS)
         if not len(first):
             fail("a dataset of lines without <bos>: prepare it again (data/lines/prepare.py)")
-        if self.tokens[0] != bos or self.tokens[-1] != EOS:
+        if self.tokens[0] != BOS or self.tokens[-1] != EOS:
             fail("a dataset of lines that is cut short: prepare it again (data/lines/prepare.py)")
         self.bounds = np.stack([first, np.append(first[1:], len(self.tokens))], axis=1)
-        self.pad, self.packed, self.inserted, self.expanded = pad, packed, inserted, expanded
+        self.T, self.packed, self.expanded = T, packed, expanded
 
     def __len__(self):
         return len(self.bounds)
 
-    def longer(self, T):
+    def longer(self):
         """How many lines have more than T tokens and will be cut."""
-        return int((self.bounds[:, 1] - self.bounds[:, 0] > T).sum())
+        return int((self.bounds[:, 1] - self.bounds[:, 0] > self.T).sum())
 
-    def texts(self, which, T, rng):
-        """The lines `which`, altered and cut to at most T tokens."""
-        out = []
-        for begin, end in self.bounds[which]:
-            line = self.tokens[begin:end].astype(np.int64)
-            text = crop(insert(line, self.inserted, self.pad, rng), T, rng)
-            out.append(expand(text, T, self.pad, rng) if self.expanded else text)
-        return out
+    def texts(self, which, rng):
+        """The lines `which`, cut to at most T tokens."""
+        lines = (crop(self.tokens[begin:end].astype(np.int64), self.T, rng) for begin, end in
+                 self.bounds[which])
+        return [expand(line, self.T, PAD, rng) if self.expanded else line for line in lines]
 
-    def bins(self, texts, T):
+    def bins(self, texts, packed):
         """Which texts share a row."""
-        if not self.packed:
+        if not packed:
             return [[i] for i in range(len(texts))]
-        return first_fit_decreasing([len(t) for t in texts], T)
+        return first_fit_decreasing([len(t) for t in texts], self.T)
 
-    def batch(self, B, T):
+    def draw(self, B, packed):
         """Random lines, as many as B rows hold: x, segment (B, T) int64. A function of torch's seed."""
-        rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
-        draw = lambda n: self.texts(rng.integers(len(self), size=n), T, rng)
-        if not self.packed:
-            return fill(draw(B), [[i] for i in range(B)], T, self.pad)
-        texts = draw(B)
+        rng, T = np.random.default_rng(torch.randint(2 ** 62, ()).item()), self.T
+        lines = lambda n: self.texts(rng.integers(len(self), size=n), rng)
+        texts = lines(B)
+        if not packed:
+            return fill(texts, self.bins(texts, False), T, PAD)
         while (slots := np.cumsum([len(t) for t in texts]))[-1] <= B * T:
-            texts += draw(len(texts))
+            texts += lines(len(texts))
         few, many = B, int(np.searchsorted(slots, B * T, side='right')) + 1
         while many - few > 1:  # `few` texts fit, `many` do not
             middle = (few + many) // 2
-            few, many = (middle, many) if len(self.bins(texts[:middle], T)) <= B else (few, middle)
-        bins = self.bins(texts[:few], T)
-        return fill(texts, bins + [[]] * (B - len(bins)), T, self.pad)
+            few, many = (middle, many) if len(self.bins(texts[:middle], True)) <= B else (few, middle)
+        bins = self.bins(texts[:few], True)
+        return fill(texts, bins + [[]] * (B - len(bins)), T, PAD)
 
-    def rows(self, T, most=0):
-        """All lines, or `most` evenly spread, in the order of the stream but packed: x, segment (N, T)."""
+    def batch(self, B):
+        x, segment = self.draw(B, self.packed)
+        return self.named(x, segment), int((segment >= 0).sum())
+
+    def all(self, most=0):
+        """All lines, or `most` evenly spread, in the order of the stream but packed."""
         which = np.arange(len(self))
         if 0 < most < len(self):
             which = np.linspace(0, len(self) - 1, most).astype(int)
-        texts = self.texts(which, T, np.random.default_rng(0))
-        return fill(texts, self.bins(texts, T), T, self.pad)
+        texts = self.texts(which, np.random.default_rng(0))
+        return self.named(*fill(texts, self.bins(texts, self.packed), self.T, PAD))
+
+    def named(self, x, segment):
+        return dict(x=x.to(self.device), segment=segment.to(self.device))
+
+    def report(self, B):
+        """How full B rows are, packed and not."""
+        full = [sum(efficiency(self.draw(B, packed)[1]) for _ in range(10)) / 10 for packed in (True, False)]
+        return (f"{len(self):,} lines, {self.longer():,} longer than {self.T} tokens and cut; of {B} x "
+                f"{self.T} slots hold text: {full[0]:.1%} packed, {full[1]:.1%} with one line a row")
 
 
 def efficiency(segment):
     """The share of slots that hold text."""
     return (segment >= 0).double().mean().item()
-
-
-def report(tokens, bos, pad, B, T):
-    """How full B rows of T slots are, packed and not, as a line of text."""
-    full = []
-    for packed in (True, False):
-        lines = Lines(tokens, bos, pad, packed)
-        full.append(sum(efficiency(lines.batch(B, T)[1]) for _ in range(10)) / 10)
-    return (f"{len(lines):,} lines, {lines.longer(T):,} longer than {T} tokens and cut; "
-            f"of {B} x {T} slots hold text: {full[0]:.1%} packed, {full[1]:.1%} with one line a row")

@@ -10,13 +10,21 @@ first step on.
 
 A dataset of pairs is a stream: prompt [end] answer [end] prompt [end] ... (data/gsm8k/prepare.py).
 """
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from configurator import fail
+from text.vocabulary import as_ids
 
 
-def fit(prompt, answer, T, sep, end):
+@dataclass
+class Config:
+    pass  # nothing to choose
+
+
+def row_of(prompt, answer, T, sep, end):
     """Lists of ids -> (a row of T ids, how many of them are given). What does not fit is cut: first the head
     of the prompt, then the tail of an answer that is too long by itself; that one has no [end]."""
     answer = (answer + [end])[:T - len(sep)]
@@ -24,42 +32,45 @@ def fit(prompt, answer, T, sep, end):
     return given + answer + [end] * (T - len(given) - len(answer)), len(given)
 
 
-class Pairs:
-    """The pairs of a stream: random batches for training, all of them for evaluation. tokens: as of
-    common.load_tokens, as ids; sep: list of ids; end: id."""
+class Rows:
+    """The pairs of a stream of tokens (ids, or of rows.load_tokens); see rows.py."""
 
-    def __init__(self, ids, sep, end):
-        self.ids, self.sep, self.end = ids.cpu().numpy(), sep, end
-        last = np.flatnonzero(self.ids == end)
+    def __init__(self, tokens, tokenizer, T):
+        self.ids, self.device = as_ids(tokens).cpu().numpy(), tokens.device
+        self.T, self.sep, self.end = T, tokenizer.sep, tokenizer.end
+        last = np.flatnonzero(self.ids == self.end)
         if len(last) < 2 or len(last) % 2 or last[-1] != len(self.ids) - 1:
             fail("a dataset of pairs that is not prompt, end, answer, end ...: prepare it again")
+        if T <= len(self.sep):
+            fail(f"block_size={T} leaves no room for an answer: {len(self.sep)} stand before it")
         first = np.append(0, last[:-1] + 1)
         self.bounds = np.stack([first, last], axis=1).reshape(-1, 2, 2)  # (pair, prompt or answer, from to)
 
     def __len__(self):
         return len(self.bounds)
 
-    def longer(self, T):
+    def longer(self):
         """How many pairs do not fit into T tokens and will be cut."""
         lengths = (self.bounds[..., 1] - self.bounds[..., 0]).sum(-1)
-        return int((lengths + len(self.sep) + 1 > T).sum())
+        return int((lengths + len(self.sep) + 1 > self.T).sum())
 
     def pair(self, i):
         """(prompt, answer) as lists of ids."""
         return [self.ids[a:b].tolist() for a, b in self.bounds[i]]
 
-    def rows(self, which, T):
+    def rows(self, which):
         """The pairs `which` as x (N, T) int64 and given (N, T) bool."""
-        if T <= len(self.sep):
-            fail(f"block_size={T} leaves no room for an answer: {len(self.sep)} stand before it")
-        rows, n = zip(*(fit(*self.pair(i), T, self.sep, self.end) for i in which))
-        return torch.tensor(rows), torch.arange(T) < torch.tensor(n)[:, None]
+        rows, n = zip(*(row_of(*self.pair(i), self.T, self.sep, self.end) for i in which))
+        given = torch.arange(self.T) < torch.tensor(n)[:, None]
+        return dict(x=torch.tensor(rows).to(self.device), given=given.to(self.device))
 
-    def batch(self, B, T):
-        """B random pairs. A function of torch's seed."""
-        return self.rows(torch.randint(len(self), (B,)).tolist(), T)
+    def batch(self, B):
+        batch = self.rows(torch.randint(len(self), (B,)).tolist())
+        return batch, int((~batch['given']).sum())
 
-    def spread(self, most=0):
-        """The numbers of all pairs, or of `most` evenly spread."""
+    def all(self, most=0):
         N = len(self)
-        return range(N) if not 0 < most < N else np.linspace(0, N - 1, most).astype(int).tolist()
+        return self.rows(np.linspace(0, N - 1, most).astype(int).tolist() if 0 < most < N else range(N))
+
+    def report(self, B):
+        return f"{len(self):,} pairs, {self.longer():,} longer than {self.T} tokens and cut"

@@ -1,14 +1,59 @@
 """
-A text as windows: what a sentence VAE encodes, and what comes before.
+A text as windows.
 
-A stream of tokens is cut into windows of at most W tokens, either all of W, a `stride` apart, or sentences.
+`Rows`: windows of T tokens, cut anywhere. `Passages`, for the sentence VAE and what is built on it: windows
+of at most W tokens with what stands before them. They have W tokens each, a `stride` apart, or are sentences.
 A sentence ends behind . ! ? or a line break, with the closing marks in the same token and the space that
-follow, or when W tokens are full; it does not cross a document's end, windows of W tokens do. The mask_id id V
-stands where there is no token: behind a short window, and before a prefix that has fewer than W tokens.
+follow, or when W tokens are full. It does not cross a document's end; windows of W tokens do. The id V stands
+where there is no token: behind a short window, and before a prefix that has fewer than W tokens.
 """
+from dataclasses import dataclass
+
 import torch
 
+from configurator import Share, fail
 from text.vocabulary import as_ids
+
+
+@dataclass
+class Config:
+    random_length: Share = 0.0  # share of training rows cut to a random length (LLaDA: 0.01)
+
+
+class Rows:
+    """Windows of T tokens of one long text; see rows.py."""
+
+    def __init__(self, tokens, tokenizer, T, random_length=0.0):
+        if len(tokens) < T:
+            fail(f"the text has {len(tokens)} tokens, fewer than block_size={T}")
+        self.tokens, self.T, self.random_length = tokens, T, random_length
+
+    def batch(self, B):
+        """x (B, T), gathered on the device without waiting for it; what random_length cuts off is padding,
+        segment -1."""
+        device, T = self.tokens.device, self.T
+        start = torch.randint(len(self.tokens) - T + 1, (B, 1), device=device)
+        place = torch.arange(T, device=device)
+        batch = dict(x=as_ids(self.tokens[start + place]))
+        if self.random_length:
+            cut = torch.rand(B, 1, device=device) < self.random_length
+            kept = torch.where(cut, torch.randint(1, T + 1, (B, 1), device=device), T)
+            batch['segment'] = torch.zeros_like(batch['x']).where(place < kept, -1)
+        return batch, B * T
+
+    def all(self, most=0):
+        """Windows side by side, x (N, T); the last, incomplete one is left out."""
+        N = len(self.tokens) // self.T
+        rows = torch.arange(N, device=self.tokens.device)
+        if 0 < most < N:
+            rows = torch.linspace(0, N - 1, most, device=self.tokens.device).long()
+        return dict(x=as_ids(self.tokens[:N * self.T].view(N, self.T)[rows]))
+
+    def report(self, B):
+        return ''
+
+
+# ---- sentences --------------------------------------------------------------------------------------------
 
 OTHER, END, SPACE = range(3)  # what a token is to a sentence
 
@@ -53,13 +98,13 @@ def sentences(tokens, W, ends, end):
     return start[kept], length[kept], document[kept]
 
 
-class Windows:
-    """tokens: of a dataset (`common.load_tokens`), or ids. Window i: tokens start[i] up to
+class Passages:
+    """tokens: of a dataset (`rows.load_tokens`), or ids. Window i: tokens start[i] up to
     start[i] + length[i], in a document that begins at origin[i]; `back` windows before it is the one that
-    ends where it starts."""
+    ends where it starts. n_prev: how many of those before are in a batch."""
 
-    def __init__(self, tokens, W, mask_id, stride=1, ends=None, end=None):
-        self.tokens, self.W, self.mask_id = tokens, W, mask_id
+    def __init__(self, tokens, W, mask_id, stride=1, ends=None, end=None, n_prev=0):
+        self.tokens, self.W, self.mask_id, self.n_prev = tokens, W, mask_id, n_prev
         if ends is None:
             if W % stride:
                 raise ValueError(f"stride={stride} must divide {W}, the tokens of a window")
@@ -98,13 +143,19 @@ class Windows:
         at = self.start[i][:, None] + torch.arange(-self.W, 0, device=i.device)
         return torch.where(at >= self.origin[i][:, None], self.ids(at.clamp(min=0)), self.mask_id)
 
-    def batch(self, B):
-        return self.inputs(torch.randint(len(self), (B,), device=self.start.device))
+    def inputs(self, i):
+        """Windows i (B,) and what stands before them: {x, prefix (B, W)}, {before (B, n_prev, W)} if n_prev."""
+        batch = dict(x=self.window(i), prefix=self.prefix(i))
+        return batch | dict(before=self.window(self.before(i, self.n_prev))) if self.n_prev else batch
 
-    def inputs(self, i, n_prev=0):
-        """What a model of windows takes of windows i (B,): them, their prefixes, and the n_prev before."""
-        given = (self.window(i), self.prefix(i))
-        return (*given, self.window(self.before(i, n_prev))) if n_prev else given
+    def batch(self, B):
+        return self.inputs(torch.randint(len(self), (B,), device=self.start.device)), B * self.W
+
+    def all(self, most=0):
+        return self.inputs(self.spread(most))
+
+    def report(self, B):
+        return ''
 
     def spread(self, most):
         """Indices of `most` windows, evenly spread; 0: of all."""
