@@ -39,10 +39,10 @@ class Adapted(model.GPT):
     def forward(self, x, mask=None, time=None, where=None):
         """As of GPT, with the shift undone: logits (B, T, V) of tokens x (B, T)."""
         if self.shift:
-            if where is not None:
-                raise ValueError("with shift a row is one text: the first token of another would be predicted "
-                                 "from this one's last")
-            x = F.pad(x, (1, 0), value=self.config.vocab_size + 1)  # [BOS]
+            x = F.pad(x, (1, 0), value=self.config.vocab_size + 1)  # [BOS], which sees what x[:, 0] sees
+            if mask is not None:  # of one text and its padding
+                mask = torch.cat([mask[..., :1, :], mask], -2)
+                mask, where = torch.cat([mask[..., :1], mask], -1), F.pad(where + 1, (1, 0))
         if self.training and self.anneal_iters:
             seen = partly_causal(x.size(1), ((self.clock.steps + 1) / self.anneal_iters).clamp(max=1))
             mask = seen if mask is None else seen & mask
