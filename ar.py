@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from parts import lora
 import model
 from text.packing import apart, of_text, starts
-from unmask import draw
+from unmask import sample_tokens
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Model(nn.Module):
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):
             logits = self.gpt(new, cache=cache)[:, -1].float()
-            drawn = draw(logits.log_softmax(-1), temperature, top_k, top_p)
+            drawn = sample_tokens(logits.log_softmax(-1), temperature, top_k, top_p)
             xt[:, i] = torch.where(xt[:, i] == self.mask_id, drawn, xt[:, i])  # some prompts are longer
             new = xt[:, i:i + 1]
             yield xt.clone()
