@@ -40,6 +40,13 @@ class Config:
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto | float32 | bfloat16
     seed: Natural = 1337         # equal seeds, equal texts
 
+    # the sampler
+    steps: Count = 64            # of the denoiser for a block; an autoregressive model takes one a token
+    rule: str = ''               # how to sample, see below; '': the objective's own choice
+    temperature: NonNegative = 0.7  # 1: the model's law; below: likely tokens more often; 0: the likeliest
+    top_k: Natural = 0           # draw from the k likeliest tokens; 0: all
+    top_p: ShareAbove0 = 1.0     # draw from the fewest tokens with this probability together
+
     # the text
     num_samples: Count = 2       # texts, side by side in one batch
     length: Natural = 0          # tokens of a text, prompt included; 0: the model's block, at most 1,024
@@ -50,15 +57,10 @@ class Config:
     hole: Count = 8              # tokens of a hole
     stop: str = ''               # end a text behind this one; <|endoftext|>: the model's own end
     min_entropy: NonNegative = 0.0  # end a text at 256 tokens of less unigram entropy in nats (BD3-LM: 4)
+
+    # to look at
     watch: bool = False          # show the denoising in the terminal
     html: Filename = ''          # write the denoising to this file, a page that needs nothing else
-
-    # the sampler
-    steps: Count = 64            # of the denoiser for a block; an autoregressive model takes one a token
-    rule: str = ''               # how to sample, see below; '': the objective's own choice
-    temperature: NonNegative = 0.7  # 1: the model's law; below: likely tokens more often; 0: the likeliest
-    top_k: Natural = 0           # draw from the k likeliest tokens; 0: all
-    top_p: ShareAbove0 = 1.0     # draw from the fewest tokens with this probability together
 
     def __post_init__(self):
         if self.template and (self.start or self.suffix or self.length):
@@ -95,8 +97,8 @@ def write(model, tokenizer, config, canvas, how):
             canvases.append(new)
         canvas = new
         if config.min_entropy and model.revises:
-            raise ValueError("min_entropy ends a text while it is written: this model may change what it has "
-                             "written until the last step")
+            raise ValueError("min_entropy ends a text while it is written: this model may change any token "
+                             "until the last step")
         if (stops or config.min_entropy) and not model.revises:
             ends = ended(canvas, ends)
             if all(ends):
