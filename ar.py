@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import model
 from parts import lora
 from text.packing import counted, keep_apart, starts
-from unmask import draw
+from unmask import sample_tokens
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Model(nn.Module):
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):
             logp = self.gpt(new, cache=cache)[:, -1].float().log_softmax(-1)
-            drawn = draw(logp, temperature, top_k, top_p)
+            drawn = sample_tokens(logp, temperature, top_k, top_p)
             xt[:, i] = torch.where(xt[:, i] == self.mask_id, drawn, xt[:, i])  # some prompts are longer
             new = xt[:, i:i + 1]
             yield xt.clone()
