@@ -205,8 +205,8 @@ def check_room(folder, nets, optimizers, there, resumed):
     if resumed:
         room += sum(p.stat().st_size for p in Path(folder).glob('*.pt'))
     if best + 2 * last > room:
-        fail(f"no room for the checkpoints in {folder}/: they take {(best + 2 * last) / 1e6:,.1f} MB at most, "
-             f"{room / 1e6:,.1f} MB are free")
+        fail(f"no room for the checkpoints in {folder}/: they take {(best + 2 * last) / 1e6:,.1f} MB at "
+             f"most, {room / 1e6:,.1f} MB are free")
 
 
 def set_aside(folder):

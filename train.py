@@ -38,7 +38,7 @@ from text.vocabulary import Tokenizer
 @dataclass
 class Config:
     # what to train, on what
-    objective: Literal[common.OBJECTIVES] = 'masked'  # ar | masked | sedd | d3pm | block | score | vae | latent
+    objective: Literal[common.OBJECTIVES] = 'masked'  # the concept file: ar, masked, sedd, d3pm, block ...
     dataset: str = 'shakespeare_char'   # a folder of data/
     out_dir: Filename = 'out'           # where the checkpoints go
     init_from: Filename = 'scratch'     # scratch | resume | whose weights to take: a folder, gpt2, owner/name
@@ -125,8 +125,8 @@ class State:
             self.val = common.evaluate(nats, batch, text, rows)
 
     def save(self, new_figure, measured):
-        """Write last.pt with everything, and best.pt when `val` is the best so far. measured: training windows
-        for models that measure something on them, or None."""
+        """Write last.pt with everything, and best.pt when `val` is the best so far. measured: training
+        windows for models that measure something on them, or None."""
         if self.model.measures:
             self.model.measure(measured)
             self.ema.measure(measured)
@@ -193,9 +193,9 @@ def train(state, origin, rank, world):
 
     # data: rows of training, and those of validation, always the same
     tokenizer = Tokenizer(state.meta)
-    rows, val = (open_rows(load_tokens(run.dataset, split, config.vocab_size, device), tokenizer, state.model,
-                           state.row_knobs, folder) for split, folder in (('train', run.out_dir), ('val', '')))
-    val = val.all(run.eval_windows)
+    tokens = [load_tokens(run.dataset, split, config.vocab_size, device) for split in ('train', 'val')]
+    rows = open_rows(tokens[0], tokenizer, state.model, state.row_knobs, run.out_dir)
+    val = open_rows(tokens[1], tokenizer, state.model, state.row_knobs).all(run.eval_windows)
     text = common.text_of(val, state.model.mask_id)
     measured = None
     if state.model.measures:
@@ -238,8 +238,8 @@ def train(state, origin, rank, world):
         if rank == 0 and (evaluating or stopping):
             state.save(evaluating, measured)
         if rank == 0 and evaluating:
-            kind = {'exact': 'exact', 'upper': 'upper bound'}[state.model.bound]
-            say(f"iter {state.iter}: validation {state.val[0]:.4f} ± {state.val[1]:.4f} nats/token, {kind}", bar)
+            (value, error), kind = state.val, dict(exact='exact', upper='upper bound')[state.model.bound]
+            say(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}", bar)
         figures, tick, tick_iter = [], time.time(), state.iter
     bar.close()
     if stopping and rank == 0:
@@ -248,8 +248,8 @@ def train(state, origin, rank, world):
 
 
 def check_finite(state, first_bad, never, saving):
-    """A loss, or weights about to be saved, that are no numbers end the script. Called now and then only: on a
-    GPU every look waits for the device."""
+    """A loss, or weights about to be saved, that are no numbers end the script. Called now and then only: on
+    a GPU every look waits for the device."""
     before = f"{state.run.out_dir}/last.pt, if there is one, is from before"
     if int(first_bad) < int(never):
         sys.exit(f"error: the loss of iteration {int(first_bad)} is not finite; {before}; a smaller --lr or "

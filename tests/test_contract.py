@@ -63,7 +63,8 @@ def test_the_class_says_what_the_scripts_must_know(concept):
     M = concept.Model
     assert M.bound in ('exact', 'upper') and set(M.takes) <= rows.KINDS.keys() and set(M.orders) <= {'left'}
     assert all(type(flag) is bool for flag in (M.revises, M.any_length, M.selects, M.measures))
-    assert M.base in ('', *common.OBJECTIVES) and bool(M.base) == ('base' in configurator.knobs_of(concept.Config))
+    assert M.base in ('', *common.OBJECTIVES)
+    assert bool(M.base) == ('base' in configurator.knobs_of(concept.Config))
 
 
 def test_forward_gives_a_scalar_loss_and_plain_metrics_and_every_parameter_a_gradient(concept):
