@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 import common
 import model as transformer
-from common import say
 from configurator import Count, Filename, Natural, NonNegative, Share, ShareBelow1, fail, script
 from hub import start
 from parts.muon import optimizers
 from text import files
 from text.rows import load_tokens, open_rows
 from text.vocabulary import Tokenizer
+from tools import machine
+from tools.machine import say
 
 
 # ---- knobs ------------------------------------------------------------------------------------------------
@@ -69,19 +70,19 @@ class Config:
 
 def main(argv):
     run, config, row_knobs, origin = start.begin(argv, __doc__, Config)
-    rank, world, device = common.join(run.device)
+    rank, world, device = machine.join(run.device)
     state = State(run, config, row_knobs, origin, device)
     if state.iter >= run.max_iters:
         say(f"{run.out_dir}/ holds a run that is finished: it has done {state.iter:,} iterations, max_iters "
             f"is {run.max_iters:,}; with a larger --max_iters= it goes on")
     elif rank == 0:
         there = files.folder(run.out_dir, 'out_dir')
-        common.check_room(run.out_dir, (state.model, state.ema), state.optimizers, there, origin.resumed)
+        machine.check_room(run.out_dir, (state.model, state.ema), state.optimizers, there, origin.resumed)
         with files.occupied(run.out_dir):
             train(state, origin, rank, world)
     else:
         train(state, origin, rank, world)
-    common.leave(world)
+    machine.leave(world)
 
 
 # ---- model and optimizer ----------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def step(state, loss_fn, rows, rank, world, amp):
         (loss / run.grad_accum).backward()
         count, total = count + n, total + loss.detach() / run.grad_accum
     if world > 1:
-        common.average_gradients(state.params, world)
+        machine.average_gradients(state.params, world)
     if run.grad_clip:
         torch.nn.utils.clip_grad_norm_(state.params, run.grad_clip)
     for optimizer, peak in zip(state.optimizers, state.peak):
@@ -210,8 +211,8 @@ def train(state, origin, rank, world):
         say(f"{run.objective}: {sum(p.numel() for p in state.params) / 1e6:.2f}M parameters, "
             f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
             f"{run.max_iters} iterations, {device} in {state.dtype}, to {run.out_dir}/")
-    stop = common.stop_signals(world, device)
-    loss_fn = common.compiled(state.model, rows.batch(run.batch_size)[0], amp) if run.compile else state.model
+    stop = machine.stop_signals(world, device)
+    loss_fn = machine.compiled(state.model, rows.batch(run.batch_size)[0], amp) if run.compile else state.model
 
     never = torch.tensor(2 ** 62, device=device)
     first_bad, figures, tick, tick_iter, stopping = never, [], time.time(), state.iter, False

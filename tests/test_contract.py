@@ -12,6 +12,7 @@ import common
 import configurator
 import vae
 from text import rows
+from tools import machine
 
 SIZES = dict(vocab_size=7, block_size=8, n_layer=2, n_head=2, n_embd=16)
 VAE = SIZES | dict(base_context=16, n_latent=2, d_latent=4)
@@ -98,7 +99,7 @@ def test_the_loss_compiles_to_machine_code_without_falling_back(concept, capsys)
     if not shutil.which('g++'):
         pytest.skip("no C++ compiler; tracing is tested above")
     model = concept.Model(config_of(concept, n_layer=1))
-    loss_fn = common.compiled(model, batch_of(concept), contextlib.nullcontext())
+    loss_fn = machine.compiled(model, batch_of(concept), contextlib.nullcontext())
     assert loss_fn is not model, capsys.readouterr().err
     torch._dynamo.reset()
 
