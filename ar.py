@@ -14,8 +14,12 @@ import torch.nn.functional as F
 
 from parts import lora
 import model
-from text.packing import apart, of_text, starts
+from text.packing import counted, keep_apart as apart, starts
 from unmask import draw
+
+
+def of_text(value, segment, given=None):
+    return value * counted(value, segment, given)
 
 
 @dataclass

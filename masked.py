@@ -45,8 +45,12 @@ import ar
 from parts import lora
 import model
 from ar import token_nats
-from text.packing import apart, of_text
+from text.packing import counted, keep_apart as apart
 from unmask import RULES, unmask  # noqa: F401
+
+
+def of_text(value, segment, given=None):
+    return value * counted(value, segment, given)
 
 
 @dataclass

@@ -113,6 +113,9 @@ def draw(logp, temperature=1.0, top_k=0, top_p=1.0):
     return (p / race.clamp(min=torch.finfo(p.dtype).tiny)).argmax(-1)  # u = 0 must not make 0 / 0
 
 
+sample_tokens = draw
+
+
 def write(xt, where, logp, draw):
     """The canvas xt (B, T) with draws from log p (B, T, V) at the positions `where` (B, T) bool."""
     return xt.masked_scatter(where, draw(logp[where]))
