@@ -34,7 +34,7 @@ from text.latents import Latents, cached
 
 RULES = {f.__name__: f for f in (dpmpp_2m_sde, dpmpp_2m, euler, heun)}
 LOW, HIGH = 0.01, 100.0  # noise levels of a sampler, unless training stays within
-DECODER_NOISE = 3.0      # what the decoder is told of sampled latents (NOTES.md), or less, if training was
+DECODER_NOISE = 3.0      # what the decoder is told of sampled latents (NOTES.md), if training went so far
 FOURIER = 64             # random Fourier features of the noise level
 
 
@@ -97,7 +97,7 @@ class Model(nn.Module):
         self.config, self.mask_id, c = config, config.vocab_size, config
         self.vae = vae.Model(vae.Config(**json.loads(c.vae))).requires_grad_(False).eval()
         self.n, self.d = self.vae.config.n_latent, self.vae.config.d_latent
-        self.decoder_noise = min(DECODER_NOISE, self.vae.config.latent_noise)
+        self.decoder_noise = min(DECODER_NOISE, self.vae.config.latent_noise)  # see `sample`
         slots = 1 + self.n * (c.n_prev + 1)
         shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout, arch=c.arch)
         self.gpt = model.GPT(model.Config(vocab_size=c.vocab_size, block_size=slots, **shape), causal=False,
@@ -230,7 +230,7 @@ class Model(nn.Module):
     def sample(self, xt, steps, rule='', *,
                cfg: NonNegative = 0.0,  # guidance towards the text before: D + cfg (D - D without it)
                tau: NonNegative = 0.0,  # share of the posterior's variance on z, temperature; 0: neither
-               decoder_noise: NonNegative = -1.0,  # noise on z that the decoder is told of; -1: up to 3
+               decoder_noise: NonNegative = DECODER_NOISE,  # on z, for the decoder; at most latent_noise
                context: Natural = 0,    # tokens of the prompt's end to encode; 0: n_prev windows
                windows: Natural = 0,    # at most so many; 0: until the canvas is full
                trace: bool = False,     # a canvas for every step: what the latents so far decode to
@@ -257,5 +257,5 @@ class Model(nn.Module):
             there = F.pad(there[:, 1:], (0, 1), value=True)
             if not trace:
                 yield self.vae.raw(D)
-        noise = self.decoder_noise if decoder_noise < 0 else decoder_noise
+        noise = min(decoder_noise, self.vae.config.latent_noise)
         return self.vae.write_windows(xt, latents, tau, noise, windows)

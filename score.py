@@ -38,7 +38,8 @@ import model
 from ar import token_nats
 from configurator import Count, NonNegative, Positive, Share
 from masked import low_discrepancy
-from parts.gaussian import dpmpp_2m, euler, heun, noise_level, precondition, renoise
+from parts.gaussian import dpmpp_2m, euler, full_precision, heun, noise_level, precondition, renoise
+from parts.warp import BINS, quantile, warp_cdf, warped_loss
 from text.packing import counted, keep_apart
 from unmask import ranks, truncate
 
@@ -78,8 +79,8 @@ def on_sphere(weight):
 
 
 def denoised(logits, E):
-    """D, the mean of the embeddings E (V, d) under logits (B, T, V): (B, T, d), never in half precision."""
-    with torch.autocast(E.device.type, enabled=False):
+    """D, the mean of the embeddings E (V, d) under logits (B, T, V): (B, T, d)."""
+    with full_precision(E):
         return logits.softmax(-1) @ E
 
 
@@ -93,30 +94,6 @@ def anisotropy(E):
 # ---- noise ------------------------------------------------------------------------------------------------
 
 LEAST = 0.01  # stands for the sigma of given tokens where it divides; it leaves no doubt about the token
-BINS = 100    # of the time warp
-FLOOR = 0.1   # share of the time warp's law that is uniform in t, so that no noise level is forgotten
-
-
-def warped_loss(slopes, t):
-    """The time warp's model of the loss: piecewise linear in t, rising. slopes (BINS,) are logarithms."""
-    rise = slopes.exp()
-    i = (t * BINS).long().clamp(0, BINS - 1)
-    return F.pad(rise.cumsum(0), (1, 0))[i] + (t * BINS - i) * rise[i]
-
-
-def warp_cdf(slopes):
-    """The law of t under which that loss rises evenly, with a little of the uniform law: its CDF at the ends
-    of the bins, (BINS + 1,)."""
-    law = (1 - FLOOR) * slopes.softmax(0) + FLOOR / BINS
-    cdf = F.pad(law.cumsum(0), (1, 0))
-    return cdf / cdf[-1]
-
-
-def quantile(cdf, u):
-    """t with CDF u, and the density of the law there. u of any shape, in [0, 1]."""
-    i = (torch.searchsorted(cdf, u.contiguous(), right=True) - 1).clamp(0, BINS - 1)
-    law = cdf[i + 1] - cdf[i]
-    return (i + (u - cdf[i]) / law) / BINS, law * BINS
 
 
 def staggered(left, order, stagger):
@@ -176,7 +153,7 @@ class Model(nn.Module):
     def logits(self, x, sigma, E, guess=None, segment=None):
         """Unnormalised log p(x0 | x), (B, T, V) float32, and the network's F (B, T, d). x (B, T, d), sigma
         (B, T), E (V, d); guess (B, T, d): the last D, if the model is self-conditioned."""
-        with torch.autocast(x.device.type, enabled=False):  # differences of large numbers count
+        with full_precision(x):
             E = E.to(torch.promote_types(E.dtype, torch.float32))
             c_in, c_skip, c_out = precondition(sigma.clamp(min=LEAST)[..., None])
             evidence = (c_skip * x) @ E.T / c_out ** 2
@@ -185,7 +162,7 @@ class Model(nn.Module):
             seen = torch.cat([seen, torch.zeros_like(x) if guess is None else guess], -1)
         time = torch.atan(sigma) * (2 / math.pi)
         out = self.head(self.gpt.trunk(self.read(seen), time=time, **keep_apart(segment)))
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             return evidence + out.to(E.dtype) @ E.T / c_out, out
 
     # ---- training ----

@@ -37,7 +37,7 @@ import model
 from ar import prompt_length, token_nats
 from configurator import Count, Filename, Fixed, Natural, NonNegative, Share, ShareBelow1
 from parts import lora
-from parts.gaussian import log_normal, mutual_information
+from parts.gaussian import full_precision, log_normal, mutual_information
 from text.windows import OTHER, Passages, begins, last, place, sentence_ends, tokens_before
 from unmask import sample_tokens
 
@@ -182,7 +182,7 @@ class Model(nn.Module):
 
     def encode(self, x):
         """Windows x (B, W) -> latents (B, n, d), of mean 0 and variance 1 a dimension, see `measure`."""
-        with torch.autocast(x.device.type, enabled=False):  # a small std makes small errors large
+        with full_precision(x):  # a small std makes small errors large
             return (self.posterior(x)[0] - self.mean) / self.std
 
     def raw(self, latents):

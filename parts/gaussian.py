@@ -2,12 +2,18 @@
 Normal distributions, and diffusion by Gaussian noise, x = x0 + sigma eps: what score.py, vae.py and
 latent.py share. x (B, T, d) are points, of tokens or of windows, each with a noise level: sigma (B, T).
 """
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 
 from configurator import NonNegative
+
+
+def full_precision(x):
+    """No autocast around numbers made of x: differences of large ones count."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 # ---- normal distributions ---------------------------------------------------------------------------------
@@ -22,7 +28,7 @@ def mutual_information(z, mu, logvar):
     q(z) the mean over the batch (ELBO surgery, Hoffman & Johnson 2016). It is at most log B."""
     z, mu, logvar = (t.flatten(1) for t in (z, mu, logvar))
     inverse = (-logvar).exp()
-    with torch.autocast(z.device.type, enabled=False):  # differences of large numbers count
+    with full_precision(z):
         pairs = z @ (mu * inverse).T - z.square() @ inverse.T / 2  # (B, B): log N(z_i; mu_j) + const
     pairs = pairs - (mu.square() * inverse + logvar).sum(1) / 2
     return (pairs.diagonal() - pairs.logsumexp(1) + math.log(len(z))).mean()

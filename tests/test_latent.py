@@ -303,14 +303,14 @@ def test_of_a_prompt_in_sentences_the_last_ones_are_encoded_as_training_would_cu
     assert seen[0].tolist() == [[1, 2, 2] + [7] * 5]
 
 
-def test_a_sampler_tells_the_decoder_of_no_more_noise_than_training_did_unless_asked_to():
+def test_a_sampler_tells_the_decoder_of_no_more_noise_than_training_did():
     for noise, expected in ((4.0, latent.DECODER_NOISE), (1.5, 1.5), (0.0, 0.0)):
         config = json.dumps(dataclasses.asdict(dataclasses.replace(VAE, latent_noise=noise)))
         model, told = random_model(vae=config, decode_sigma=100.0), []
         model.vae.write = lambda z, prefix, length, tau, s: told.append(s) or torch.zeros(1, 8).long()
         list(model.sample(torch.full((1, 8), 7), 2))
         list(model.sample(torch.full((1, 8), 7), 2, decoder_noise=2.5))
-        assert told == [expected, 2.5]
+        assert told == [expected, min(2.5, noise)] and model.decoder_noise == expected
         window_nats = model.vae.window_nats
         model.vae.window_nats = lambda z, x, prefix, s: told.append(s) or window_nats(z, x, prefix, s)
         model.nats(torch.zeros(1, 8).long())

@@ -8,7 +8,7 @@ import common
 import score
 from configurator import arguments, settings
 from conftest import Joint, chi_square_p
-from parts import gaussian
+from parts import gaussian, warp
 
 SIZES = dict(vocab_size=3, block_size=3, n_layer=1, n_head=1, n_embd=8)
 
@@ -351,16 +351,16 @@ def test_noise_levels_go_from_low_to_high_and_their_slope_is_the_difference_quot
 def test_the_warp_is_a_law_of_t_and_quantile_inverts_it():
     torch.manual_seed(0)
     for slopes in (torch.zeros(100), 3 * torch.randn(100)):
-        cdf = score.warp_cdf(slopes)
+        cdf = warp.warp_cdf(slopes)
         assert cdf[0] == 0 and abs(cdf[-1] - 1) < 1e-6 and (cdf.diff() > 0).all()
         u = torch.linspace(0, 1, 1001)
-        t, density = score.quantile(cdf, u)
+        t, density = warp.quantile(cdf, u)
         assert (t.diff() >= 0).all() and t[0] == 0 and abs(t[-1] - 1) < 1e-4
         i = (t * 100).long().clamp(max=99)
         assert torch.allclose(cdf[i] + (t * 100 - i) * cdf.diff()[i], u, atol=1e-4)
         inside = (t * 100 - i > 1e-3) & (t * 100 - i < 1 - 1e-3)  # at an end it may be that of either bin
         assert torch.allclose(density[inside], 100 * cdf.diff()[i][inside], rtol=1e-3)
-    assert torch.allclose(score.quantile(score.warp_cdf(torch.zeros(100)), u)[0], u, atol=1e-4)
+    assert torch.allclose(warp.quantile(warp.warp_cdf(torch.zeros(100)), u)[0], u, atol=1e-4)
 
 
 def test_the_rate_of_the_bound_is_the_slope_of_the_precision():
@@ -380,14 +380,14 @@ def test_the_warp_learns_to_visit_noise_levels_in_proportion_to_the_rise_of_the_
     for _ in range(1500):
         t = torch.rand(2048)
         loss = 2 * t + 2 * ((t - 0.39) / 0.02).clamp(0, 1)
-        (score.warped_loss(slopes, t) - loss).square().mean().backward()
+        (warp.warped_loss(slopes, t) - loss).square().mean().backward()
         adam.step()
         adam.zero_grad()
-    cdf = score.warp_cdf(slopes.detach())
+    cdf = warp.warp_cdf(slopes.detach())
     inside = cdf[41] - cdf[39]
-    assert abs(inside - ((1 - score.FLOOR) * (2 + 0.04) / 4 + score.FLOOR * 0.02)) < 0.03
+    assert abs(inside - ((1 - warp.FLOOR) * (2 + 0.04) / 4 + warp.FLOOR * 0.02)) < 0.03
     t = torch.rand(1000)
-    assert (score.warped_loss(slopes, t) - (2 * t + 2 * ((t - 0.39) / 0.02).clamp(0, 1))).abs().max() < 0.2
+    assert (warp.warped_loss(slopes, t) - (2 * t + 2 * ((t - 0.39) / 0.02).clamp(0, 1))).abs().max() < 0.2
 
 
 def test_staggered_quantiles_fall_from_1_to_0_each_in_its_share_of_the_way():
@@ -480,7 +480,7 @@ def test_the_time_warp_learns_from_the_loss_and_the_loss_not_from_the_time_warp(
     sigma, _, t = model.level(u)
     logits, _ = model.logits(E[x] + sigma[..., None] * noise, sigma, E)
     nats = -logits.log_softmax(-1).gather(-1, x[..., None])[..., 0].detach()
-    warp_loss = (score.warped_loss(model.slopes, t) - nats).square().mean()
+    warp_loss = (warp.warped_loss(model.slopes, t) - nats).square().mean()
     expected, = torch.autograd.grad(warp_loss, [model.slopes])
     assert torch.allclose(gradient, expected, atol=1e-6) and gradient.abs().max() > 1e-3
 

@@ -71,8 +71,8 @@ def spans(windows):
 def test_a_token_ends_a_sentence_if_it_stops_before_any_quotes_and_brackets_or_breaks_the_line():
     yes = [b'.', b'!', b'?', b'\n', b'end.', b' end.', b'."', b".'", b'.)', b'.]', b'?!")] ', b'. ', b'...',
            b'\r\n', b'.\r', b'\n ', b' \n', b'a\n', b'\n\n', b'said."\n']
-    no = [b'', b'a', b',', b';', b':', b'"', b')', b"'", b'3.14', b'.a', b'?,', b'\na', b'.-', b'\xe2\x80', b'(',
-          b'.(', b'[UNK]']
+    no = [b'', b'a', b',', b';', b':', b'"', b')', b"'", b'3.14', b'.a', b'?,', b'\na', b'.-', b'\xe2\x80',
+          b'(', b'.(', b'[UNK]']
     space = [b' ', b'  ', b'\r', b'\t']
     found = sentence_ends(yes + no + space)
     assert found.tolist() == [END] * len(yes) + [OTHER] * len(no) + [SPACE] * len(space)

@@ -2,10 +2,10 @@
 A text as windows.
 
 `Rows`: windows of T tokens, cut anywhere. `Passages`, for the sentence VAE and what is built on it: windows
-of at most W tokens with what stands before them. They have W tokens each, a `stride` apart, or are sentences.
+of at most W tokens with what stands before them. They have W tokens each, `stride` apart, or are sentences.
 A sentence ends behind . ! ? or a line break, with the closing marks in the same token and the space that
-follow, or when W tokens are full. It does not cross a document's end; windows of W tokens do. The id V stands
-where there is no token: behind a short window, and before a prefix that has fewer than W tokens.
+follow, or when W tokens are full. It does not cross a document's end; windows of W tokens do. The id V
+stands where there is no token: behind a short window, and before a prefix of fewer than W tokens.
 """
 from dataclasses import dataclass
 
@@ -71,7 +71,7 @@ def sentence_ends(pieces):
 
 
 def begins(kinds):
-    """Where a new sentence begins: at a token that is OTHER, if the last token before it that is not SPACE is
+    """Where a new sentence begins: at a token that is OTHER, if the last token before it that is no SPACE is
     END. kinds (..., L) -> (..., L) bool, the first False."""
     place = torch.arange(kinds.size(-1), device=kinds.device)
     solid = torch.where(kinds != SPACE, place, 0).cummax(-1).values  # the last token that is no space
@@ -147,7 +147,7 @@ class Passages:
         return torch.where(at >= self.origin[i][:, None], self.ids(at.clamp(min=0)), self.mask_id)
 
     def inputs(self, i):
-        """Windows i (B,) and what stands before them: {x, prefix (B, W)}, {before (B, n_prev, W)} if n_prev."""
+        """Windows i (B,) and what stands before: x, prefix (B, W), with n_prev before (B, n_prev, W)."""
         batch = dict(x=self.window(i), prefix=self.prefix(i))
         return batch | dict(before=self.window(self.before(i, self.n_prev))) if self.n_prev else batch
 
