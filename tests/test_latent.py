@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import latent
-import score
 import vae
-from text import windows
+from configurator import settings
+from parts import gaussian
+from text import latents
+from text.windows import END, Passages
 
 VAE = vae.Config(vocab_size=7, block_size=8, base_context=16, n_layer=1, n_head=2, n_embd=16, n_latent=2,
                  d_latent=4, lora_rank=2)
@@ -36,7 +38,7 @@ def context(model, B, seed=1):
 
 def test_the_tan_law_has_the_cdf_of_the_arctangent_between_its_ends():
     u = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    sigma = latent.tan_law(u, 1e-3, 1e3, 0, 1)
+    sigma = latent.tan_law(u, 1e-3, 1e3)
     assert torch.allclose(sigma[[0, -1]], torch.tensor([1e-3, 1e3], dtype=torch.float64))
     low, high = 2 / math.pi * math.atan(1e-3), 2 / math.pi * math.atan(1e3)
     assert torch.allclose((2 / math.pi * sigma.atan() - low) / (high - low), u)
@@ -90,16 +92,16 @@ def test_a_window_that_is_not_there_is_not_seen_and_one_that_is_there_is():
 # ---- samplers
 
 def test_the_karras_grid_falls_from_high_to_low_and_ends_at_zero():
-    grid = latent.karras(10, 0.01, 100.0)
+    grid = gaussian.karras(10, 0.01, 100.0)
     assert len(grid) == 11 and grid[-1] == 0 and (grid[1:] < grid[:-1]).all()
     assert torch.allclose(grid[[0, -2]], torch.tensor([100.0, 0.01]))
     root = grid[:-1] ** (1 / 7)
     assert torch.allclose(root.diff(), root.diff().mean().expand(9), rtol=1e-3)
-    assert torch.allclose(latent.karras(1, 0.01, 100.0), torch.tensor([100.0, 0.0]))
+    assert torch.allclose(gaussian.karras(1, 0.01, 100.0), torch.tensor([100.0, 0.0]))
 
 
 def run(rule, steps, x, denoise=None, **knobs):
-    levels = latent.karras(steps, 0.01, 100.0).double()
+    levels = gaussian.karras(steps, 0.01, 100.0).double()
     path = lambda k, *_: levels[k].expand(x.shape[:2])
     exact = lambda x, sigma: (x / (1 + sigma[..., None] ** 2),) * 2  # of N(0, 1)
     *_, D = latent.RULES[rule](denoise or exact, x, path(0), path, steps, **knobs)
@@ -156,21 +158,21 @@ def test_guidance_of_weight_zero_is_plain_and_any_other_is_not():
 
     def last(**knobs):
         torch.manual_seed(5)
-        *_, D = model.draw(before, there, 6, 'dpmpp_2m_sde', **{**dict(eta=0.0, cfg=0.0), **knobs})
+        *_, D = model.sample_latents(before, there, 6, **knobs)
         return D
     def by_hand():
-        levels = latent.karras(6, latent.LOW, latent.HIGH)
+        levels = gaussian.karras(6, latent.LOW, latent.HIGH)
         torch.manual_seed(5)
         x = math.hypot(latent.HIGH, 1) * torch.randn(3, 2, 4)
         path = lambda k, *_: levels[k].expand(3, 2)
         denoise = lambda x, sigma: (model.denoise(x, sigma[:, 0], before, there),) * 2
-        *_, D = score.dpmpp_2m(denoise, x, path(0), path, 6)
+        *_, D = gaussian.dpmpp_2m(denoise, x, path(0), path, 6)
         return D
     assert torch.allclose(last(cfg=0.0), by_hand(), atol=1e-5)
     assert not torch.allclose(last(cfg=1.0), by_hand())
     nowhere = there & False
     torch.manual_seed(5)
-    *_, without = model.draw(before, nowhere, 6, 'dpmpp_2m_sde', 0.0, 0.0)
+    *_, without = model.sample_latents(before, nowhere, 6)
     assert torch.allclose(last(cfg=-1.0), without, atol=1e-5)  # D + (-1)(D - D0) = D0
 
 
@@ -198,9 +200,9 @@ def test_the_bound_hangs_on_the_window_before_by_the_diffusion_and_on_the_prefix
     model, x = random_model(), torch.randint(7, (4, 8), generator=torch.Generator().manual_seed(0))
     read, window_nats = [], model.vae.window_nats
 
-    def nats(prefix, past):
+    def nats(prefix, before):
         torch.manual_seed(0)
-        return model.nats(x, 4, prefix, past)
+        return model.nats(x, 4, prefix, before)
     model.vae.window_nats = lambda z, x, prefix, s: read.append(prefix) or window_nats(z, x, prefix, s)
     plain = nats(None, None)
     nothing = torch.full_like(x, 7)
@@ -215,7 +217,7 @@ def test_the_bound_is_that_of_a_normal_prior_when_the_denoiser_is_exact_for_it()
     torch.manual_seed(0)
     model = latent.Model(latent.Config(**SIZES, decode_sigma=0.3)).eval()  # its head is zero: D is exact
     x = torch.randint(7, (6, 8))
-    model.vae.window_nats = lambda z, x, prefix, doubt: torch.zeros(len(x))
+    model.vae.window_nats = lambda z, x, prefix, s: torch.zeros(len(x))
     z = model.vae.encode(x).detach()
     known = (math.log((1 + 0.3 ** 2) / 0.3 ** 2) + (0.3 ** 2 + z ** 2) / (1 + 0.3 ** 2) - 1).sum((1, 2)) / 2
     draws = torch.stack([model.nats(x, 50).detach() for _ in range(40)]).double()
@@ -262,11 +264,11 @@ def test_another_context_gives_other_latents_and_the_same_seed_the_same():
 def test_windows_are_drawn_in_turn_each_from_the_latents_before_and_decoded_after_the_text_so_far():
     model = random_model(n_prev=2)
     draws, writes = [], []
-    model.draw = lambda before, there, *_: draws.append((before, there)) or iter(
+    model.sample_latents = lambda before, there, *_: draws.append((before, there)) or iter(
         [torch.full((1, 2, 4), float(len(draws)))])
     model.vae.write = lambda z, prefix, *_: writes.append((z, prefix)) or torch.full((1, 8), len(writes))
     ids = torch.tensor([[6, 6, 6] + [7] * 24])
-    *_, canvas = model.sample(ids, 4, most=3)
+    *_, canvas = model.sample(ids, 4, windows=3)
     assert canvas.tolist() == [[6] * 3 + [1] * 8 + [2] * 8 + [3] * 8]
     assert [there.tolist() for _, there in draws] == [[[False, True]], [[True, True]], [[True, True]]]
     assert (draws[2][0][0, 0] == 1).all() and (draws[2][0][0, 1] == 2).all()
@@ -282,6 +284,7 @@ def test_trace_decodes_what_the_sampler_thinks_at_every_step_and_changes_nothing
         model.vae.write = lambda z, *others: latents.append(z) or write(z, *others)
         torch.manual_seed(0)
         texts.append(list(model.sample(ids, 5, trace=trace)))
+        assert model.revises == trace  # a window's tokens change from step to step
         handed.append(torch.stack(latents))
     assert [len(canvases) for canvases in texts] == [10, 2]
     assert torch.equal(handed[0][[4, 9]], handed[1])  # the second window is of the same numbers, too
@@ -292,31 +295,32 @@ def test_trace_decodes_what_the_sampler_thinks_at_every_step_and_changes_nothing
 def test_of_a_prompt_in_sentences_the_last_ones_are_encoded_as_training_would_cut_them():
     config = dataclasses.replace(VAE, sentences=True)
     model, seen = random_model(vae=json.dumps(dataclasses.asdict(config))), []
-    model.vae.ends[3] = windows.END
+    model.vae.ends[3] = END
     encode = model.vae.encode
     model.vae.encode = lambda x: seen.append(x) or encode(x)
     prompt = [0, 3, *[1] * 9, 2, 2]  # of the 11 tokens of its second sentence 8 fill a window, then 3
-    list(model.sample(torch.tensor([prompt + [7] * 8]), 2, most=1))
+    list(model.sample(torch.tensor([prompt + [7] * 8]), 2, windows=1))
     assert seen[0].tolist() == [[1, 2, 2] + [7] * 5]
 
 
-def test_a_sampler_tells_the_decoder_no_more_doubt_than_training_did():
-    for noise, doubt in ((4.0, latent.DOUBT), (1.5, 1.5), (0.0, 0.0)):
+def test_a_sampler_tells_the_decoder_of_no_more_noise_than_training_did():
+    for noise, expected in ((4.0, latent.DECODER_NOISE), (1.5, 1.5), (0.0, 0.0)):
         config = json.dumps(dataclasses.asdict(dataclasses.replace(VAE, latent_noise=noise)))
         model, told = random_model(vae=config, decode_sigma=100.0), []
         model.vae.write = lambda z, prefix, length, tau, s: told.append(s) or torch.zeros(1, 8).long()
         list(model.sample(torch.full((1, 8), 7), 2))
-        assert told == [doubt]
+        list(model.sample(torch.full((1, 8), 7), 2, decoder_noise=2.5))
+        assert told == [expected, min(2.5, noise)] and model.decoder_noise == expected
         window_nats = model.vae.window_nats
         model.vae.window_nats = lambda z, x, prefix, s: told.append(s) or window_nats(z, x, prefix, s)
         model.nats(torch.zeros(1, 8).long())
-        assert (told[1] > 50) == (noise > 0)  # the bound's: the truth, if the decoder knows what that is
+        assert (told[2] > 50) == (noise > 0)  # the bound's: the truth, if the decoder knows what that is
 
 
 @pytest.mark.parametrize('knobs, words', [
     (dict(rule='eular'), ['eular', 'euler']), (dict(rule='heun', eta=0.5), ['eta', 'heun']),
     (dict(context=9), ['context', '8']), (dict(cfg=1.0), ['cfg', '--start']), (dict(gamma=1.0), ['gamma']),
-    (dict(top_k=3), ['top_k'])])
+    (dict(top_k=3), ['top_k', 'dpmpp_2m_sde', 'eta']), (dict(temperature=0.5), ['temperature', 'tau'])])
 def test_what_latent_diffusion_cannot_do_is_said(knobs, words):
     with pytest.raises(ValueError) as e:
         list(random_model().sample(torch.full((1, 8), 7), 2, **knobs))
@@ -339,30 +343,29 @@ def test_training_mode_never_wakes_the_embedded_vae():
 def test_latents_are_those_of_every_window_and_come_from_disk_the_second_time(tmp_path, monkeypatch):
     model = random_model()
     tokens = torch.randint(7, (100,), dtype=torch.int16)
-    source = model.source(tokens, None, tmp_path)
+    source = model.cut(tokens, None, tmp_path)
     expected = model.vae.encode(source.windows.window(torch.arange(len(source.windows))))
     assert torch.allclose(source.z.float(), expected, atol=2e-3) and len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(model.vae, 'encode', lambda x: pytest.fail("encoded again"))
-    assert torch.equal(model.source(tokens, None, tmp_path).z, source.z)
+    assert torch.equal(model.cut(tokens, None, tmp_path).z, source.z)
 
 
 def test_another_vae_another_text_or_another_stride_has_another_file(tmp_path):
     model, tokens = random_model(), torch.randint(7, (100,), dtype=torch.int16)
-    cut = lambda tokens, stride: windows.Windows(tokens, 8, 7, stride)
-    latent.cached(model.vae, cut(tokens, 4), tmp_path)
-    latent.cached(model.vae, cut(tokens.flip(0), 4), tmp_path)
-    latent.cached(model.vae, cut(tokens, 2), tmp_path)
+    cut = lambda tokens, stride: Passages(tokens, 8, 7, stride)
+    latents.cached(model.vae, cut(tokens, 4), tmp_path)
+    latents.cached(model.vae, cut(tokens.flip(0), 4), tmp_path)
+    latents.cached(model.vae, cut(tokens, 2), tmp_path)
     model.vae.w_e.weight[0, 0] += 1
-    latent.cached(model.vae, cut(tokens, 4), tmp_path)
+    latents.cached(model.vae, cut(tokens, 4), tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_batch_holds_the_latents_of_windows_and_of_those_that_end_where_they_begin():
     tokens = torch.arange(60, dtype=torch.int16)
-    cut = windows.Windows(tokens, 8, 99, 4)
+    cut = Passages(tokens, 8, 99, 4, n_prev=2)
     z = cut.start[:, None, None].float()  # a latent that is its window's start
-    source = latent.Latents(cut, z, 2)
-    now, before, there = source.rows(torch.tensor([0, 2, 5]))
+    now, before, there = latents.Latents(cut, z).inputs(torch.tensor([0, 2, 5])).values()
     assert now[:, 0, 0].tolist() == [0, 8, 20]
     assert there.tolist() == [[False, False], [False, True], [True, True]]
     assert before[there][:, 0, 0].tolist() == [0, 4, 12]
@@ -376,3 +379,26 @@ def test_the_model_carries_its_vae_and_takes_its_weights_from_the_base():
     x = torch.randint(7, (4, 8))
     assert torch.allclose(model.vae.encode(x), base.encode(x)) and 'vae.w_e.weight' in model.state_dict()
     assert all(torch.equal(p, base.state_dict()[name]) for name, p in model.vae.state_dict().items())
+
+
+def test_training_draws_latents_and_evaluation_scores_the_windows_themselves_side_by_side(tmp_path):
+    model, tokens = random_model(n_prev=2), torch.randint(7, (100,), dtype=torch.int16)
+    batch, count = model.cut(tokens, None, tmp_path).batch(5)
+    assert count == 5 * 8 and {name: tuple(t.shape) for name, t in batch.items()} == dict(
+        z=(5, 2, 4), before=(5, 2, 2, 4), there=(5, 2))
+    rows = model.cut(tokens, None).all()
+    assert rows['x'].tolist() == tokens[:96].view(12, 8).tolist()
+    assert torch.equal(rows['before'][1:, 1], rows['x'][:-1])
+    assert torch.equal(rows['prefix'][1:], rows['x'][:-1])
+    assert model(**batch)[0].isfinite() and model.nats(**rows, n=2).shape == (12,)
+
+
+@pytest.mark.parametrize('knob, words', [
+    ('sigma_low=2000', ['sigma_low=2000', 'sigma_high=1000']), ('decode_sigma=1000', ['decode_sigma']),
+    ('sigma_low=0', ['sigma_low', 'positive']), ('n_prev=0', ['n_prev', 'at least 1']),
+    ('stride=3', ['stride=3', 'block_size=8']), ('condition_drop=2', ['condition_drop', '[0, 1]']),
+    ('sigma_law=cosine', ['tan, lognormal']), ('error_weight=flat', ['edm, eps, x0'])])
+def test_impossible_settings_are_named(knob, words, mistake):
+    flags = [f'--{name}={value}' for name, value in SIZES.items()]
+    told = mistake(lambda argv: settings(argv, '', latent.Config), *flags, f'--{knob}')
+    assert all(word in told for word in words)

@@ -1,16 +1,14 @@
 """Score-based diffusion against enumerated posteriors, Gaussians and difference quotients."""
 import math
-import re
 
 import pytest
 import torch
 
 import common
-import eval as evaluation
-import sample
 import score
-import train
-from conftest import TINY, Joint, chi_square_p
+from configurator import arguments, settings
+from conftest import Joint, chi_square_p
+from parts import gaussian, warp
 
 SIZES = dict(vocab_size=3, block_size=3, n_layer=1, n_head=1, n_embd=8)
 
@@ -258,7 +256,7 @@ def test_the_multistep_solver_does_not_extrapolate_from_a_step_that_was_hardly_o
     def denoise(x, sigma):
         seen.append(x.item())
         return None, torch.full_like(x, next(answers))
-    list(score.dpmpp_2m(denoise, torch.zeros(1, 1, 1), levels[:1, None],
+    list(gaussian.dpmpp_2m(denoise, torch.zeros(1, 1, 1), levels[:1, None],
                         lambda k, logp, sigma: levels[k:k + 1, None], 4))
     assert all(-0.01 <= x <= 2 for x in seen) and seen[2] > 0.4
 
@@ -308,7 +306,7 @@ def test_embeddings_have_norm_sqrt_d_and_anisotropy_tells_orthogonal_from_collap
 def test_preconditioning_is_what_least_squares_gives():
     torch.manual_seed(0)
     for sigma in (0.3, 1.0, 4.0):
-        c_in, c_skip, c_out = score.precondition(torch.tensor(sigma))
+        c_in, c_skip, c_out = gaussian.precondition(torch.tensor(sigma))
         e = torch.randn(200000)
         x = e + sigma * torch.randn(200000)
         assert abs((c_in * x).std() - 1) < 0.01
@@ -343,26 +341,26 @@ def test_logits_are_the_preconditioned_output_of_edm_decoded_by_the_embeddings()
 def test_noise_levels_go_from_low_to_high_and_their_slope_is_the_difference_quotient():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     for low, high, rho in ((1.0, 10.0, 1.0), (0.1, 100.0, 7.0)):
-        sigma, slope = score.noise_level(t, low, high, rho)
+        sigma, slope = gaussian.noise_level(t, low, high, rho)
         assert abs(sigma[0] - low) < 1e-9 and abs(sigma[-1] - high) < 1e-9 and (sigma.diff() > 0).all()
-        above, below = (score.noise_level(t + h, low, high, rho)[0] for h in (1e-6, -1e-6))
+        above, below = (gaussian.noise_level(t + h, low, high, rho)[0] for h in (1e-6, -1e-6))
         assert torch.allclose(slope, (above - below) / 2e-6, rtol=1e-5)
-    assert torch.allclose(score.noise_level(t, 1.0, 10.0, 1.0)[0], 1 + 9 * t)
+    assert torch.allclose(gaussian.noise_level(t, 1.0, 10.0, 1.0)[0], 1 + 9 * t)
 
 
 def test_the_warp_is_a_law_of_t_and_quantile_inverts_it():
     torch.manual_seed(0)
     for slopes in (torch.zeros(100), 3 * torch.randn(100)):
-        cdf = score.warp_cdf(slopes)
+        cdf = warp.warp_cdf(slopes)
         assert cdf[0] == 0 and abs(cdf[-1] - 1) < 1e-6 and (cdf.diff() > 0).all()
         u = torch.linspace(0, 1, 1001)
-        t, density = score.quantile(cdf, u)
+        t, density = warp.quantile(cdf, u)
         assert (t.diff() >= 0).all() and t[0] == 0 and abs(t[-1] - 1) < 1e-4
         i = (t * 100).long().clamp(max=99)
         assert torch.allclose(cdf[i] + (t * 100 - i) * cdf.diff()[i], u, atol=1e-4)
         inside = (t * 100 - i > 1e-3) & (t * 100 - i < 1 - 1e-3)  # at an end it may be that of either bin
         assert torch.allclose(density[inside], 100 * cdf.diff()[i][inside], rtol=1e-3)
-    assert torch.allclose(score.quantile(score.warp_cdf(torch.zeros(100)), u)[0], u, atol=1e-4)
+    assert torch.allclose(warp.quantile(warp.warp_cdf(torch.zeros(100)), u)[0], u, atol=1e-4)
 
 
 def test_the_rate_of_the_bound_is_the_slope_of_the_precision():
@@ -382,20 +380,20 @@ def test_the_warp_learns_to_visit_noise_levels_in_proportion_to_the_rise_of_the_
     for _ in range(1500):
         t = torch.rand(2048)
         loss = 2 * t + 2 * ((t - 0.39) / 0.02).clamp(0, 1)
-        (score.warped_loss(slopes, t) - loss).square().mean().backward()
+        (warp.warped_loss(slopes, t) - loss).square().mean().backward()
         adam.step()
         adam.zero_grad()
-    cdf = score.warp_cdf(slopes.detach())
+    cdf = warp.warp_cdf(slopes.detach())
     inside = cdf[41] - cdf[39]
-    assert abs(inside - ((1 - score.FLOOR) * (2 + 0.04) / 4 + score.FLOOR * 0.02)) < 0.03
+    assert abs(inside - ((1 - warp.FLOOR) * (2 + 0.04) / 4 + warp.FLOOR * 0.02)) < 0.03
     t = torch.rand(1000)
-    assert (score.warped_loss(slopes, t) - (2 * t + 2 * ((t - 0.39) / 0.02).clamp(0, 1))).abs().max() < 0.2
+    assert (warp.warped_loss(slopes, t) - (2 * t + 2 * ((t - 0.39) / 0.02).clamp(0, 1))).abs().max() < 0.2
 
 
 def test_staggered_quantiles_fall_from_1_to_0_each_in_its_share_of_the_way():
-    order, tau = torch.linspace(0, 1, 5), torch.linspace(0, 1, 1001)[:, None]
+    order, left = torch.linspace(0, 1, 5), torch.linspace(0, 1, 1001)[:, None]
     for stagger in (0.0, 1.0, 8.0):
-        u = score.staggered(tau, order, stagger)
+        u = score.staggered(left, order, stagger)
         assert (u[-1] == 1).all() and (u[0] == 0).all() and (u.diff(dim=0) >= 0).all()
         assert (u.diff(dim=1) >= 0).all()  # the first have less noise
         moving = ((u > 0) & (u < 1)).double().mean(0)
@@ -421,7 +419,7 @@ def test_every_token_has_a_noise_level_of_its_own_or_all_of_a_row_the_same():
     torch.manual_seed(0)
     x = torch.randint(3, (400, 3))
     for share in (1.0, 0.0, 0.5):
-        seen, _, _ = noised(score.Model(score.Config(**SIZES, per_token=share, given=0.0)), x)
+        seen, _, _ = noised(score.Model(score.Config(**SIZES, per_token=share, given_share=0.0)), x)
         sigma = seen[0][1]
         differ = (sigma != sigma[:, :1]).any(-1).double().mean()
         assert abs(differ - share) < 0.1 and (share == 0.5 or differ == share)
@@ -439,7 +437,7 @@ def test_a_tilt_makes_clean_tokens_more_common():
 
 def test_given_tokens_enter_clean_and_are_outside_the_loss():
     torch.manual_seed(0)
-    model = score.Model(score.Config(**{**SIZES, 'block_size': 12}, given=1.0))
+    model = score.Model(score.Config(**{**SIZES, 'block_size': 12}, given_share=1.0))
     x = torch.randint(3, (300, 12))
     seen, loss, metrics = noised(model, x)
     noisy, sigma, _, E = seen[0]
@@ -473,7 +471,7 @@ def test_a_given_token_leaves_no_doubt_whatever_the_least_noise_and_the_network_
 
 def test_the_time_warp_learns_from_the_loss_and_the_loss_not_from_the_time_warp():
     torch.manual_seed(0)
-    model = score.Model(score.Config(**SIZES, given=0.0))
+    model = score.Model(score.Config(**SIZES, given_share=0.0))
     x, u, noise = torch.randint(3, (4, 3)), torch.rand(4, 3), torch.randn(4, 3, 64)
     loss, metrics = model(x, u=u, noise=noise)
     assert torch.allclose(loss, metrics['cross_entropy'])
@@ -482,8 +480,8 @@ def test_the_time_warp_learns_from_the_loss_and_the_loss_not_from_the_time_warp(
     sigma, _, t = model.level(u)
     logits, _ = model.logits(E[x] + sigma[..., None] * noise, sigma, E)
     nats = -logits.log_softmax(-1).gather(-1, x[..., None])[..., 0].detach()
-    fit = (score.warped_loss(model.slopes, t) - nats).square().mean()
-    expected, = torch.autograd.grad(fit, [model.slopes])
+    warp_loss = (warp.warped_loss(model.slopes, t) - nats).square().mean()
+    expected, = torch.autograd.grad(warp_loss, [model.slopes])
     assert torch.allclose(gradient, expected, atol=1e-6) and gradient.abs().max() > 1e-3
 
 
@@ -515,7 +513,7 @@ def test_self_conditioning_shows_the_first_half_of_the_rows_their_first_guess():
 def test_weights_and_squared_error_of_the_loss_by_hand():
     for knobs in (dict(), dict(loss_weight='edm'), dict(mse=0.5), dict(mse=0.5, loss_weight='edm')):
         torch.manual_seed(0)
-        model = score.Model(score.Config(**SIZES, given=0.0, **knobs))
+        model = score.Model(score.Config(**SIZES, given_share=0.0, **knobs))
         torch.nn.init.normal_(model.head.weight, std=0.2)
         x, u, noise = torch.randint(3, (4, 3)), torch.rand(4, 3), torch.randn(4, 3, 64)
         loss, _ = model(x, u=u, noise=noise)
@@ -531,7 +529,8 @@ def test_weights_and_squared_error_of_the_loss_by_hand():
         assert torch.allclose(loss, expected, rtol=1e-4), knobs
 
 
-@pytest.mark.parametrize('knobs', [dict(self_condition=True), dict(given=0.5, mse=0.1, loss_weight='edm'),
+@pytest.mark.parametrize('knobs', [dict(self_condition=True),
+                                   dict(given_share=0.5, mse=0.1, loss_weight='edm'),
                                    dict(reads='scaled', per_token=0.5, time_warp=False)], ids=str)
 @pytest.mark.parametrize('segment', [None, torch.tensor([[0, 0, 1]] * 4)], ids=['windows', 'packed'])
 def test_every_option_traces_as_one_graph(knobs, segment):
@@ -565,23 +564,23 @@ def test_half_precision_of_the_network_does_not_bias_the_bound():
     assert torch.allclose(*bounds, rtol=1e-5)
 
 
-@pytest.mark.parametrize('knobs, word', [
-    (dict(sigma_min=2.0, sigma_max=1.0), 'sigma_min'), (dict(sigma_min=0.0), 'sigma_min'),
-    (dict(vocab_size=1), 'vocab_size'),
-    (dict(rho=0.0), 'rho'), (dict(d_embed=0), 'd_embed'), (dict(per_token=1.5), 'per_token'),
-    (dict(given=-0.1), 'given'),
-    (dict(reads='hard'), 'soft'), (dict(loss_weight='elbo'), 'edm'), (dict(mse=-1.0), 'mse'),
-    (dict(tilt=0.0), 'tilt'), (dict(bound_stagger=-1.0), 'bound_stagger')])
-def test_an_impossible_option_is_named(knobs, word):
-    with pytest.raises(ValueError, match=word):
-        score.Config(**knobs)
+@pytest.mark.parametrize('knob, words', [
+    ('sigma_min=60', 'sigma_max=60.0 sigma_min < sigma_max'), ('sigma_min=0.001', '0.01 <= sigma_min'),
+    ('sigma_min=0', 'positive'), ('vocab_size=1', 'vocab_size'), ('rho=0', 'positive'),
+    ('d_embed=0', 'at least 1'), ('per_token=1.5', '[0, 1]'), ('given_share=-0.1', '[0, 1]'),
+    ('reads=hard', 'soft, scaled'), ('loss_weight=elbo', 'flat, edm'), ('mse=-1', 'negative'),
+    ('tilt=0', 'positive'), ('bound_stagger=-1', 'negative')])
+def test_an_impossible_option_is_named(knob, words, mistake):
+    told = mistake(lambda argv: settings(argv, '', score.Config), f'--{knob}')
+    assert knob.split('=')[0] in told and all(word in told for word in words.split())
 
 
 @pytest.mark.parametrize('knobs, word', [(dict(rule='ancestral'), 'renoise'), (dict(first='best'), 'sure'),
                                          (dict(cfg=1.0), 'cfg'), (dict(eta=0.1), 'eta')])
 def test_an_impossible_option_of_sampling_is_named(joint, knobs, word):
+    model = Exact(joint)
     with pytest.raises(ValueError, match=word):
-        list(Exact(joint).sample(torch.full((1, 3), 3), 4, **knobs))
+        list(model.sample(torch.full((1, 3), 3), 4, **arguments(model.sample, knobs, {})))
 
 
 def test_one_step_and_a_full_canvas_are_no_special_cases(joint):
@@ -599,65 +598,3 @@ def test_equal_seeds_give_equal_texts(joint):
         *_, text = model.sample(torch.full((40, 3), 3), 8)
         texts.append(text)
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
-
-
-# ---- the scripts ------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def trained(workdir):
-    """A working folder with a tiny score model in out-s and an autoregressive judge in out-a."""
-    train.main([*TINY, '--out_dir=out-s', '--objective=score'])
-    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
-    return workdir
-
-
-def test_prompts_infilling_templates_and_files_of_starts_work_as_for_masked_diffusion(trained, capsys):
-    texts = lambda: capsys.readouterr().out[:-1].split('\n' + '-' * 60 + '\n')
-    texts()
-    sample.main(['--out_dir=out-s', '--template=To ___, or ___e', '--hole=2', '--steps=5'])
-    assert all(re.fullmatch(r'To .., or ..e', text, re.S) for text in texts())
-    sample.main(['--out_dir=out-s', '--start=To', '--suffix=be', '--length=12', '--num_samples=1',
-                 '--rule=heun'])
-    text, = texts()
-    assert text.startswith('To') and text.endswith('be') and len(text) == 12
-    (trained / 'starts.txt').write_text('Whether\nTo\n\nor not')
-    train.main([*TINY, '--out_dir=out-b', '--objective=block', '--block_length=4'])
-    texts()
-    for out_dir in ('out-s', 'out-a', 'out-b'):
-        sample.main([f'--out_dir={out_dir}', '--start=FILE:starts.txt', '--steps=4', '--length=20'])
-        for text, start in zip(texts(), ('Whether', 'Whether', 'To', 'To', 'or not', 'or not'), strict=True):
-            assert text.startswith(start) and len(text) == 20
-
-
-def test_a_text_of_guesses_is_ended_only_when_it_is_done(trained, capsys):
-    flags = ['--out_dir=out-s', '--length=40', '--num_samples=1', '--steps=6', '--first=left']
-    sample.main(flags)
-    whole = capsys.readouterr().out.rstrip('\n')
-    stop = whole[7]
-    sample.main([*flags, f'--stop={stop}'])
-    assert capsys.readouterr().out.rstrip('\n') == whole[:whole.index(stop) + 1]
-
-
-def test_the_log_shows_whether_embeddings_collapse(trained, capsys):
-    train.main([*TINY, '--out_dir=out-s', '--objective=score'])
-    line = [line for line in capsys.readouterr().out.splitlines() if 'tokens/s' in line][-1]
-    found = dict(re.findall(r'(\w+) (-?[\d.]+),', line))
-    assert -0.1 < float(found['anisotropy']) < 0.3 and 0.5 < float(found['variance']) < 1.1
-
-
-def test_the_judge_and_the_frontier_know_the_samplers_of_points(trained, capsys, mistake):
-    evaluation.main(['--mode=gen_ppl', '--out_dir=out-s', '--judge=out-a', '--num_samples=4', '--steps=3',
-                     '--rule=heun', '--first=together'])
-    rows = [line.split('|') for line in capsys.readouterr().out.splitlines() if line.startswith('| heun')]
-    assert float(rows[0][3]) == 5  # calls: two a step but the last
-    evaluation.main(['--mode=frontier', '--out_dir=out-s', '--judge=out-a', '--num_samples=2',
-                     '--grid_of_steps=2,4'])
-    out = capsys.readouterr().out
-    assert all(out.count(f'| {rule} |') == 2 for rule in score.RULES)
-    told = mistake(evaluation.main, '--mode=frontier', '--out_dir=out-s', '--judge=out-a', '--rules=random')
-    assert 'random' in told and 'renoise' in told
-    assert 'cfg' in mistake(sample.main, '--out_dir=out-s', '--cfg=1')
-    assert 'min_entropy' in mistake(sample.main, '--out_dir=out-s', '--min_entropy=1')
-    assert 'first' in mistake(sample.main, '--out_dir=out-a', '--first=left')
-    evaluation.main(['--out_dir=out-s', '--order=left', '--windows=4'])
-    assert 'exact, left to right' in capsys.readouterr().out

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from text.windows import END, OTHER, SPACE, Windows, last, sentence_ends, sentences
+from text.windows import END, OTHER, SPACE, Passages, last, place, sentence_ends, sentences, tokens_before
 
 V = 7  # six tokens of text and one, 6, between documents
 ENDS = torch.tensor([END if i in (1, 4) else SPACE if i == 3 else OTHER for i in range(V)])
@@ -57,11 +57,11 @@ def cases():
     t = torch.where(t < V, t, 2)
     t[20], t[30], t[31] = 6, 6, 6
     for stride in (1, 2, 4):
-        yield Windows(t, 4, V, stride), t.tolist(), [0] * 60
+        yield Passages(t, 4, V, stride), t.tolist(), [0] * 60
     of = [-1 if token == 6 else int((t[:i] == 6).sum()) for i, token in enumerate(t)]
     for W in (1, 3, 4, 9):
-        yield Windows(t, W, V, ends=ENDS, end=6), t.tolist(), of
-    yield Windows(t, 4, V, ends=ENDS), t.tolist(), [0] * 60
+        yield Passages(t, W, V, ends=ENDS, end=6), t.tolist(), of
+    yield Passages(t, 4, V, ends=ENDS), t.tolist(), [0] * 60
 
 
 def spans(windows):
@@ -71,8 +71,8 @@ def spans(windows):
 def test_a_token_ends_a_sentence_if_it_stops_before_any_quotes_and_brackets_or_breaks_the_line():
     yes = [b'.', b'!', b'?', b'\n', b'end.', b' end.', b'."', b".'", b'.)', b'.]', b'?!")] ', b'. ', b'...',
            b'\r\n', b'.\r', b'\n ', b' \n', b'a\n', b'\n\n', b'said."\n']
-    no = [b'', b'a', b',', b';', b':', b'"', b')', b"'", b'3.14', b'.a', b'?,', b'\na', b'.-', b'\xe2\x80', b'(',
-          b'.(', b'[UNK]']
+    no = [b'', b'a', b',', b';', b':', b'"', b')', b"'", b'3.14', b'.a', b'?,', b'\na', b'.-', b'\xe2\x80',
+          b'(', b'.(', b'[UNK]']
     space = [b' ', b'  ', b'\r', b'\t']
     found = sentence_ends(yes + no + space)
     assert found.tolist() == [END] * len(yes) + [OTHER] * len(no) + [SPACE] * len(space)
@@ -109,7 +109,7 @@ def test_sentences_hold_every_token_but_the_end_once_and_in_order_and_cross_no_d
 def test_a_fixed_window_is_the_tokens_from_its_start():
     t = text(0, 30, 6)
     for W, stride in ((4, 1), (4, 2), (4, 4), (1, 1), (30, 30)):
-        windows = Windows(t, W, V, stride)
+        windows = Passages(t, W, V, stride)
         assert windows.start.tolist() == [s for s in range(0, 30, stride) if s + W <= 30]
         assert len(windows) == len(windows.start)
         rows = windows.window(torch.arange(len(windows)))
@@ -118,11 +118,11 @@ def test_a_fixed_window_is_the_tokens_from_its_start():
 
 @pytest.mark.parametrize('L', range(5))
 def test_a_text_shorter_than_a_window_has_none(L):
-    windows = Windows(text(0, L), 4, V)
+    windows = Passages(text(0, L), 4, V)
     assert len(windows) == (L == 4)
 
 
-def test_a_short_window_has_blanks_behind_it_and_no_window_is_all_blank():
+def test_a_short_window_has_mask_ids_behind_it_and_no_window_has_nothing_else():
     for windows, tokens, _ in cases():
         i = torch.tensor([[-1, 0, 3], [len(windows) - 1, -1, 0]])
         rows, W = windows.window(i), windows.W
@@ -132,7 +132,7 @@ def test_a_short_window_has_blanks_behind_it_and_no_window_is_all_blank():
             assert row == tokens[s:s + n] + [V] * (W - n)
 
 
-def test_a_prefix_is_the_tokens_before_in_their_document_and_blanks_where_there_are_fewer():
+def test_a_prefix_is_the_tokens_before_in_their_document_and_mask_ids_where_there_are_fewer():
     for windows, tokens, document in cases():
         rows = windows.prefix(torch.arange(len(windows)))
         assert rows.dtype == torch.int64
@@ -168,7 +168,7 @@ def test_the_window_before_ends_where_the_next_one_starts_in_the_same_document()
 def test_no_window_is_before_another_that_it_overlaps_whatever_the_stride(stride):
     """A stride that does not divide W may also be refused."""
     try:
-        windows = Windows(text(0, 40, 6), 4, V, stride)
+        windows = Passages(text(0, 40, 6), 4, V, stride)
     except ValueError as told:
         assert 'stride' in str(told)
         return
@@ -179,10 +179,13 @@ def test_no_window_is_before_another_that_it_overlaps_whatever_the_stride(stride
 def test_inputs_are_windows_prefixes_and_the_windows_before():
     for windows, tokens, document in cases():
         i = torch.tensor([7, 0, 7, len(windows) - 1])
-        x, prefix = windows.inputs(i)
-        assert torch.equal(x, windows.window(i)) and torch.equal(prefix, windows.prefix(i))
-        x2, prefix2, before = windows.inputs(i, 2)
-        assert torch.equal(x, x2) and torch.equal(prefix, prefix2)
+        plain = windows.inputs(i)
+        assert list(plain) == ['x', 'prefix']
+        assert torch.equal(plain['x'], windows.window(i)) and torch.equal(plain['prefix'], windows.prefix(i))
+        windows.n_prev = 2
+        found = windows.inputs(i)
+        before = found.pop('before')
+        assert found.keys() == plain.keys() and all(torch.equal(found[name], plain[name]) for name in plain)
         assert before.shape == (4, 2, windows.W) and before.dtype == torch.int64
         for rows, which in zip(before, i.tolist()):
             for row, j in zip(rows.tolist(), follow(windows, document, which, 2)):
@@ -191,27 +194,29 @@ def test_inputs_are_windows_prefixes_and_the_windows_before():
 
 
 def test_a_batch_is_random_windows_of_all_with_their_prefixes_and_a_function_of_the_seed():
-    for windows in (Windows(text(0, 30, 6), 4, V, 2), Windows(text(0, 50), 4, V, ends=ENDS, end=6)):
+    for windows in (Passages(text(0, 30, 6), 4, V, 2), Passages(text(0, 50), 4, V, ends=ENDS, end=6)):
         torch.manual_seed(0)
-        x, prefix = windows.batch(600)
+        batch, count = windows.batch(600)
+        x, prefix = batch['x'], batch['prefix']
         assert x.shape == prefix.shape == (600, 4) and x.dtype == prefix.dtype == torch.int64
+        assert count == 600 * 4
         seen = set(map(tuple, torch.cat([prefix, x], 1).tolist()))
-        every = windows.inputs(torch.arange(len(windows)))
-        assert seen == set(map(tuple, torch.cat(every[::-1], 1).tolist()))
-        other = windows.batch(600)[0]
+        every = windows.all()
+        assert seen == set(map(tuple, torch.cat([every['prefix'], every['x']], 1).tolist()))
+        other = windows.batch(600)[0]['x']
         torch.manual_seed(0)
-        assert torch.equal(windows.batch(600)[0], x) and not torch.equal(other, x)
+        assert torch.equal(windows.batch(600)[0]['x'], x) and not torch.equal(other, x)
 
 
 def test_ids_beyond_the_sign_of_int16_are_positive_again():
     ids = [40000, 1, 65535, 32768, 50256, 32767, 2, 65535]
     tokens = torch.from_numpy(np.array(ids, np.uint16).view(np.int16))
-    fixed = Windows(tokens, 3, 65536)
+    fixed = Passages(tokens, 3, 65536)
     assert fixed.window(torch.arange(6)).tolist() == [ids[s:s + 3] for s in range(6)]
     assert fixed.prefix(torch.tensor([1, 5])).tolist() == [[65536, 65536, 40000], ids[2:5]]
     ends = torch.zeros(65536, dtype=torch.bool)
     ends[[32768, 2]] = True
-    found = Windows(tokens, 3, 65536, ends=ends, end=65535)
+    found = Passages(tokens, 3, 65536, ends=ends, end=65535)
     assert found.window(torch.arange(len(found))).tolist() == [[40000, 1, 65536], [32768, 65536, 65536],
                                                                [50256, 32767, 2]]
     assert found.prefix(torch.arange(3)).tolist() == [[65536] * 3, [65536] * 3, [65536, 65536, 32768]]
@@ -219,9 +224,10 @@ def test_ids_beyond_the_sign_of_int16_are_positive_again():
 
 def test_windows_are_spread_evenly_from_the_first_to_the_last():
     for N in (1, 2, 5, 17, 64):
-        windows = Windows(text(0, N + 3, 6), 4, V)
+        windows = Passages(text(0, N + 3, 6), 4, V)
         for most in (0, 1, 2, 3, 5, 15, 16, 63, 64, 100):
             found = windows.spread(most).tolist()
+            assert torch.equal(windows.all(most)['x'], windows.window(torch.tensor(found)))
             if most == 0 or most >= N:
                 assert found == list(range(N))
                 continue
@@ -231,7 +237,7 @@ def test_windows_are_spread_evenly_from_the_first_to_the_last():
 
 
 def test_windows_of_more_than_float32_counts_are_spread_inside():
-    windows = Windows(text(0, 4), 4, V)
+    windows = Passages(text(0, 4), 4, V)
     windows.start = torch.zeros(1, dtype=torch.int64).expand(2 ** 24 + 4)
     found = windows.spread(5)
     assert found[-1] == len(windows) - 1 and (found.diff() - len(windows) / 4).abs().max() < 2
@@ -259,7 +265,7 @@ def test_a_short_window_of_a_prompt_can_stand_at_the_end_of_its_place():
 def test_the_last_sentences_of_a_prompt_are_those_of_the_same_text_as_windows():
     for L in range(16):
         prompt = text(L, L, 6)
-        windows = Windows(prompt, 3, V, ends=ENDS)
+        windows = Passages(prompt, 3, V, ends=ENDS)
         rows = windows.window(torch.arange(len(windows))).tolist()
         assert len(rows) == len(slow_sentences(prompt.tolist(), 3, ENDS.tolist(), None))
         for n in range(5):
@@ -267,3 +273,13 @@ def test_the_last_sentences_of_a_prompt_are_those_of_the_same_text_as_windows():
             expected = [[V] * 3] * (n - len(rows)) + rows[-n:] if n else rows
             assert found.shape == (n or len(rows), 3) and found.dtype == torch.int64
             assert found.tolist() == expected
+
+
+def test_tokens_before_and_place_read_and_write_every_row_at_its_own_position():
+    xt = torch.tensor([[0, 1, 2, V, V, V, V], [3, V, V, V, V, V, V]])
+    start = torch.tensor([3, 1])
+    assert tokens_before(xt, start, 2, V).tolist() == [[1, 2], [V, 3]]
+    window = torch.tensor([[4, 4, V], [5, 6, 5]])
+    assert place(xt, start, window, V).tolist() == [[0, 1, 2, 4, 4, V, V], [3, 5, 6, 5, V, V, V]]
+    cut = place(xt, torch.tensor([5, 5]), window, V)
+    assert cut.tolist()[1] == [3, V, V, V, V, 5, 6]

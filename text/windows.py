@@ -2,14 +2,15 @@
 A text as windows.
 
 `Rows`: windows of T tokens, cut anywhere. `Passages`, for the sentence VAE and what is built on it: windows
-of at most W tokens with what stands before them. They have W tokens each, a `stride` apart, or are sentences.
+of at most W tokens with what stands before them. They have W tokens each, `stride` apart, or are sentences.
 A sentence ends behind . ! ? or a line break, with the closing marks in the same token and the space that
-follow, or when W tokens are full. It does not cross a document's end; windows of W tokens do. The id V stands
-where there is no token: behind a short window, and before a prefix that has fewer than W tokens.
+follow, or when W tokens are full. It does not cross a document's end; windows of W tokens do. The id V
+stands where there is no token: behind a short window, and before a prefix of fewer than W tokens.
 """
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from configurator import Share, fail
 from text.vocabulary import as_ids
@@ -70,8 +71,8 @@ def sentence_ends(pieces):
 
 
 def begins(kinds):
-    """Where a new sentence begins: at a token that is neither END nor SPACE and whose last neighbour before
-    that is no SPACE is an END. kinds (..., L) -> (..., L) bool, the first False."""
+    """Where a new sentence begins: at a token that is OTHER, if the last token before it that is no SPACE is
+    END. kinds (..., L) -> (..., L) bool, the first False."""
     place = torch.arange(kinds.size(-1), device=kinds.device)
     solid = torch.where(kinds != SPACE, place, 0).cummax(-1).values  # the last token that is no space
     after = kinds.gather(-1, solid) == END
@@ -79,10 +80,10 @@ def begins(kinds):
 
 
 def sentences(tokens, W, ends, end):
-    """Starts, lengths and documents (N,) of the sentences in tokens (L,): of at most W tokens, none empty.
+    """Starts, lengths and documents (N,) of the sentences in tokens (L,): at most W tokens each, none empty.
 
     ends (V,): what every token is, see `sentence_ends`. end: the id between documents, which is in no
-    window, or None.
+    sentence, or None.
     """
     place = torch.arange(len(tokens), device=tokens.device)
     apart = tokens == end if end is not None else torch.zeros_like(tokens, dtype=torch.bool)
@@ -99,9 +100,11 @@ def sentences(tokens, W, ends, end):
 
 
 class Passages:
-    """tokens: of a dataset (`rows.load_tokens`), or ids. Window i: tokens start[i] up to
-    start[i] + length[i], in a document that begins at origin[i]; `back` windows before it is the one that
-    ends where it starts. n_prev: how many of those before are in a batch."""
+    """Windows of tokens (L,) (of `rows.load_tokens`, or ids) with what stands before them; see rows.py.
+
+    Window i holds the tokens from start[i] to start[i] + length[i], in a document that begins at origin[i].
+    The window that ends where it starts is number i - back. n_prev: how many windows before are in a batch.
+    """
 
     def __init__(self, tokens, W, mask_id, stride=1, ends=None, end=None, n_prev=0):
         self.tokens, self.W, self.mask_id, self.n_prev = tokens, W, mask_id, n_prev
@@ -144,8 +147,7 @@ class Passages:
         return torch.where(at >= self.origin[i][:, None], self.ids(at.clamp(min=0)), self.mask_id)
 
     def inputs(self, i):
-        """Windows i (B,) and what stands before them: x, prefix (B, W) and, if n_prev, before (B, n_prev,
-        W)."""
+        """Windows i (B,) and what stands before: x, prefix (B, W), with n_prev before (B, n_prev, W)."""
         batch = dict(x=self.window(i), prefix=self.prefix(i))
         return batch | dict(before=self.window(self.before(i, self.n_prev))) if self.n_prev else batch
 
@@ -167,8 +169,8 @@ class Passages:
 
 
 def last(tokens, n, W, mask_id, ends=None, right=False):
-    """The last n windows (0: all) of a prompt (L,) as Windows cuts them, but from its end: (n, W), V where
-    there is nothing. right: short ones stand at the end of theirs, as if their text began before them."""
+    """The last n windows (0: all) of a prompt (L,), cut as by Passages, but from its end: (n, W), V where
+    there is no token. right: short ones are padded in front, as if their text had begun earlier."""
     if ends is None:
         parts = [tokens[max(0, i - W):i] for i in range(len(tokens), 0, -W)][::-1]
     else:
@@ -179,3 +181,22 @@ def last(tokens, n, W, mask_id, ends=None, right=False):
     for row, part in zip(rows[len(rows) - len(parts):], parts):
         row[W - len(part) if right else 0:][:len(part)] = part
     return rows
+
+
+# ---- windows of a canvas (B, T), V where there is still to write ------------------------------------------
+
+def tokens_before(xt, start, W, mask_id):
+    """The W tokens before the positions start (B,) of the canvas xt: (B, W), V where there are none."""
+    at = start[:, None] + torch.arange(-W, 0, device=xt.device)
+    return torch.where(at >= 0, xt.gather(1, at.clamp(min=0)), mask_id)
+
+
+def place(xt, start, window, mask_id):
+    """The canvas xt with the windows (B, W) at start (B,); tokens that it holds already stay."""
+    at = start[:, None] + torch.arange(window.size(1), device=xt.device)
+    inside = (at < xt.size(1)) & (window != mask_id)
+    at = at.clamp(max=xt.size(1) - 1)
+    free = inside & (xt.gather(1, at) == mask_id)
+    new = F.pad(xt, (0, 1))  # what is not to be written goes to a column beyond
+    new.scatter_(1, torch.where(free, at, xt.size(1)), window)
+    return new[:, :-1]
