@@ -140,7 +140,7 @@ def report(config, given, checkpoint, model, tokenizer, device, amp):
     print('\n'.join(f"| {name} | {figure} |" for name, figure in table))
     if not scorer:
         return
-    how = dict(steps=config.steps, rule=config.rule or 'dpmpp_2m_sde', cfg=config.cfg, tau=config.tau,
+    how = dict(steps=config.steps, rule=config.rule, cfg=config.cfg, tau=config.tau,
                decoder_noise=given.get('decoder_noise'))
     how |= {name: value for name, value in given.items() if name not in vars(config)}  # the rule's own
     parts = zip(*(tensor.split(at_once) for tensor in batch.values()))
