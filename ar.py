@@ -3,8 +3,8 @@ The autoregressive objective: the baseline of every table.
 
     log p(x) = sum_i log p(x_i | x_<i),   x_<1 = [BOS]
 
-One forward scores all T positions at once, exactly.
-Row V of the embedding, [MASK] in the twin, is [BOS] here.
+One forward scores all T positions at once, exactly. Row V of the embedding, [MASK] in the twin, is [BOS] here.
+This file also says what every objective offers to the scripts: the class data of Model below.
 """
 from dataclasses import dataclass
 
@@ -12,28 +12,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts import lora
 import model
-from text.packing import apart, of_text, starts
-from unmask import draw
+from parts import lora
+from text.packing import counted, keep_apart, starts
+from unmask import sample_tokens
 
 
 @dataclass
-class Config(model.Config):
-    lora_rank: int = 0             # of adapters on a frozen network (lora.py); 0: none, all is trained
-    lora_alpha: float = 32.0       # their scale is lora_alpha / lora_rank
-    lora_dropout: float = 0.0      # on what enters them
-    lora_targets: str = 'qkv,proj,fc'  # the matrices that have one
-    lora_embed: bool = True        # train the embedding too; a tied head goes with it
+class Config(lora.Config):
+    pass
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lora_rank < 0 or self.lora_alpha < 0 or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_rank={self.lora_rank} and lora_alpha={self.lora_alpha} must not be "
-                             f"negative, lora_dropout={self.lora_dropout} in [0, 1)")
-        if self.lora_rank and self.dropout:
-            raise ValueError(f"dropout={self.dropout}: a frozen network has none, adapters have "
-                             f"lora_dropout")
+
+RULES = {}  # of sampling: there is one way
 
 
 def token_nats(logits, x):
@@ -45,22 +35,23 @@ def token_nats(logits, x):
 
 def prompt_length(xt, mask_id):
     """How many tokens are given at the start of every row of the canvas xt (B, T): of the shortest prompt.
-    Everything behind a row's prompt must be blank (= mask_id). Raises ValueError."""
-    blank = xt == mask_id
-    if (blank[:, :-1] & ~blank[:, 1:]).any():
+    Behind a row's prompt everything must be mask_id. Raises ValueError."""
+    empty = xt == mask_id
+    if (empty[:, :-1] & ~empty[:, 1:]).any():
         raise ValueError("this model writes from left to right: it takes a prompt; suffix and template "
                          "are for denoisers")
-    return int((~blank).sum(-1).min())
-
-
-RULES = {}  # of sampling: there is one way
+    return int((~empty).sum(-1).min())
 
 
 class Model(nn.Module):
-    bound = 'exact'  # what `nats` is: exact | upper
-    packs = True     # does it take packed rows, with segments?
-    revises = False  # can a token of a canvas that `sample` yields change later?
+    bound = 'exact'  # what `nats` gives: 'exact' | 'upper', a bound
+    takes = ('windows', 'lines', 'pairs')  # rows that it can be trained on, see text/rows.py
+    revises = False  # may a token of a canvas that `sample` yields change later?
     any_length = False  # may a canvas be longer than block_size?
+    orders = ()      # other orders of writing whose likelihood it knows: 'left'
+    base = ''        # the objective of the checkpoint that it is built on
+    selects = True   # is the checkpoint with the lowest validation figure the best one?
+    measures = False  # does `measure` want training rows before a checkpoint is written?
 
     def __init__(self, config):
         super().__init__()
@@ -76,33 +67,30 @@ class Model(nn.Module):
         before = self.shifted(x)
         if segment is not None:
             before = before.where(~starts(segment), self.mask_id)
-        return self.gpt(before, **apart(segment))
+        return self.gpt(before, **keep_apart(segment))
 
     def forward(self, x, segment=None, given=None):
         """x (B, T) -> (nats per token, metrics). segment (B, T): of packed texts. given (B, T) bool: tokens
         that are not scored, a prompt."""
-        count = of_text(torch.ones_like(x), segment, given).sum().clamp(min=1)
-        return self.nats(x, 1, segment, given).sum() / count, {}
+        count = counted(x, segment, given).sum().clamp(min=1)
+        return self.nats(x, segment=segment, given=given).sum() / count, {}
 
     def nats(self, x, n=1, segment=None, given=None):
         """-log p(x | given) in nats, (B,). n is there for the contract: nothing is random here."""
-        return of_text(token_nats(self.logits(x, segment), x), segment, given).sum(-1)
+        return (token_nats(self.logits(x, segment), x) * counted(x, segment, given)).sum(-1)
 
     @torch.no_grad()
-    def sample(self, xt, steps=0, rule='', temperature=1.0, top_k=0, top_p=1.0, **knobs):
-        """Generator of canvases, a token each. xt (B, T) starts with the prompt; the rest is blank (= V).
+    def sample(self, xt, steps=0, temperature=1.0, top_k=0, top_p=1.0):
+        """Generator of canvases, a token each. xt (B, T) starts with the prompt; V is where to write.
 
-        The same canvas as for a denoiser, so the same scripts serve both.
-        steps is not used: it takes one for each blank.
+        The same canvas as for a denoiser, so the same scripts serve both. steps is not used: it takes one for
+        each token. Raises ValueError if something is given behind a V.
         """
-        if rule or knobs:
-            raise ValueError(f"{', '.join(knobs) or 'rule'} is for denoisers: "
-                             f"an autoregressive model writes from left to right, a token a call")
         start, cache = prompt_length(xt, self.mask_id), model.Cache(self.config.n_layer)
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):
-            logits = self.gpt(new, cache=cache)[:, -1].float()
-            drawn = draw(logits.log_softmax(-1), temperature, top_k, top_p)
+            logp = self.gpt(new, cache=cache)[:, -1].float().log_softmax(-1)
+            drawn = sample_tokens(logp, temperature, top_k, top_p)
             xt[:, i] = torch.where(xt[:, i] == self.mask_id, drawn, xt[:, i])  # some prompts are longer
             new = xt[:, i:i + 1]
             yield xt.clone()

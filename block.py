@@ -18,35 +18,36 @@ So position i of both halves is position i of the text, and nothing sees its own
 block by block: a finished block is read once more, clean, into the key-value cache, and never again.
 """
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
 
 import model
 from ar import prompt_length, token_nats
+from configurator import Count, Share
 from masked import exactly, low_discrepancy
-from unmask import RULES, shares, unmask  # noqa: F401
+from unmask import RULES, shares, unmask  # noqa: F401  RULES belongs to the contract
 
 
 @dataclass
 class Config(model.Config):
-    block_length: int = 4        # tokens of a block; must divide block_size, the longest sequence
-    mask_low: float = 0.0        # training only: the least share of a block's tokens that is masked
-    mask_high: float = 1.0       # training only: the largest, see mask_law
-    loss_weight: str = 'flat'    # training only: elbo (the bound's unless clipped) | flat (all alike)
+    # block diffusion
+    block_length: Count = 4   # tokens of a block; must divide block_size, the longest sequence
+    # block diffusion, training only
+    mask_low: Share = 0.0     # the least share of a block's tokens that is masked
+    mask_high: Share = 1.0    # the largest, see mask_law
+    loss_weight: Literal['flat', 'elbo'] = 'flat'  # flat, all alike | elbo, the bound's, unless clipped
 
     def __post_init__(self):
         super().__post_init__()
-        if self.block_length < 1 or self.block_size % self.block_length:
+        if self.block_size % self.block_length:
             raise ValueError(f"block_length={self.block_length} must divide block_size={self.block_size}")
-        if not 0 <= self.mask_low < self.mask_high <= 1:
-            raise ValueError(f"mask_low={self.mask_low} and mask_high={self.mask_high} must be "
-                             "0 <= mask_low < mask_high <= 1")
+        if self.mask_low >= self.mask_high:
+            raise ValueError(f"mask_low={self.mask_low} must be below mask_high={self.mask_high}")
         if not mask_law(self.block_length, self.mask_low, self.mask_high).any():
             raise ValueError(f"no number of masks in a block of {self.block_length} is a share between "
                              f"mask_low={self.mask_low} and mask_high={self.mask_high}")
-        if self.loss_weight not in ('elbo', 'flat'):
-            raise ValueError(f"loss_weight={self.loss_weight!r} is not one of: elbo, flat")
 
 
 def mask_law(n, low, high):
@@ -68,7 +69,7 @@ def mask_law(n, low, high):
 
 
 def block_mask(T, block_length, device=None):
-    """Who sees whom in [noisy x, clean x]: (2T, 2T) bool, rows look at columns."""
+    """The attention mask of [noisy x, clean x]: (2T, 2T) bool, True where a row sees a column."""
     block = torch.arange(T, device=device) // block_length
     row, column = block[:, None], block[None, :]
     noisy = torch.cat([row == column, row > column], dim=1)                        # M_BD, M_OBC
@@ -77,13 +78,14 @@ def block_mask(T, block_length, device=None):
 
 
 def block_causal(start, T, block_length, device=None):
-    """Who of the clean tokens start..T-1 sees whom of 0..T-1: (T - start, T) bool."""
+    """The attention mask of clean tokens start..T-1 over 0..T-1: (T - start, T) bool."""
     block = torch.arange(T, device=device) // block_length
     return block[start:, None] >= block
 
 
 class Model(nn.Module):
-    bound, packs, revises, any_length = 'upper', False, False, False
+    bound, takes, revises, any_length = 'upper', ('windows',), False, False
+    orders, base, selects, measures = (), '', True, False
 
     def __init__(self, config):
         super().__init__()

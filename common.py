@@ -1,25 +1,30 @@
 """
-What the scripts share: device and precision, batches, evaluation, checkpoints.
+What the scripts share: device and precision, several processes, evaluation, checkpoints.
 
-A checkpoint is self-contained: objective, config, tokenizer, weights, EMA, optimizers,
-iteration, seed, data source. Random numbers need no saving: the noise of iteration i is a
-function of (seed, i) alone (`seed_everything`).
+A checkpoint is self-contained: objective, config, tokenizer, weights, their average, optimizers, iteration,
+seed, data source. Random numbers need no saving: the noise of iteration i is a function of (seed, i) alone
+(`seed_everything`).
 """
 import contextlib
 import importlib
 import itertools
-import re
+import os
+import shutil
+import signal
+import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from text import files
 from configurator import fail
-from text.vocabulary import Tokenizer, as_ids, file_type
+from text import files
+from text.packing import counted
+from text.vocabulary import Tokenizer
 
-OBJECTIVES = ('ar', 'masked', 'block', 'score', 'vae', 'latent')  # the concept files
+OBJECTIVES = ('ar', 'masked', 'sedd', 'd3pm', 'block', 'score', 'vae', 'latent')  # the concept files
 
 
 # ---- device -----------------------------------------------------------------------------------------------
@@ -39,8 +44,6 @@ def pick_device(name='auto'):
 def pick_dtype(name, device):
     """'auto' is bfloat16 where the processor multiplies matrices in it:
     most CUDA GPUs, CPUs with AVX512-BF16 or AMX."""
-    if name not in ('auto', 'float32', 'bfloat16'):
-        fail(f"dtype={name!r} is not one of: auto, float32, bfloat16")
     return fast_dtype(device) if name == 'auto' else getattr(torch, name)
 
 
@@ -64,73 +67,6 @@ def seed_everything(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-# ---- data -------------------------------------------------------------------------------------------------
-
-def load_meta(dataset):
-    path = Path('data', dataset, 'meta.json')
-    if not path.is_file():
-        known = sorted(p.parent.name for p in Path('data').glob('*/prepare.py'))
-        if dataset in known:
-            fail(f"{path} is missing: run `python data/{dataset}/prepare.py` first")
-        fail(f"dataset={dataset!r} is not a folder of data/ that holds a prepare.py "
-             f"({', '.join(known) or 'there is none here'})")
-    return files.read_json(path)
-
-
-def token_files(dataset, split):
-    """Where the tokens of a split are: data/<dataset>/<split>.bin, or shards <split>_<number>.bin in the
-    order of their names; or the script ends."""
-    folder, prepare = Path('data', dataset), f"`python data/{dataset}/prepare.py`"
-    whole, shards = folder / f'{split}.bin', sorted(folder.glob(f'{split}_*.bin'))
-    shards = [path for path in shards if re.fullmatch(rf'{split}_\d+\.bin', path.name)]
-    if whole.is_file() and shards:
-        fail(f"{folder} holds {whole.name} and shards such as {shards[0].name}, two texts: remove one of "
-             f"them")
-    if not shards and not whole.is_file():
-        there = {re.split(r'[._]', path.name)[0] for path in folder.glob('*.bin')} & {'train', 'val', 'test'}
-        only = f"this dataset has {' and '.join(sorted(there))} alone" if there else ""
-        again = f"run {prepare} first" if split != 'test' or not there else ""
-        fail(f"{whole} is missing: {only}{only and again and '; '}{again}")
-    return shards or [whole]
-
-
-def count_tokens(dataset, split, vocab_size):
-    """How many tokens a split has, by the sizes of its files."""
-    item = np.dtype(file_type(vocab_size)).itemsize
-    return sum(path.stat().st_size // item for path in token_files(dataset, split))
-
-
-def load_tokens(dataset, split, vocab_size, device):
-    """All tokens of a split (see `token_files`) as one stream on the device, int16 if ids are uint16, else
-    int32; `windows` and `batch` undo the sign."""
-    paths, dtype = token_files(dataset, split), np.dtype(file_type(vocab_size))
-    lengths = [path.stat().st_size // dtype.itemsize for path in paths]
-    tokens = np.empty(sum(lengths), dtype)  # filled shard by shard, so that memory holds them once
-    for path, length, shard in zip(paths, lengths, np.split(tokens, np.cumsum(lengths)[:-1])):
-        shard[:] = np.fromfile(path, dtype, length)
-        if length == 0 or shard.max() >= vocab_size or path.stat().st_size % dtype.itemsize:
-            what = ("is empty" if length == 0 else "is cut short" if shard.max() < vocab_size else
-                    f"holds token {shard.max()}, beyond the vocabulary of {vocab_size}")
-            fail(f"{path} {what}: run `python data/{dataset}/prepare.py` again")
-    return torch.from_numpy(tokens.view(f'i{dtype.itemsize}')).to(device)
-
-
-def batch(tokens, B, T):
-    """B random windows of T tokens, (B, T) int64, gathered on the device without waiting for it."""
-    start = torch.randint(len(tokens) - T + 1, (B, 1), device=tokens.device)
-    return as_ids(tokens[start + torch.arange(T, device=tokens.device)])
-
-
-def windows(tokens, T, most=0):
-    """Consecutive windows (N, T) int64 of all tokens (the last, incomplete one is left out);
-    `most` of them, evenly spread."""
-    N = len(tokens) // T
-    rows = torch.arange(N, device=tokens.device)
-    if 0 < most < N:
-        rows = torch.linspace(0, N - 1, most, device=tokens.device).long()
-    return as_ids(tokens[:N * T].view(N, T)[rows])
-
-
 # ---- evaluation -------------------------------------------------------------------------------------------
 
 def rows_at_once(T, V):
@@ -138,25 +74,108 @@ def rows_at_once(T, V):
     return max(1, min(64, 2 ** 28 // (T * V)))
 
 
+def text_of(batch, mask_id):
+    """The tokens of a batch that are scored: no padding and no prompt, (N, T) bool. Places without a token
+    hold mask_id in the windows of vae.py."""
+    return counted(batch['x'], batch.get('segment'), batch.get('given')) & (batch['x'] != mask_id)
+
+
 @torch.no_grad()
-def evaluate(nats, inputs, text, rows, seed=0):
-    """Mean of nats(*inputs) per token, and its standard error over windows; a function of the seed and of
+def evaluate(nats, batch, text, rows, seed=0):
+    """Mean of nats(**batch) per token, and its standard error over windows; a function of the seed and of
     rows, the number of windows scored at once.
 
-    inputs: windows x (N, T) and what else nats takes, N rows each or None; text (N, T): which of x are
-    scored, no padding and no prompt. nats: the same of B windows -> (B,), a likelihood or a bound in nats,
-    called under the caller's autocast.
+    batch: named tensors of N rows each, see text/rows.py; text (N, T) bool: which tokens are scored. nats:
+    the same of B rows -> (B,), a likelihood or a bound in nats, called under the caller's autocast.
     """
     with torch.random.fork_rng():
         seed_everything(seed)
-        parts = zip(*(itertools.repeat(None) if t is None else t.split(rows) for t in inputs))
-        values = torch.cat([nats(*part) for part in parts]).cpu().double()
-    count = text.bool().sum(-1).cpu()
+        parts = zip(*(tensor.split(rows) for tensor in batch.values()))
+        values = torch.cat([nats(**dict(zip(batch, part))) for part in parts]).cpu().double()
+    count = text.sum(-1).cpu()
     mean = values.sum() / count.sum()
     if len(count) < 2:
         return mean.item(), float('nan')
     spread = (values - mean * count).std() / count.double().mean()  # of a ratio
     return mean.item(), (spread / len(count) ** 0.5).item()
+
+
+# ---- training ---------------------------------------------------------------------------------------------
+
+def join(name):
+    """(rank, world, device) of this process, one of those that torchrun has started, or the only one."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = pick_device(name)
+    if world > 1:
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
+    return rank, world, device
+
+
+def leave(world):
+    if world > 1:
+        dist.barrier()  # rank 0 may still be writing the last checkpoint
+        dist.destroy_process_group()
+
+
+def average_gradients(params, world):
+    """Replace every gradient by its mean over the processes."""
+    flat = torch.cat([p.grad.flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, g in zip(params, (flat / world).split([p.numel() for p in params])):
+        p.grad.copy_(g.view_as(p))
+
+
+def stop_signals(world, device):
+    """Catch Ctrl-C, SIGTERM and a terminal that hangs up -> a function (iteration) -> whether one has come.
+    Processes agree on the iteration, so that none waits for another that has left."""
+    caught = []
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        stops.append(signal.SIGHUP)
+    for number in stops:
+        signal.signal(number, lambda number, frame: caught.append(number))
+
+    def stop(it):
+        if world == 1:
+            return bool(caught)
+        if it % 10:
+            return False
+        flag = torch.tensor(float(bool(caught)), device=device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
+    return stop
+
+
+def compiled(model, batch, amp):
+    """torch.compile(model), tried on a batch under autocast; the model itself, with a line of warning, where
+    there is no compiler."""
+    try:
+        loss_fn = torch.compile(model)
+        with amp:
+            loss, _ = loss_fn(**batch)
+        loss.backward()
+        model.zero_grad()
+        return loss_fn
+    except Exception as e:  # no C++ compiler, no Triton, an old GPU: many kinds
+        why = next((line for line in str(e).splitlines() if line.strip()), 'no reason given')
+        print(f"warning: torch.compile does not work here ({type(e).__name__}: {why.strip()}), going on "
+              f"without", file=sys.stderr)
+        torch._dynamo.reset()
+        model.zero_grad()
+        return model
+
+
+def say(line, bar=None):
+    """Print a line (above the bar, if there is one). A reader that has left, or a full disk behind the
+    output, do not stop the training."""
+    with contextlib.suppress(OSError):
+        bar.write(line, file=sys.stdout) if bar else print(line)
+        sys.stdout.flush()
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
@@ -174,6 +193,20 @@ def save(checkpoint, path):
             while not isinstance(e, OSError) and e.__context__:
                 e = e.__context__
             raise e if isinstance(e, OSError) else OSError(str(e).splitlines()[0])
+
+
+def check_room(folder, nets, optimizers, there, resumed):
+    """Is there room on the disk of the folder `there` for best.pt, last.pt and, while it is replaced, another
+    last.pt? Or the script ends. resumed: those in `folder` will be replaced."""
+    best = sum(t.nbytes for net in nets for t in net.state_dict().values())
+    last = best + sum(p.nbytes * (2 if isinstance(o, torch.optim.AdamW) else 1)
+                      for o in optimizers for g in o.param_groups for p in g['params'])
+    room = shutil.disk_usage(there).free
+    if resumed:
+        room += sum(p.stat().st_size for p in Path(folder).glob('*.pt'))
+    if best + 2 * last > room:
+        fail(f"no room for the checkpoints in {folder}/: they take {(best + 2 * last) / 1e6:,.1f} MB at most, "
+             f"{room / 1e6:,.1f} MB are free")
 
 
 def set_aside(folder):
@@ -218,8 +251,6 @@ def load(path, device='cpu'):
 
 def find_checkpoint(out_dir='', which='best'):
     """out_dir/best.pt or last.pt; without out_dir, of the out*/ that was written last."""
-    if which not in ('best', 'last'):
-        fail(f"which={which!r} is not one of: best, last")
     if not out_dir:
         found = sorted(Path('.').glob('out*/last.pt'), key=lambda p: p.stat().st_mtime)
         if not found:
@@ -240,12 +271,8 @@ def concept(objective):
 
 def load_model(checkpoint, device, weights='ema', **changes):
     """(model in eval mode, tokenizer) of a checkpoint dict; changes: of its config, where weights allow.
-    weights: ema | slow, the second average | model, not averaged."""
+    weights: ema | model, not averaged."""
     module = concept(checkpoint['objective'])
-    if weights not in ('ema', 'slow', 'model'):
-        fail(f"weights={weights!r} is not one of: ema, slow, model")
-    if weights not in checkpoint:
-        fail("the checkpoint holds no second average: `python train.py ... --slow_decay=0.9999` keeps one")
     try:
         model = module.Model(module.Config(**{**checkpoint['config'], **changes}))
         model.load_state_dict(checkpoint[weights])

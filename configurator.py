@@ -269,7 +269,6 @@ def help_of_rules(title, rules):
     """The rules {name: function} of a sampler with their own knobs, as lines of help."""
     lines = [f"\n{title}:"]
     for name, rule in rules.items():
-        function = rule.func if isinstance(rule, functools.partial) else rule
-        about = (inspect.getdoc(function) or '').split('. ')[0].split(':')[0].replace('\n', ' ')
+        about = (inspect.getdoc(rule) or '').split('. ')[0].split(':')[0].replace('\n', ' ').rstrip('.')
         lines += [f"  {name:<14} {about}", *help_lines(rule, '      ')]
     return '\n'.join(lines)

@@ -8,10 +8,10 @@ The default architecture ("ours") is what trained fastest at small scale (NOTES.
   rotary positions (arXiv 2104.09864), RMSNorm without gain (1910.07467), normalised queries and keys
   (2302.05442), ReLU^2 MLP (2109.08668), no biases, and projections into the residual stream that start at
   zero, so that every block starts as the identity and the first prediction is exactly uniform.
-  Muon (kellerjordan.github.io/posts/muon) trains the matrices of the blocks, AdamW everything else.
+  Muon trains the matrices of the blocks, AdamW everything else (parts/muon.py).
 `arch='gpt2'` is GPT-2: learned positions, LayerNorm with bias, GELU, biases, the head tied to the embedding.
 `arch='llama'` is LLaMA (2302.13971): rotary positions, RMSNorm with gain, SwiGLU (2002.05202), no biases,
-fewer heads of keys and values than of queries if told so (2305.13245). pretrained.py has weights for both.
+fewer heads of keys and values than of queries if asked for (2305.13245). hub/ has weights for both.
 
 Shapes: B sequences, T tokens, V = vocab_size, C = n_embd, H = n_head, D = C / H.
 The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model. The head
@@ -22,41 +22,37 @@ parameters. Three switches serve single objectives: `timed` tells every block th
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from configurator import Count, Fixed, Natural, NonNegative, Positive, ShareBelow1
+
 
 @dataclass
 class Config:
-    vocab_size: int = 65    # V, set from the data
-    block_size: int = 256   # T, the longest sequence
-    n_layer: int = 6        # blocks
-    n_head: int = 6         # attention heads, must divide n_embd
-    n_embd: int = 384       # width C
-    dropout: float = 0.0    # on the residual branches and the embedding
-    arch: str = 'ours'      # ours | gpt2 | llama
-    n_kv_head: int = 0      # heads of keys and values, must divide n_head; 0: n_head
-    n_inner: int = 0        # width of the MLPs; 0: 4 C
-    rope_base: float = 10000.0  # of the rotary positions
-    rope_factor: float = 1.0    # slows the slow rotations, for a longer context (LLaMA 3.2: 32)
-    rope_trained: int = 0       # slow are those of fewer than 4 turns in so many tokens (8192); 0: all
-    norm_eps: float = 1e-5  # of the norms of gpt2 and llama
-    tied: bool = False      # llama: is the head the embedding? gpt2: always
+    # network
+    vocab_size: Fixed[Count] = 65   # V, set from the data
+    block_size: Count = 256         # T, the longest sequence
+    n_layer: Count = 6              # blocks
+    n_head: Count = 6               # attention heads, must divide n_embd
+    n_embd: Count = 384             # width C
+    dropout: ShareBelow1 = 0.0      # on the residual branches and the embedding
+    arch: Literal['ours', 'gpt2', 'llama'] = 'ours'  # ours | gpt2 | llama
+    n_kv_head: Natural = 0          # heads of keys and values, must divide n_head; 0: n_head
+    n_inner: Natural = 0            # width of the MLPs; 0: 4 C
+    # set by the weights of others
+    rope_base: Fixed[Positive] = 10000.0  # of the rotary positions
+    rope_factor: Fixed[Positive] = 1.0    # slows the slow rotations, for a longer context (LLaMA 3.2: 32)
+    rope_trained: Fixed[Natural] = 0      # slow are those of fewer than 4 turns in so many tokens; 0: all
+    norm_eps: Fixed[NonNegative] = 1e-5   # of the norms of gpt2 and llama
+    tied: Fixed[bool] = False             # llama: is the head the embedding? gpt2: always
 
     def __post_init__(self):
-        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
-        for name in ('n_kv_head', 'n_inner', 'norm_eps', 'rope_trained'):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ('rope_base', 'rope_factor'):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.n_kv_head and self.arch == 'gpt2':
             raise ValueError(f"n_kv_head={self.n_kv_head} is not for arch=gpt2")
         if self.n_kv_head and self.n_head % self.n_kv_head:
@@ -64,12 +60,8 @@ class Config:
         if self.arch != 'gpt2' and self.n_embd // self.n_head % 2:
             raise ValueError("rotary positions need an even head width, not "
                              f"n_embd/n_head={self.n_embd // self.n_head}")
-        if self.arch not in ('ours', 'gpt2', 'llama'):
-            raise ValueError(f"arch={self.arch!r} is not one of: ours, gpt2, llama")
         if self.tied and self.arch == 'ours':
             raise ValueError("tied=True is for arch=llama: ours has a head of its own, gpt2 never has")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
 
 
 def rotary_table(length, width, base=10000.0, factor=1.0, trained=0):
@@ -92,12 +84,26 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
-WAVES = 32  # cosines that tell a block what time it is
+TIME_WAVES = 32  # cosines that a block gets for the time
 
 
 def cosines(t):
-    """Time t (B, n) in [0, 1] -> its cosine series cos(pi k t), k < WAVES, (B, n, WAVES) float32."""
-    return torch.cos(math.pi * t.float()[..., None] * torch.arange(WAVES, device=t.device))
+    """Time t (B, n) in [0, 1] -> its cosine series cos(pi k t), k < TIME_WAVES: (B, n, TIME_WAVES) float32."""
+    return torch.cos(math.pi * t.float()[..., None] * torch.arange(TIME_WAVES, device=t.device))
+
+
+class Clock(nn.Module):
+    """How many optimizer steps have been made, for what changes while a model is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('steps', torch.zeros(()), persistent=False)
+
+
+def set_clocks(net, steps):
+    for module in net.modules():
+        if isinstance(module, Clock):
+            module.steps.fill_(steps)
 
 
 def attention(q, k, v, causal, mask=None):
@@ -217,7 +223,7 @@ class Block(nn.Module):
         self.norm1, self.attn = Norm(config), Attention(config, causal)
         self.norm2, self.mlp = Norm(config), MLP(config)
         self.drop = nn.Dropout(config.dropout)
-        self.film = nn.Linear(WAVES, 4 * config.n_embd) if timed else None
+        self.film = nn.Linear(TIME_WAVES, 4 * config.n_embd) if timed else None
 
     def forward(self, x, rotary, mask, cache, layer, time):
         if self.film is None:
@@ -226,56 +232,6 @@ class Block(nn.Module):
         scale1, shift1, scale2, shift2 = self.film(time).chunk(4, dim=-1)  # (B, 1 or T, C) each
         x = x + self.drop(self.attn(self.norm1(x) * (1 + scale1) + shift1, rotary, mask, cache, layer))
         return x + self.drop(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
-
-
-def orthogonal(G, steps=5):
-    """G (m, n) with its singular values moved close to 1, by Newton-Schulz steps with Muon's coefficients."""
-    tall = G.size(0) > G.size(1)
-    X = G.T if tall else G
-    X = X / X.norm().clamp(min=1e-7)
-    for _ in range(steps):
-        A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
-    return X.T if tall else X
-
-
-class Muon(torch.optim.Optimizer):
-    """Keller Jordan's Muon (kellerjordan.github.io/posts/muon): a step along the orthogonalised momentum,
-    lr sqrt(max(1, m / n)) long. As torch.optim.Muon, which always works in bfloat16; on a CPU without
-    instructions for it a training step then takes 3.5 times as long as with float32 (NOTES.md)."""
-
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group['params']:
-                buffer = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p.grad))
-                buffer.lerp_(p.grad, 1 - group['momentum'])
-                update = orthogonal(p.grad.lerp(buffer, group['momentum']).to(self.dtype))  # Nesterov's
-                p.mul_(1 - group['lr'] * group['weight_decay'])
-                p.add_(update, alpha=-group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5)
-
-
-def optimizers(model, lr, muon_lr, weight_decay=0.0, dtype=torch.bfloat16):
-    """[AdamW, Muon]: Muon, in `dtype`, for the matrices of the blocks, AdamW for the rest (what tells them
-    the time too). With muon_lr = 0 AdamW for all. One that would have nothing to do is left out; raises
-    ValueError if nothing is trained."""
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            muon = muon_lr and 'blocks.' in name and 'film.' not in name and p.dim() == 2
-            (matrices if muon else others).append(p)
-    groups = [{'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
-              {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0}]
-    groups = [g for g in groups if g['params']]
-    found = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))] if groups else []
-    found += [Muon(matrices, muon_lr, weight_decay, dtype=dtype)] if matrices else []
-    if not found:
-        raise ValueError("all parameters of this model are frozen: there is nothing to train")
-    return found
 
 
 class GPT(nn.Module):
@@ -347,11 +303,3 @@ class GPT(nn.Module):
     def logits(self, h):
         """Hidden states (B, T, C) -> logits (B, T, V); of row V only if the model was built with it."""
         return F.linear(h, self.embed.weight[:self.outputs]) if self.head is None else self.head(h)
-
-    def flops_per_token(self, T):
-        """Floating point operations of a training step per token:
-        6 a weight, 12 T C a layer for attention."""
-        weights = sum(p.numel() for b in self.blocks for n, p in b.named_parameters() if 'film.' not in n)
-        weights += self.outputs * self.config.n_embd
-        attention = 12 * T * self.config.n_embd * self.config.n_layer
-        return 6 * weights + attention // (2 if self.causal else 1)

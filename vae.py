@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from parts import lora
 import model
 from ar import prompt_length, token_nats
-from unmask import draw
+from unmask import sample_tokens
 from text.windows import OTHER, Windows, begins, last, sentence_ends
 
 
@@ -328,7 +328,7 @@ class Model(nn.Module):
             h = torch.cat([h, self.decoder.embed(new)], 1)
             seen, where = F.pad(seen, (0, 1), value=True), F.pad(where, (0, 1), value=prefix.size(1) + i)
             h = self.decoder.trunk(h, seen[:, None, None], cache, where=where)
-            new = draw(self.decoder.logits(h[:, -1:]).float().log_softmax(-1), tau)
+            new = sample_tokens(self.decoder.logits(h[:, -1:]).float().log_softmax(-1), tau)
             h, where = h[:, :0], where[:0]
             x.append(new)
         x = torch.cat(x, 1)

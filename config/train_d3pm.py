@@ -1,9 +1,9 @@
 # D3PM with absorbing states (arXiv 2107.03006) in T = 1,000 steps; --T=100 is the same in fewer.
 # Everything else is config/train_mdlm.py: the table compares the parameterizations alone.
 out_dir = 'out-d3pm'
-objective = 'masked'
+objective = 'd3pm'
 dataset = 'shakespeare_char'
-parameterization, T = 'd3pm', 1000
+T = 1000
 
 n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
 batch_size, max_iters = 64, 20000

@@ -1,9 +1,8 @@
 # SEDD with absorbing states (arXiv 2310.16834): score entropy, and a network that is told the time.
 # Everything else is config/train_mdlm.py; sample with --rule=analytic for its own sampler.
 out_dir = 'out-sedd'
-objective = 'masked'
+objective = 'sedd'
 dataset = 'shakespeare_char'
-parameterization, time_input = 'sedd', True
 
 n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
 batch_size, max_iters = 64, 20000

@@ -5,41 +5,39 @@ An autoregressive model and a denoiser are the same transformer, so the one can 
 its matrices, norms and head, and of its embedding the rows of the tokens. DiffuGPT and DiffuLLaMA (arXiv
 2410.17891) make denoisers of GPT-2 and LLaMA like that, and so do Dream (2508.15487) and others. What is new
 is [MASK]. It gets a row of its own, the mean of all tokens' rows at first; DiffuGPT reuses the row of a rare
-token, which then counts as masked wherever it occurs. The further training is that of masked.py, `shift` and
-`anneal_iters` included; with `lora_rank` it changes adapters and the embedding alone. Fine-tuning is the
-same without a change of objective.
+token, which then counts as masked wherever it occurs. The further training is that of masked.py, with
+`shift` and `anneal_iters` (parts/adapted.py); with `lora_rank` it changes adapters and the embedding alone.
+Fine-tuning is the same without a change of objective.
 """
 from dataclasses import fields
 
 import torch
 
-from parts import lora
 import model
 from configurator import fail
+from parts import lora
 
-BECOMES = ('ar', 'masked', 'block')  # objectives whose weights are those of one transformer
-
-
+ONE_TRANSFORMER = ('ar', 'masked', 'sedd', 'd3pm', 'block')  # objectives whose weights are model.GPT's alone
 SHAPE = {f.name for f in fields(model.Config)} - {'dropout'}
-OWN = ('dropout', 'anneal_iters', 'random_length')  # knobs of a run's training, as are those of lora.py
+TRAINING_ONLY = ('dropout', 'anneal_iters')  # knobs of a run's training, as are those of lora.py
 
 
-def inherited(checkpoint, knobs, source):
+def knobs_of_start(checkpoint, knobs, source):
     """The knobs of a run that begins with the weights of a checkpoint: without an objective of its own it
     has the checkpoint's; of the same objective all that it says of the model, of another the transformer's
-    shape. Adapters are not inherited, they get merged."""
+    shape. Adapters are not taken over, they get merged."""
     theirs, objective = checkpoint['config'], knobs.get('objective', checkpoint['objective'])
     same = objective == checkpoint['objective']
-    if not same and not {objective, checkpoint['objective']} <= set(BECOMES):
+    if not same and not {objective, checkpoint['objective']} <= set(ONE_TRANSFORMER):
         fail(f"init_from={source} is of {checkpoint['objective']}, which cannot become {objective}: "
-             f"one of {', '.join(BECOMES)} can become another")
+             f"one of {', '.join(ONE_TRANSFORMER)} can become another")
     kept = {k: v for k, v in theirs.items()
-            if k in SHAPE or same and k not in OWN and not k.startswith('lora_')}
+            if k in SHAPE or same and k not in TRAINING_ONLY and not k.startswith('lora_')}
     return {**kept, **knobs, 'objective': objective}
 
 
 def check_shape(config, checkpoint, source):
-    """What shapes the weights cannot change, but the context may be cut; or the script ends."""
+    """The shapes of weights cannot change, but the context may be cut; or the script ends."""
     theirs = checkpoint['config']
     if config.block_size > theirs['block_size']:
         fail(f"block_size={config.block_size} is more than the context of init_from={source}, "
@@ -58,7 +56,7 @@ def marks(objective, config):
 def take_over(net, objective, config, checkpoint):
     """Give a network the averaged weights of a checkpoint, maybe of another objective, adapters merged. A
     mark that the checkpoint has no row for begins as the mean of the tokens' rows. Raises ValueError."""
-    if checkpoint['objective'] not in BECOMES:
+    if checkpoint['objective'] not in ONE_TRANSFORMER:
         return net.load_state_dict(checkpoint['ema'])
     weights, V = lora.folded(checkpoint['ema'], checkpoint['config']), config['vocab_size']
     rows = weights['gpt.embed.weight']

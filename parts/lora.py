@@ -10,10 +10,30 @@ gradients are computed.
 """
 import copy
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import model
+from configurator import Natural, NonNegative, ShareBelow1
+
+
+@dataclass
+class Config(model.Config):
+    # adapters on a frozen network
+    lora_rank: Natural = 0             # of the adapters; 0: none, all is trained
+    lora_alpha: NonNegative = 32.0     # their scale is lora_alpha / lora_rank
+    lora_dropout: ShareBelow1 = 0.0    # on what enters them
+    lora_targets: str = 'qkv,proj,fc'  # the matrices that have one
+    lora_embed: bool = True            # train the embedding too; a tied head goes with it
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_rank and self.dropout:
+            raise ValueError(f"dropout={self.dropout}: a frozen network has none, adapters have "
+                             f"lora_dropout")
 
 
 class LoRA(nn.Module):
@@ -25,11 +45,8 @@ class LoRA(nn.Module):
         like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
         self.A = nn.Parameter(torch.randn(rank, linear.in_features, **like) * linear.in_features ** -0.5)
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
-        self.register_buffer('merged', None, persistent=False)
 
     def forward(self, x):
-        if self.merged is not None:
-            return F.linear(x, self.merged, self.linear.bias)
         return self.linear(x) + self.scale * F.linear(F.linear(self.drop(x), self.A), self.B)
 
 
@@ -51,7 +68,7 @@ def adapt(net, rank, alpha, dropout=0.0, targets=('qkv', 'proj', 'fc')):
 
 
 def by_config(net, c):
-    """The network, adapted as ar.Config says: with lora_rank, the matrices of its blocks; the embedding, and
+    """The network, adapted as its Config says: with lora_rank, the matrices of its blocks; the embedding, and
     with it a head that is tied to it, is trained whole if lora_embed. Raises ValueError."""
     if c.lora_rank:
         net = adapt(net, c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_targets.split(','))
@@ -61,18 +78,6 @@ def by_config(net, c):
 
 def layers(net):
     return [module for module in net.modules() if isinstance(module, LoRA)]
-
-
-@torch.no_grad()
-def merge(net):
-    """W' in one matrix: no dropout and no cost beyond the base's. The base is not touched."""
-    for layer in layers(net):
-        layer.merged = layer.linear.weight + layer.scale * layer.B @ layer.A
-
-
-def unmerge(net):
-    for layer in layers(net):
-        layer.merged = None
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import block
+import configurator
 import masked
 import model
 from conftest import chi_square_p
@@ -177,8 +178,8 @@ def test_what_block_diffusion_cannot_do_is_said(mistake):
                         (dict(mask_low=0.9, mask_high=0.5), 'mask_low'),
                         (dict(mask_low=0.3, mask_high=0.45), 'no number of masks'),
                         (dict(loss_weight='x'), 'loss_weight'), (dict(block_length=0), 'block_length=0')):
-        with pytest.raises(ValueError, match=word):
-            block.Config(block_size=8, n_embd=8, n_head=1, **knobs)
+        sizes = dict(block_size=8, n_embd=8, n_head=1)
+        assert word in mistake(lambda argv: configurator.build(sizes | knobs, block.Config))
     net = random_model(4)
     with pytest.raises(ValueError, match='suffix and template'):
         next(net.sample(torch.tensor([[3, 3, 1, 3, 3, 3, 3, 3]]), 2))

@@ -1,4 +1,4 @@
-"""What every concept file promises the scripts (DESIGN: one parametrised test, no base class)."""
+"""What every concept file promises the scripts (one parametrised test file, no base class)."""
 import contextlib
 import dataclasses
 import inspect
@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import common
-import train
+import configurator
 import vae
+from text import rows
 
 SIZES = dict(vocab_size=7, block_size=8, n_layer=2, n_head=2, n_embd=16)
 VAE = SIZES | dict(base_context=16, n_latent=2, d_latent=4)
-MORE = {'vae': VAE, 'latent': dict(stride=4, vae=json.dumps(dataclasses.asdict(vae.Config(**VAE))))}
+MORE = {'vae': VAE, 'latent': dict(stride=4, vae=json.dumps(dataclasses.asdict(vae.Config(**VAE)))),
+        'd3pm': dict(T=10)}
 
 
 @pytest.fixture(params=common.OBJECTIVES)
@@ -29,50 +31,73 @@ def config_of(concept, **knobs):
 def random_model(concept, **knobs):
     torch.manual_seed(0)
     model = concept.Model(config_of(concept, **knobs))
-    head = model.gpt.head or model.head  # score.py has its own
-    for p in model.parameters() if hasattr(model, 'unroll') else [head.weight]:
-        if p.dim() > 1:
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and (model.base or name.endswith('head.weight')):
             torch.nn.init.normal_(p, std=0.1)
     return model
 
 
-def inputs(concept, B=6):
+def batch_of(concept, B=6):
     """What `forward` takes: tokens, but of latent diffusion latents."""
     if concept.__name__ == 'latent':
-        return torch.randn(B, 2, 4), torch.randn(B, 1, 2, 4), torch.ones(B, 1, dtype=torch.bool)
-    return torch.randint(7, (B, 8)),
+        return dict(z=torch.randn(B, 2, 4), before=torch.randn(B, 1, 2, 4),
+                    there=torch.ones(B, 1, dtype=torch.bool))
+    return dict(x=torch.randint(7, (B, 8)))
 
 
-def test_the_config_is_a_dataclass_whose_every_knob_has_a_comment_and_a_plain_type(concept):
-    from configurator import help_text
-    text = help_text('', concept.Config)
-    for field in dataclasses.fields(concept.Config):
-        assert field.type in (int, float, str, bool)
-        line, = [s for s in text.splitlines() if s.startswith(f'  --{field.name}=')]
-        assert len(line.split(None, 1)) == 2, line
+def test_the_config_is_a_dataclass_whose_every_knob_has_a_type_and_a_comment(concept):
+    for knob in configurator.knobs_of(concept.Config).values():
+        assert configurator.kind_of(knob.type) in (int, float, str, bool, configurator.Filename), knob
+        assert knob.comment and configurator.convert(knob, knob.default) == knob.default, knob
+
+
+def test_rules_and_samplers_have_knobs_with_types_defaults_and_comments_that_agree(concept):
+    found = {}
+    for function in (*concept.RULES.values(), concept.Model.sample):
+        for knob in configurator.knobs_of(function).values():
+            assert knob.comment and knob.type == found.setdefault(knob.name, knob).type, (function, knob)
+            configurator.convert(knob, knob.default)
+
+
+def test_the_class_says_what_the_scripts_must_know(concept):
+    M = concept.Model
+    assert M.bound in ('exact', 'upper') and set(M.takes) <= rows.KINDS.keys() and set(M.orders) <= {'left'}
+    assert all(type(flag) is bool for flag in (M.revises, M.any_length, M.selects, M.measures))
+    assert M.base in ('', *common.OBJECTIVES) and bool(M.base) == ('base' in configurator.knobs_of(concept.Config))
 
 
 def test_forward_gives_a_scalar_loss_and_plain_metrics_and_every_parameter_a_gradient(concept):
     model = random_model(concept)
-    loss, metrics = model(*inputs(concept))
+    loss, metrics = model(**batch_of(concept))
     assert (loss.shape == () and loss.isfinite()
             and all(v.shape == () and not v.requires_grad for v in metrics.values()))
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_a_name_that_the_model_does_not_know_is_an_error(concept):
+    with pytest.raises(TypeError, match='segmnt'):
+        random_model(concept)(**batch_of(concept), segmnt=None)
+
+
 def test_forward_traces_as_one_graph_and_draws_new_noise_every_call(concept):
-    model, x = random_model(concept), inputs(concept)
+    model, batch = random_model(concept), batch_of(concept)
     loss_fn = torch.compile(model, backend='eager', fullgraph=True)
-    losses = {loss_fn(*x)[0].item() for _ in range(4)}
+    losses = {loss_fn(**batch)[0].item() for _ in range(4)}
     assert len(losses) == (1 if model.bound == 'exact' else 4)
+
+
+def test_forward_runs_without_memory_so_it_makes_no_tensor_elsewhere(concept):
+    model, batch = random_model(concept), batch_of(concept)
+    loss, metrics = model.to('meta')(**{name: tensor.to('meta') for name, tensor in batch.items()})
+    assert all(value.device.type == 'meta' for value in (loss, *metrics.values()))
 
 
 def test_the_loss_compiles_to_machine_code_without_falling_back(concept, capsys):
     if not shutil.which('g++'):
         pytest.skip("no C++ compiler; tracing is tested above")
     model = concept.Model(config_of(concept, n_layer=1))
-    loss_fn = train.compiled(model, inputs(concept), contextlib.nullcontext())
+    loss_fn = common.compiled(model, batch_of(concept), contextlib.nullcontext())
     assert loss_fn is not model, capsys.readouterr().err
     torch._dynamo.reset()
 
@@ -82,11 +107,11 @@ def test_nats_has_a_value_for_each_row_that_is_a_function_of_the_seed(concept):
     values = []
     for _ in range(2):
         common.seed_everything(1, 2)
-        values.append(model.nats(x, 3))
-    assert values[0].shape == (6,) and torch.equal(*values) and model.bound in ('exact', 'upper', None)
+        values.append(model.nats(x=x, n=3))
+    assert values[0].shape == (6,) and torch.equal(*values)
 
 
-def test_sample_fills_the_canvas_keeps_what_is_given_and_draws_no_blank(concept):
+def test_sample_fills_the_canvas_keeps_what_is_given_and_draws_no_mask(concept):
     model, canvas = random_model(concept), torch.full((3, 8), 7)
     canvas[:, :2] = torch.tensor([4, 5])
     frames = list(model.sample(canvas, steps=4))
@@ -95,19 +120,25 @@ def test_sample_fills_the_canvas_keeps_what_is_given_and_draws_no_blank(concept)
     assert (canvas[:, 2:] == 7).all()  # the caller's tensor is left alone
 
 
-def test_packs_says_who_takes_segments_and_revises_whose_tokens_may_change(concept):
+def test_takes_says_who_takes_segments_and_prompts_and_revises_whose_tokens_may_change(concept):
     for method in (concept.Model.forward, concept.Model.nats):
-        assert ('segment' in inspect.signature(method).parameters) == concept.Model.packs
+        names = inspect.signature(method).parameters
+        assert ('segment' in names) == ('lines' in concept.Model.takes)
+        assert ('given' in names) == ('pairs' in concept.Model.takes)
     torch.manual_seed(0)
     frames = list(random_model(concept).sample(torch.full((40, 8), 7), steps=8))
     changed = [(a != b) & (a < 7) for a, b in zip(frames, frames[1:])]
     assert any(c.any() for c in changed) == concept.Model.revises
 
 
+def test_orders_says_whose_likelihood_from_left_to_right_is_known(concept):
+    assert hasattr(concept.Model, 'nats_left') == ('left' in concept.Model.orders)
+
+
 def test_the_network_output_is_half_precision_safe(concept):
     model, x = random_model(concept), torch.randint(7, (6, 8))
     with torch.autocast('cpu', torch.bfloat16):
         common.seed_everything(0)
-        low = model.nats(x, 2)
+        low = model.nats(x=x, n=2)
     common.seed_everything(0)
-    assert low.dtype == torch.float32 and torch.allclose(low, model.nats(x, 2), rtol=0.02)
+    assert low.dtype == torch.float32 and torch.allclose(low, model.nats(x=x, n=2), rtol=0.02)

@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+import configurator
+import d3pm
 import masked
+import sedd
+from ar import token_nats
+from parts.schedules import SCHEDULES, noise
+from text.windows import Rows
 from conftest import Joint
 
 
-def exact_model(joint, **knobs):
-    """A masked.Model whose network is the joint's exact conditionals."""
-    model = masked.Model(masked.Config(vocab_size=joint.V, block_size=joint.T, n_layer=1, n_head=1, n_embd=2,
-                                       **knobs))
+def exact_model(joint, concept=masked, **knobs):
+    """A model whose network is the joint's exact conditionals."""
+    model = concept.Model(concept.Config(vocab_size=joint.V, block_size=joint.T, n_layer=1, n_head=1, n_embd=2,
+                                         **knobs))
     model.gpt = torch.nn.Module()
     model.gpt.forward = lambda x, mask=None, time=None: joint.logp(x)
     return model
@@ -87,14 +93,14 @@ def test_the_first_loss_of_texts_cut_to_random_lengths_averages_to_log_V(masking
     """The mean over all tokens that are seen: 4 standard errors, the seed is fixed."""
     torch.manual_seed(0)
     model = masked.Model(masked.Config(vocab_size=7, block_size=16, n_layer=1, n_head=1, n_embd=4,
-                                       random_length=1.0, masking=masking, loss_weight='elbo',
-                                       t_law='uniform'))
-    losses = torch.stack([model(torch.randint(7, (256, 16)))[0].detach() for _ in range(200)]) / math.log(7)
+                                       masking=masking, loss_weight='elbo', t_law='uniform'))
+    rows = Rows(torch.randint(7, (1000,)), None, 16, random_length=1.0)
+    losses = torch.stack([model(**rows.batch(256)[0])[0].detach() for _ in range(200)]) / math.log(7)
     error = losses.std() / 200 ** 0.5
     assert error < 0.005 and abs(losses.mean() - 1) < 4 * error + 1e-3
     seen = []
     model.masked_nats = lambda x, m, segment, *rest: seen.append(m & (segment < 0)) or torch.zeros(len(x))
-    model(torch.randint(7, (256, 16)))
+    model(**rows.batch(256)[0])
     assert not seen[0].any()  # what is cut off is not masked
 
 
@@ -106,25 +112,23 @@ def test_the_likelihood_left_to_right_is_a_distribution_and_exact_with_exact_con
     assert abs((-real.nats_left(joint.x)).exp().sum().item() - 1) < 1e-5
 
 
-@pytest.mark.parametrize('name', masked.SCHEDULES)
+@pytest.mark.parametrize('name', SCHEDULES)
 def test_a_schedule_agrees_with_finite_differences_and_reaches_both_ends_exactly(name):
-    schedule = masked.SCHEDULES[name]
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
-    m, slope = masked.noise(schedule, t)
-    after, before = (masked.noise(schedule, t + dt)[0] for dt in (1e-6, -1e-6))
+    m, slope = noise(name, t)
+    after, before = (noise(name, t + dt)[0] for dt in (1e-6, -1e-6))
     assert torch.allclose(slope, (after - before) / 2e-6, rtol=1e-6, atol=1e-9)
     assert (m.diff() > 0).all() and (slope > 0).all()
     for dtype in (torch.float32, torch.float64):
-        ends, slope = masked.noise(schedule, torch.tensor([0, 1], dtype=dtype))
+        ends, slope = noise(name, torch.tensor([0, 1], dtype=dtype))
         assert ends.tolist() == [0, 1] and slope.isfinite().all()
-    model = masked.Model(masked.Config(schedule=name, t_law='uniform', n_layer=1, n_head=1, n_embd=2))
-    assert model.levels(model.time(torch.zeros(1)))[2].isfinite()  # torch.rand may be 0
-    assert torch.allclose(model.levels(t)[2], masked.noise(schedule, t)[1] / m)  # -alpha' / (1 - alpha)
+    m, slope = noise(name, masked.uniform(torch.zeros(1)))
+    assert (slope / m).isfinite()  # torch.rand may be 0
 
 
 def test_the_schedules_are_the_published_ones():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
-    level = lambda name: masked.noise(masked.SCHEDULES[name], t)[0]
+    level = lambda name: noise(name, t)[0]
     assert torch.allclose(level('linear'), t)
     assert torch.allclose(level('cosine'), 1 - (math.pi * t / 2).cos())
     assert torch.allclose(level('cosine_sqr'), 1 - (math.pi * t / 2).cos() ** 2)
@@ -175,24 +179,25 @@ def test_a_row_cut_to_a_random_length_scores_as_the_short_row_would():
     segment = torch.where(inside, 0, -1).expand(3, 8)
     assert torch.allclose(model.masked_nats(x, m & inside, segment), model.masked_nats(x[:, :5], m[:, :5]),
                           atol=1e-5)
-    model.copies = False  # the loss at clean tokens, as for D3PM
-    cut, short = (model.masked_nats(a, b, c, copy_weight=0.5)
+    model, level = d3pm.Model(d3pm.Config(vocab_size=5, block_size=8, n_layer=2, n_head=1, n_embd=8)), torch.rand(3)
+    torch.nn.init.normal_(model.gpt.head.weight)
+    cut, short = (model.step_nats(a, b, c, level, level / 2, copy=0.5)
                   for a, b, c in ((x, m & inside, segment), (x[:, :5], m[:, :5], None)))
-    assert torch.allclose(cut, short, atol=1e-5)
+    assert torch.allclose(cut, short, atol=1e-5)  # the loss at clean tokens, too
 
 
 def test_random_lengths_do_not_recompile():
-    model = masked.Model(masked.Config(vocab_size=5, block_size=8, n_layer=1, n_head=1, n_embd=8,
-                                       random_length=0.5))
+    model = masked.Model(masked.Config(vocab_size=5, block_size=8, n_layer=1, n_head=1, n_embd=8))
+    rows = Rows(torch.randint(5, (100,)), None, 8, random_length=0.5)
     graphs = []
     loss_fn = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward,
                             fullgraph=True)
     for _ in range(5):
-        assert loss_fn(torch.randint(5, (4, 8)))[0].isfinite()
+        assert loss_fn(**rows.batch(4)[0])[0].isfinite()
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize('name', masked.SCHEDULES)
+@pytest.mark.parametrize('name', SCHEDULES)
 @pytest.mark.parametrize('masking', ['bernoulli', 'count'])
 def test_every_schedule_and_both_maskings_train_towards_the_same_bound(name, masking, joint):
     """4 standard errors: a false alarm in 16,000 runs a case; the seed is fixed. The network is a wrong one,
@@ -238,10 +243,11 @@ def test_a_unigram_network_scores_the_entropy_and_not_a_part_of_it():
     p = torch.tensor([0.6, 0.3, 0.1])
     x = torch.multinomial(p, 64 * 2000, replacement=True).view(2000, 64)
     entropy = -(p * p.log()).sum()
-    for name in masked.SCHEDULES:
+    for name in SCHEDULES:
         for T in (1, 7, 1000) if name != 'linear' else (0, 1, 7, 1000):  # T = 0 asks no schedule
-            model = masked.Model(masked.Config(vocab_size=3, block_size=64, n_layer=1, n_head=1, n_embd=2,
-                                               schedule=name, T=T, t_law='uniform'))
+            concept, steps = (d3pm, dict(T=T, carry_over=True)) if T else (masked, {})
+            model = concept.Model(concept.Config(vocab_size=3, block_size=64, n_layer=1, n_head=1, n_embd=2,
+                                                 schedule=name, t_law='uniform', **steps))
             model.gpt.forward = lambda x, mask=None, time=None: p.log().expand(*x.shape, 3)
             nats = model.nats(x, 4) / 64
             assert abs(nats.mean() - entropy) < 4 * nats.std() / 2000 ** 0.5 + 4 * 0.005, (name, T)
@@ -259,26 +265,26 @@ def test_the_loss_of_a_step_of_d3pm_is_the_KL_of_matrices():
         Q = a * torch.eye(V + 1, dtype=torch.float64)
         Q[:, V] += 1 - a
         return Q
-    for m, m_before in ((0.5, 0.25), (1.0, 0.9), (0.01, 0.0), (1.0, 0.0)):
-        to_before, step = transition(1 - m_before), transition((1 - m) / (1 - m_before))
+    for m, m_next in ((0.5, 0.25), (1.0, 0.9), (0.01, 0.0), (1.0, 0.0)):
+        to_next, step = transition(1 - m_next), transition((1 - m) / (1 - m_next))
         for v in range(V):
-            q = to_before[v] * step[:, V]
-            prediction = (p @ to_before) * step[:, V]
+            q = to_next[v] * step[:, V]
+            prediction = (p @ to_next) * step[:, V]
             q, prediction = q / q.sum(), prediction / prediction.sum()
             kl = torch.special.xlogy(q, q / prediction).sum()
-            columns = (torch.tensor([[z]], dtype=torch.float64) for z in (m, m_before))
-            ours = masked.d3pm(out, torch.tensor([[v]]), *columns) * (m - m_before) / m
+            columns = (torch.tensor([[z]], dtype=torch.float64) for z in (m, m_next))
+            ours = d3pm.step_kl(out, torch.tensor([[v]]), *columns) * (m - m_next) / m
             assert abs(ours.item() - kl.item()) < 1e-12
 
 
 def step_bound(model, x):
     """The bound in T steps by enumeration of all masks."""
-    total = model.copy_nats(x[None])
+    total = torch.as_tensor(model.copy_nats(x[None], None, None))
     for i in range(1, model.config.T + 1):
-        m, m_before, weight = model.levels(torch.tensor([i / model.config.T], dtype=torch.float64))
+        m, m_next, weight = model.levels(torch.tensor([i / model.config.T], dtype=torch.float64))
         for s in subsets(len(x)):
             total = total + (m ** s.sum() * (1 - m) ** (~s).sum() * weight / model.config.T
-                             * model.masked_nats(x[None], s[None], None, m, m_before))
+                             * model.step_nats(x[None], s[None], None, m, m_next))
     return total.item()
 
 
@@ -291,7 +297,7 @@ def test_the_bound_of_d3pm_falls_to_the_entropy_as_T_grows():
     joint = Joint(V=2, T=3)
     means = []
     for T in (1, 3, 10, 30, 300):
-        model, subs = exact_model(joint, parameterization='d3pm', T=T), exact_model(joint, T=T)
+        model, subs = exact_model(joint, d3pm, T=T), exact_model(joint, d3pm, T=T, carry_over=True)
         model.gpt.forward = never_mask(joint)
         bounds = [step_bound(model, x) for x in joint.x]
         # no mass on [MASK] and nothing to copy: SUBS
@@ -303,12 +309,11 @@ def test_the_bound_of_d3pm_falls_to_the_entropy_as_T_grows():
 
 
 @pytest.mark.parametrize('T', [1, 10, 1000])
-@pytest.mark.parametrize('schedule', masked.SCHEDULES)
+@pytest.mark.parametrize('schedule', SCHEDULES)
 def test_d3pm_is_finite_at_its_first_step_with_finite_gradients(T, schedule):
     torch.manual_seed(0)
-    model = masked.Model(masked.Config(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4,
-                                       parameterization='d3pm', T=T, schedule=schedule, loss_weight='elbo',
-                                       t_law='uniform'))
+    model = d3pm.Model(d3pm.Config(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4, T=T,
+                                   schedule=schedule, loss_weight='elbo', t_law='uniform'))
     torch.nn.init.normal_(model.gpt.head.weight)
     x = torch.randint(5, (4, 6))
     loss, _ = model(x, t=torch.full((4,), 1 / T), u=torch.zeros(4, 6))  # u = 0: all masked
@@ -320,7 +325,7 @@ def test_d3pm_is_finite_at_its_first_step_with_finite_gradients(T, schedule):
 def test_the_estimate_in_steps_has_the_mean_of_the_enumeration(joint):
     """4 standard errors: a false alarm in 16,000 runs; the seed is fixed."""
     torch.manual_seed(0)
-    model = exact_model(joint, parameterization='d3pm', T=7)
+    model = exact_model(joint, d3pm, T=7)
     wrong = torch.randn(4, 4)
     model.gpt.forward = lambda x, mask=None, time=None: wrong[x]  # predicts [MASK] too, and copies badly
     draws = model.nats(joint.x[5].expand(20000, joint.T), 3)
@@ -329,25 +334,23 @@ def test_the_estimate_in_steps_has_the_mean_of_the_enumeration(joint):
 
 def test_d3pm_is_trained_to_copy_and_pays_for_what_it_does_not_copy():
     torch.manual_seed(0)
-    model = masked.Model(masked.Config(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4,
-                                       parameterization='d3pm', T=10))
+    model = d3pm.Model(d3pm.Config(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4, T=10))
     x = torch.randint(5, (4, 6))
-    assert torch.allclose(model.copy_nats(x), torch.full((4,), 6 * math.log(6)))  # 6 outputs, uniform
+    assert torch.allclose(model.copy_nats(x, None, None), torch.full((4,), 6 * math.log(6)))  # 6 outputs, uniform
     loss, _ = model(x, u=torch.ones(4, 6))  # nothing masked
     assert loss > 0 and loss.isfinite()
     times = []
-    model = masked.Model(masked.Config(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4,
-                                       parameterization='d3pm', T=10, time_input=True))
+    model = d3pm.Model(d3pm.Config(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4, T=10,
+                                   time_input=True))
     model.gpt.forward = lambda x, mask=None, time=None: times.append(time) or torch.zeros(*x.shape, 6)
-    model.copy_nats(x)
+    model.copy_nats(x, None, None)
     assert times[0].tolist() == [0] * 4  # the time of clean text
 
 
 # ---- SEDD -------------------------------------------------------------------------------------------------
 
 def sedd_model(**knobs):
-    return masked.Model(masked.Config(vocab_size=5, block_size=6, n_layer=2, n_head=1, n_embd=8,
-                                      parameterization='sedd', time_input=True, **knobs))
+    return sedd.Model(sedd.Config(vocab_size=5, block_size=6, n_layer=2, n_head=1, n_embd=8, **knobs))
 
 
 def test_the_loss_of_sedd_is_the_published_score_entropy():
@@ -355,19 +358,19 @@ def test_the_loss_of_sedd_is_the_published_score_entropy():
     torch.manual_seed(0)
     out, x, m = torch.randn(1, 1, 5, dtype=torch.float64), torch.tensor([[3]]), 0.3
     factor = (1 - m) / m  # r of the true token; 0 for the others
-    s = factor * masked.sedd_logs(out)[0, 0].exp()
+    s = factor * sedd.log_scores(out)[0, 0].exp()
     published = s.sum() - factor * s[3].log() + factor * (math.log(factor) - 1)
-    assert abs(masked.sedd(out, x).item() - published.item() / factor) < 1e-12
+    assert abs(sedd.score_entropy(out, x).item() - published.item() / factor) < 1e-12
 
 
 def test_sedd_fed_the_true_score_is_subs_and_any_other_sum_costs_Z_minus_1_minus_log_Z():
     torch.manual_seed(0)
     out, x = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(5, (3, 4))
     normal = out.log_softmax(-1) + math.log(5)
-    assert torch.allclose(masked.sedd(normal, x), masked.subs(normal, x), atol=1e-12)
-    Z = masked.sedd_logs(out).exp().sum(-1)
-    assert torch.allclose(masked.sedd(out, x) - masked.subs(out, x), Z - 1 - Z.log(), atol=1e-12)
-    assert (masked.sedd(out, x) >= 0).all()
+    assert torch.allclose(sedd.score_entropy(normal, x), token_nats(normal, x), atol=1e-12)
+    Z = sedd.log_scores(out).exp().sum(-1)
+    assert torch.allclose(sedd.score_entropy(out, x) - token_nats(out, x), Z - 1 - Z.log(), atol=1e-12)
+    assert (sedd.score_entropy(out, x) >= 0).all()
 
 
 def test_the_analytic_rule_takes_the_sum_of_the_scores_of_sedd_and_the_others_do_not():
@@ -399,7 +402,7 @@ def test_counts_give_a_timed_network_the_time_of_its_masks(joint):
     """The k-th smallest of T uniform numbers is Beta(k, T + 1 - k): the bound of a network that depends on
     the time, against its integral over the time by quadrature. 4 standard errors; the seed is fixed."""
     torch.manual_seed(0)
-    model, T, x = exact_model(joint, parameterization='sedd', time_input=True), joint.T, joint.x[5]
+    model, T, x = exact_model(joint, sedd), joint.T, joint.x[5]
     model.gpt.forward = lambda x, mask=None, time=None: joint.logp(x) * (1 + time[:, None, None])
     nodes, weights = np.polynomial.legendre.leggauss(40)
     bound = 0.0
@@ -407,7 +410,7 @@ def test_counts_give_a_timed_network_the_time_of_its_masks(joint):
         level = torch.tensor([t])
         for s in subsets(T):
             bound += w * t ** int(s.sum()) * (1 - t) ** int((~s).sum()) / t * model.masked_nats(
-                x[None], s[None], None, level, level).item()
+                x[None], s[None], None, level).item()
     draws = model.nats(x.expand(20000, T), 2)
     assert abs(draws.mean() - bound) < 4 * draws.std() / 20000 ** 0.5
 
@@ -421,16 +424,13 @@ def test_training_with_counts_tells_a_timed_network_the_level_at_which_just_thes
     assert (x == 5).sum(-1).tolist() == [1, 3, 4, 6] and torch.equal(x == 5, u <= time[:, None])
 
 
-def test_wrong_knobs_are_refused_by_name():
-    for knobs, name in ((dict(loss_weight='flt'), 'loss_weight'), (dict(t_law='x'), 't_law'),
-                        (dict(random_length=2.0), 'random_length'), (dict(n_head=5), 'n_head'),
-                        (dict(dropout=1.0), 'dropout'), (dict(n_layer=0), 'n_layer'),
-                        (dict(parameterization='d3pm'), 'T=1000'),
-                        (dict(parameterization='sedd'), 'time_input'),
-                        (dict(parameterization='sedd', time_input=True, T=10), 'T=10'),
-                        (dict(masking='count', T=10), 'T=10'), (dict(schedule='cos'), 'schedule'),
-                        (dict(T=-1), 'T=-1'), (dict(masking='x'), 'masking'),
-                        (dict(schedule='cosine'), 't_law=uniform'),
-                        (dict(loss_weight='elbo'), 't_law=uniform')):
-        with pytest.raises(ValueError, match=name):
-            masked.Config(**knobs)
+@pytest.mark.parametrize('concept, knobs, word', [
+    (masked, dict(loss_weight='flt'), 'loss_weight'), (masked, dict(t_law='x'), 't_law'),
+    (masked, dict(n_head=5), 'n_head'), (masked, dict(dropout=1.0), 'dropout'),
+    (masked, dict(n_layer=0), 'n_layer'), (masked, dict(schedule='cos'), 'schedule'),
+    (masked, dict(masking='x'), 'masking'), (masked, dict(schedule='cosine'), 't_law=uniform'),
+    (masked, dict(loss_weight='elbo', t_law='bell'), 't_law=uniform'), (masked, dict(T=10), '--T'),
+    (sedd, dict(time_input=False), 'time_input'), (d3pm, dict(T=0), 'T=0'),
+    (d3pm, dict(masking='count'), 'masking=count'), (masked, dict(lora_rank=-1), 'lora_rank=-1')], ids=str)
+def test_wrong_knobs_are_refused_by_name(concept, knobs, word, mistake):
+    assert word in mistake(lambda argv: configurator.build(knobs, concept.Config))

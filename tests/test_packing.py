@@ -9,12 +9,12 @@ import ar
 import common
 import masked
 import model
-from text import packing
-from text import vocabulary
+import d3pm
 import score
 import train
 from conftest import TINY
 from data.lines import prepare
+from text import packing, rows, vocabulary
 
 SIZES = dict(vocab_size=7, block_size=12, n_layer=2, n_head=2, n_embd=16)
 
@@ -75,22 +75,22 @@ def test_the_likelihood_of_packed_texts_is_the_sum_of_theirs_and_padding_is_outs
     texts = [np.array(t) for t in ([1, 2, 3, 4], [6, 5, 4, 2], [0, 3])]
     x, segment = packing.fill(texts, [[0, 1, 2]], 12, pad=2)
     alone = sum(net.nats(torch.tensor(t)[None]) for t in texts)
-    assert torch.allclose(net.nats(x, 1, segment), alone, atol=1e-4)
+    assert torch.allclose(net.nats(x, segment=segment), alone, atol=1e-4)
     assert torch.allclose(net(x, segment)[0], alone / 10, atol=1e-5)
     x[:, 10:] = 5  # whatever stands where nothing is
-    assert torch.allclose(net.nats(x, 1, segment), alone, atol=1e-4)
+    assert torch.allclose(net.nats(x, segment=segment), alone, atol=1e-4)
 
 
-@pytest.mark.parametrize('knobs', [{}, dict(masking='count'), dict(T=4, masking='bernoulli'),
-                                   dict(parameterization='d3pm', T=4), dict(random_length=0.5)], ids=str)
-def test_the_bound_of_uniform_predictions_is_log_V_for_every_token_of_text(knobs):
+@pytest.mark.parametrize('concept, knobs', [(masked, {}), (masked, dict(masking='count')),
+                                            (d3pm, dict(T=4, carry_over=True)), (d3pm, dict(T=4))], ids=str)
+def test_the_bound_of_uniform_predictions_is_log_V_for_every_token_of_text(concept, knobs):
     """Exact in the mean; 5 standard errors over 400 rows, the seed is fixed."""
     torch.manual_seed(0)
-    net = masked.Model(masked.Config(**SIZES, **knobs, loss_weight='elbo', t_law='uniform'))
+    net = concept.Model(concept.Config(**SIZES, **knobs, loss_weight='elbo', t_law='uniform'))
     texts = [np.zeros(n, int) for n in (4, 3, 2)]
     x, segment = (t.expand(400, 12) for t in packing.fill(texts, [[0, 1, 2]], 12, pad=2))
-    V = 7 + (knobs.get('parameterization') == 'd3pm')
-    bound = net.nats(x, 4, segment)
+    V = net.gpt.outputs
+    bound = net.nats(x, n=4, segment=segment)
     loss = torch.stack([net(x, segment)[0].detach() for _ in range(50)])
     if V == 8:  # [MASK] has probability 1/8: D3PM pays for it, at every token of text and at no other
         whole = torch.zeros(400, 9, dtype=torch.long)
@@ -108,9 +108,9 @@ def test_the_bound_of_uniform_predictions_is_log_V_for_every_token_of_text(knobs
 def test_rows_of_nothing_but_padding_cost_nothing(objective, knobs):
     net = objective.Model(objective.Config(**SIZES, **knobs))
     x, segment = torch.zeros(2, 12, dtype=torch.long), torch.full((2, 12), -1)
-    loss, metrics = net(x, segment)
+    loss, metrics = net(x, segment=segment)
     assert loss == 0 and all(m.isfinite() for m in metrics.values())
-    assert torch.equal(net.nats(x, 2, segment), torch.zeros(2))
+    assert torch.equal(net.nats(x, n=2, segment=segment), torch.zeros(2))
 
 
 # ---- bins -------------------------------------------------------------------------------------------------
@@ -145,7 +145,12 @@ def stream(lengths, seed=0):
     return torch.from_numpy(np.array(sum(lines, []), np.uint16).view(np.int16)), lines
 
 
+def lines_of(tokens, T, **knobs):
+    return packing.Rows(tokens, None, T, **knobs)
+
+
 def rows_to_texts(x, segment):
+    """The lines in a batch, one by one."""
     return [x[r][segment[r] == i].tolist() for r in range(len(x)) for i in range(int(segment[r].max()) + 1)]
 
 
@@ -153,52 +158,51 @@ def rows_to_texts(x, segment):
 def test_all_lines_come_once_in_evaluation_and_none_that_is_not_there(packed):
     lengths = np.random.default_rng(1).integers(2, 20, size=101)
     tokens, lines = stream(lengths)
-    found = packing.Lines(tokens, 0, 2, packed)
-    x, segment = found.rows(24)
+    found = lines_of(tokens, 24, packed=packed)
+    x, segment = found.all().values()
     assert len(found) == 101 and sorted(rows_to_texts(x, segment)) == sorted(lines)
     assert (x[segment < 0] == 2).all() and (len(x) == 101) != packed
-    assert len(rows_to_texts(*found.rows(24, most=10))) == 10
+    assert len(rows_to_texts(**found.all(10))) == 10
 
 
 def test_a_batch_is_full_of_random_lines_and_a_function_of_the_seed():
     tokens, lines = stream(np.random.default_rng(1).integers(2, 20, size=101))
-    found = packing.Lines(tokens, 0, 2)
+    found = lines_of(tokens, 24)
     seen, shares = set(), []
     for seed in range(60):
         common.seed_everything(seed)
-        x, segment = found.batch(8, 24)
+        batch, count = found.batch(8)
+        x, segment = batch.values()
+        assert count == (segment >= 0).sum()
         texts = rows_to_texts(x, segment)
         assert x.shape == segment.shape == (8, 24) and all(t in lines for t in texts)
         seen |= set(map(tuple, texts))
         shares.append(packing.efficiency(segment))
     assert seen == set(map(tuple, lines)) and np.mean(shares) > 0.9
     common.seed_everything(59)
-    assert torch.equal(found.batch(8, 24)[0], x)
+    assert torch.equal(found.batch(8)[0]['x'], x)
     common.seed_everything(59)
-    alone = packing.Lines(tokens, 0, 2, packed=False).batch(8, 24)[1]
+    alone = lines_of(tokens, 24, packed=False).batch(8)[0]['segment']
     assert (alone.max(-1).values == 0).all() and packing.efficiency(alone) < 0.7
 
 
 def test_long_lines_are_cut_anywhere_and_short_ones_may_grow_by_pads_that_are_text():
     tokens, lines = stream([40, 40])
-    found = packing.Lines(tokens, 0, 2)
+    found = lines_of(tokens, 24)
     cuts = set()
     for s in range(50):
         common.seed_everything(s)
-        cuts |= set(map(tuple, rows_to_texts(*found.batch(2, 24))))
+        cuts |= set(map(tuple, rows_to_texts(**found.batch(2)[0])))
     whole = [tuple(line[i:i + 24]) for line in lines for i in range(17)]
     assert len(cuts) > 20 and cuts <= set(whole)
     tokens, lines = stream([6] * 4)
-    lengths, inner = set(), set()
+    lengths = set()
     for s in range(200):
         common.seed_everything(s)
-        for text in rows_to_texts(*packing.Lines(tokens, 0, 2, packed=False, expanded=True).batch(4, 10)):
+        for text in rows_to_texts(**lines_of(tokens, 10, packed=False, expanded=True).batch(4)[0]):
             assert text[:6] in lines and set(text[6:]) <= {2}
             lengths.add(len(text))
-        for text in rows_to_texts(*packing.Lines(tokens, 0, 2, inserted=0.5).batch(4, 10)):
-            assert len(text) == 9 and [i for i in text if i != 2] in lines
-            inner |= {i for i, token in enumerate(text) if token == 2}
-    assert lengths == {6, 7, 8, 9, 10} and inner == set(range(9))
+    assert lengths == {6, 7, 8, 9, 10}
 
 
 # ---- the scripts ------------------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ def lines(workdir):
 
 
 @pytest.mark.parametrize('objective', ['ar', 'masked', 'score'])
-@pytest.mark.parametrize('flags', [[], ['--packed=False', '--expanded=True', '--inserted=0.1']], ids=str)
+@pytest.mark.parametrize('flags', [[], ['--packed=False', '--expanded=True']], ids=str)
 def test_lines_are_trained_sampled_and_scored(lines, capsys, objective, flags):
     import eval as evaluation
     import sample
@@ -250,25 +254,25 @@ def test_texts_to_be_judged_begin_with_bos(lines, monkeypatch, capsys):
     import eval as evaluation
     train.main([*TINY, '--dataset=lines', '--out_dir=m', '--max_iters=2'])
     train.main([*TINY, '--dataset=lines', '--out_dir=a', '--max_iters=2', '--objective=ar'])
-    own, seen, V = masked.Model.sample, [], vocabulary.Tokenizer(common.load_meta('lines')).vocab_size
+    own, seen, V = masked.Model.sample, [], vocabulary.Tokenizer(rows.load_meta('lines')).vocab_size
     monkeypatch.setattr(masked.Model, 'sample', lambda net, xt, **how: seen.append(xt) or own(net, xt, **how))
-    evaluation.main(['--out_dir=m', '--mode=gen_ppl', '--judge=a', '--num_samples=3', '--steps=2'])
+    evaluation.main(['--out_dir=m', '--judge=a', '--num_samples=3', '--steps=2'])
     assert (seen[0][:, 0] == vocabulary.BOS).all() and (seen[0][:, 1:] == V).all()
 
 
 def test_rows_of_equal_nats_per_token_leave_no_error_whatever_their_lengths():
     segment = torch.tensor([[0, 0, 0, 0], [0, 0, -1, -1], [0, 1, 1, -1]])
     nats = lambda x, segment: 1.5 * (segment >= 0).sum(-1)
-    mean, error = common.evaluate(nats, (torch.zeros(3, 4, dtype=torch.long), segment), segment >= 0, 2)
+    batch = dict(x=torch.zeros(3, 4, dtype=torch.long), segment=segment)
+    mean, error = common.evaluate(nats, batch, segment >= 0, 2)
     assert mean == 1.5 and error < 1e-12
     counts = (segment >= 0).sum(-1).double()
     values, ratios = counts * 1.5 + torch.tensor([0.5, -0.1, 0.2]), []
     for left_out in range(3):  # the jackknife's error, which agrees to the first order
         kept = [i for i in range(3) if i != left_out]
         ratios.append(values[kept].sum() / counts[kept].sum())
-    ratios, rows = torch.stack(ratios), iter(values.split(2))
-    _, error = common.evaluate(lambda x, s: next(rows), (torch.zeros(3, 4, dtype=torch.long), segment), segment >= 0,
-                                 2)
+    ratios, parts = torch.stack(ratios), iter(values.split(2))
+    _, error = common.evaluate(lambda **part: next(parts), batch, segment >= 0, 2)
     assert abs(error / (2 / 3 * ((ratios - ratios.mean()) ** 2).sum()).sqrt() - 1) < 0.35
 
 
@@ -282,21 +286,20 @@ def test_a_judge_of_lines_reads_from_bos_and_lines_are_resumed_bit_for_bit(lines
     a, b = common.load('half/last.pt'), common.load('all/last.pt')
     assert a['tokens'] == b['tokens'] and all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
     capsys.readouterr()
-    evaluation.main(['--out_dir=whole', '--mode=gen_ppl', '--judge=whole', '--num_samples=8'])
-    rows = [line.split('|') for line in capsys.readouterr().out.splitlines()[2:]]
+    evaluation.main(['--out_dir=whole', '--judge=whole', '--num_samples=8'])
+    table = [line.split('|') for line in capsys.readouterr().out.splitlines()[2:]]
     judge, tokenizer = common.load_model(common.load('whole/last.pt'), torch.device('cpu'))
-    tokens = common.load_tokens('lines', 'val', tokenizer.vocab_size, 'cpu')
-    x, segment = packing.Lines(tokens, 0, 2, packed=False).rows(16, 8)
+    tokens = rows.load_tokens('lines', 'val', tokenizer.vocab_size, 'cpu')
+    x, segment = lines_of(tokens, 16, packed=False).all(8).values()
     with torch.no_grad():
         logits = judge.logits(x, segment)
         nats = ar.token_nats(logits, x) * (segment >= 0)
-    ours = float(rows[0][5])
-    assert abs(ours - (nats.sum() / ((segment >= 0).sum() - 8)).item()) < 2e-3, rows[0]
+    ours = float(table[0][5])
+    assert abs(ours - (nats.sum() / ((segment >= 0).sum() - 8)).item()) < 2e-3, table[0]
 
 
-def test_packing_is_reported_and_an_objective_that_takes_no_lines_is_told(lines, capsys, mistake):
+def test_packing_is_reported_and_an_objective_that_takes_no_lines_says_so(lines, capsys, mistake):
     assert 'block' in mistake(train.main, *TINY, '--dataset=lines', '--objective=block')
-    assert 'inserted' in mistake(train.main, *TINY, '--inserted=0.5')
     assert 'packed' in mistake(train.main, *TINY, '--packed=False')
     np.array([5, 6, 7] * 20, np.uint16).tofile(lines / 'data/lines/train.bin')
     assert 'prepare' in mistake(train.main, *TINY, '--dataset=lines')
@@ -321,12 +324,12 @@ def test_positions_of_every_row_may_differ():
 def test_a_model_of_lines_scores_another_text_line_by_line(lines, capsys):
     import eval as evaluation
     train.main([*TINY, '--dataset=lines', '--out_dir=a', '--max_iters=2', '--objective=ar'])
-    text = common.Tokenizer(common.load_meta('lines')).decode(
-        vocabulary.as_ids(common.load_tokens('lines', 'val', 2 ** 16, 'cpu')).tolist())
+    text = vocabulary.Tokenizer(rows.load_meta('lines')).decode(
+        vocabulary.as_ids(rows.load_tokens('lines', 'val', 2 ** 16, 'cpu')).tolist())
     (lines / 'val.txt').write_text(text)
     capsys.readouterr()
-    rows = []
+    found = []
     for flags in ([], ['--input=val.txt']):
         evaluation.main(['--out_dir=a', *flags])
-        rows.append(capsys.readouterr().out.splitlines()[-1])
-    assert rows[0] == rows[1]
+        found.append(capsys.readouterr().out.splitlines()[-1])
+    assert found[0] == found[1]

@@ -1,19 +1,21 @@
 """Prompts and answers: what is cut, what is scored, what is learned, where a text ends."""
 import json
+import types
 
 import numpy as np
 import pytest
 import torch
 
 import ar
-import common
 import masked
 import sample
 import train
 from conftest import TINY
 from data.gsm8k import prepare
-from text.pairs import Pairs, fit
+from text import rows, vocabulary
+from text.pairs import Rows, row_of
 from theirs import make_folder
+from tools import tasks
 
 SEP, END = [90, 91], 99
 
@@ -27,17 +29,21 @@ SEP, END = [90, 91], 99
     ([1, 2], [3, 4, 5, 6, 7, 8, 9], [90, 91, 3, 4, 5, 6, 7, 8], 2),     # too long: no tail and no end
     ([], [3], [90, 91, 3, 99, 99, 99, 99, 99], 2)])
 def test_what_does_not_fit_is_cut_at_the_prompts_head_then_at_the_answers_tail(prompt, answer, row, given):
-    assert fit(prompt, answer, 8, SEP, END) == (row, given)
+    assert row_of(prompt, answer, 8, SEP, END) == (row, given)
 
 
 def test_every_pair_is_one_row_of_the_same_length():
     rng = np.random.default_rng(0)
     for _ in range(500):
         prompt, answer = (rng.integers(50, size=rng.integers(12)).tolist() for _ in range(2))
-        row, given = fit(prompt, answer, 10, SEP, END)
+        row, given = row_of(prompt, answer, 10, SEP, END)
         kept = row[:given - 2]
         assert len(row) == 10 and row[given - 2:given] == SEP and kept == prompt[len(prompt) - len(kept):]
         assert row[given:] == (answer + [END] * 10)[:10 - given]
+
+
+def pairs_of(ids, T=12, sep=SEP, end=END):
+    return Rows(ids, types.SimpleNamespace(sep=sep, end=end), T)
 
 
 def stream(*pairs):
@@ -45,20 +51,22 @@ def stream(*pairs):
 
 
 def test_a_stream_falls_into_its_pairs_and_batches_are_a_function_of_the_seed():
-    pairs = Pairs(stream(([1, 2], [3]), ([], [4, 5, 6]), ([6], [7])), SEP, END)
+    text = stream(([1, 2], [3]), ([], [4, 5, 6]), ([6], [7]))
+    pairs = pairs_of(text, 7)
     assert [pairs.pair(i) for i in range(len(pairs))] == [[[1, 2], [3]], [[], [4, 5, 6]], [[6], [7]]]
-    assert pairs.longer(6) == 0 and pairs.longer(5) == 2
+    assert pairs_of(text, 6).longer() == 0 and pairs_of(text, 5).longer() == 2
     torch.manual_seed(3)
-    x, given = pairs.batch(50, 7)
+    x, given = pairs.batch(50)[0].values()
     torch.manual_seed(3)
-    assert torch.equal(x, pairs.batch(50, 7)[0]) and len(x.unique(dim=0)) == 3
+    again, n = pairs.batch(50)
+    assert torch.equal(x, again['x']) and len(x.unique(dim=0)) == 3 and n == (~given).sum()
     assert given.sum(-1).tolist() == [row.index(SEP[1]) + 1 for row in x.tolist()]
-    assert list(pairs.spread()) == [0, 1, 2] and pairs.spread(2) == [0, 2]
+    assert len(pairs.all()['x']) == 3 and torch.equal(pairs.all(2)['x'], pairs.all()['x'][[0, 2]])
 
 
 @pytest.mark.parametrize('ids', [[1, END, 2], [1, END], [1, 2], [1, END, 2, END, 3, END]])
 def test_a_stream_that_is_no_pairs_is_refused(ids, mistake):
-    assert 'prepare it again' in mistake(lambda argv: Pairs(torch.tensor(ids), SEP, END))
+    assert 'prepare it again' in mistake(lambda argv: pairs_of(torch.tensor(ids)))
 
 
 @pytest.mark.parametrize('shift', [False, True])
@@ -69,8 +77,8 @@ def test_given_tokens_are_never_masked_nor_scored_and_the_others_always_may_be(s
     x, given = torch.randint(7, (64, 8)), (torch.arange(8) < 3).expand(64, 8)
     asked, own = [], net.network
     net.network = lambda xt, *more: asked.append(xt) or own(xt, *more)
-    net(x, None, given)
-    net.nats(x, 2, None, given)
+    net(x, given=given)
+    net.nats(x, 2, given=given)
     assert all((xt[:, :3] == x[:, :3]).all() for xt in asked)
     assert all((torch.cat(asked)[:, i] == 7).any() for i in range(3, 8))
 
@@ -86,7 +94,7 @@ def test_the_bound_given_a_prompt_is_that_of_the_conditional_distribution(joint)
         same = (x[:, None, :n] == x[None, :, :n]).all(-1)
         want = -(joint.p / (same * joint.p).sum(-1)).log()
         torch.manual_seed(0)
-        found = net.nats(x, 4000 if n == 1 else 1, None, given)
+        found = net.nats(x, 4000 if n == 1 else 1, given=given)
         assert torch.allclose(found.double(), want, atol=1e-6 if n == 2 else 0.05)
 
 
@@ -96,8 +104,8 @@ def test_the_twin_scores_the_answer_given_the_prompt():
     x = torch.randint(7, (3, 8))
     given = (torch.arange(8) < 3).expand(3, 8)
     logp = net.logits(x).log_softmax(-1).gather(-1, x[..., None])[..., 0]
-    assert torch.allclose(net.nats(x, 1, None, given), -logp[:, 3:].sum(-1), atol=1e-5)
-    assert torch.allclose(net(x, None, given)[0], -logp[:, 3:].mean(), atol=1e-5)
+    assert torch.allclose(net.nats(x, given=given), -logp[:, 3:].sum(-1), atol=1e-5)
+    assert torch.allclose(net(x, given=given)[0], -logp[:, 3:].mean(), atol=1e-5)
 
 
 # ---- the dataset and the scripts --------------------------------------------------------------------------
@@ -119,15 +127,15 @@ def sums(workdir):
 
 
 def test_the_preparer_writes_pairs_without_the_calculator(sums):
-    meta = common.load_meta('gsm8k')
-    tokenizer = common.Tokenizer(meta)
-    tokens = common.load_tokens('gsm8k', 'test', 300, 'cpu')
-    pairs = Pairs(tokens.long(), tokenizer.sep, tokenizer.end)
+    meta = rows.load_meta('gsm8k')
+    tokenizer = vocabulary.Tokenizer(meta)
+    tokens = rows.load_tokens('gsm8k', 'test', 300, 'cpu')
+    pairs = Rows(tokens, tokenizer, 48)
     prompt, answer = map(tokenizer.decode, pairs.pair(1))
     assert (prompt, answer) == ('Q: What is 0 and 1?', ' It is 1.\n#### 1') and len(pairs) == 5
     assert tokenizer.decode(tokenizer.sep) == '\nA:'
-    splits = [common.load_tokens('gsm8k', split, 300, 'cpu').long() for split in ('train', 'val')]
-    assert [len(Pairs(ids, tokenizer.sep, 299)) for ids in splits] == [38, 2]
+    splits = [rows.load_tokens('gsm8k', split, 300, 'cpu').long() for split in ('train', 'val')]
+    assert [len(Rows(ids, tokenizer, 48)) for ids in splits] == [38, 2]
 
 
 @pytest.mark.parametrize('knobs', [['--objective=masked', '--shift=True', '--lora_rank=2'],
@@ -154,8 +162,7 @@ def test_fine_tuning_learns_answers_and_sample_answers_and_stops(sums, capsys, k
         assert nats(base) > nats(row) + 0.3
     evaluation.main(['--out_dir=out-sft', '--input=train.jsonl', '--windows=3'])
     assert '3 of 48' in capsys.readouterr().out
-    evaluation.main(['--out_dir=out-sft', '--mode=tasks', '--task=gsm8k', '--data=test.jsonl', '--items=2',
-                     '--steps=4'])
+    tasks.main(['--out_dir=out-sft', '--task=gsm8k', '--data=test.jsonl', '--items=2', '--steps=4'])
     assert 'accuracy' in capsys.readouterr().out
 
 
@@ -172,9 +179,9 @@ def test_other_fields_and_other_marks_make_other_pairs(workdir, capsys):
     (workdir / 'mine.jsonl').write_text('\n'.join(json.dumps(dict(a=f'in {i}', b='out')) for i in range(9)))
     prepare.main(['--train=mine.jsonl', '--prompt=a', '--answer=b', '--before=', '--sep= ->',
                   '--tokenizer=theirs', '--out=data/gsm8k'])
-    tokenizer = common.Tokenizer(common.load_meta('gsm8k'))
-    pairs = Pairs(common.load_tokens('gsm8k', 'train', 300, 'cpu').long(), tokenizer.sep, tokenizer.end)
-    assert tokenizer.decode(pairs.rows([3], 14)[0][0].tolist()).startswith('in 3 -> out<|endoftext|>')
+    tokenizer = vocabulary.Tokenizer(rows.load_meta('gsm8k'))
+    pairs = Rows(rows.load_tokens('gsm8k', 'train', 300, 'cpu'), tokenizer, 14)
+    assert tokenizer.decode(pairs.rows([3])['x'][0].tolist()).startswith('in 3 -> out<|endoftext|>')
 
 
 @pytest.mark.parametrize('text, flags, words', [
@@ -197,9 +204,8 @@ def test_files_that_are_no_pairs_are_refused_by_line(workdir, mistake, text, fla
 
 def test_pairs_are_refused_where_they_make_no_sense(sums, mistake):
     base = [*LOOP, '--init_from=theirs', '--out_dir=out-x']
-    assert 'objective=block' in mistake(train.main, *base, '--objective=block')
+    assert 'block takes no pairs' in mistake(train.main, *base, '--objective=block')
     assert 'no room for an answer' in mistake(train.main, *base, '--objective=masked', '--block_size=3')
     assert 'packed' in mistake(train.main, *base, '--objective=masked', '--packed=False')
-    import eval as evaluation
-    err = mistake(evaluation.main, '--mode=tasks', '--task=gsm8k', '--out_dir=theirs', '--data=test.jsonl')
+    err = mistake(tasks.main, '--task=gsm8k', '--out_dir=theirs', '--data=test.jsonl')
     assert 'fine-tuned on pairs' in err

@@ -11,8 +11,12 @@ import pytest
 import torch
 
 import common
+import configurator
+import masked
 import train
 from conftest import ROOT, TINY
+from hub import start
+from text import windows
 
 
 def same(a, b):
@@ -94,24 +98,6 @@ def test_averaged_weights_follow_the_formula_and_leave_the_start_behind():
         decay = min(0.9, (1 + it) / (10 + it))
         value = decay * value + (1 - decay) * params[0]
         assert torch.allclose(ema[0], value)
-
-
-def test_a_second_slower_average_is_kept_resumed_and_sampled(workdir, mistake, capsys):
-    import sample
-    flags = [*TINY, '--warmup_iters=0', '--ema_decay=0.1', '--slow_decay=0.9']
-    train.main([*flags, '--max_iters=8', '--cooldown=0', '--out_dir=whole'])
-    train.main([*flags, '--max_iters=4', '--cooldown=0', '--out_dir=parts'])
-    train.main(['--init_from=resume', '--out_dir=parts', '--max_iters=8'])
-    whole, parts = common.load('whole/last.pt'), common.load('parts/last.pt')
-    for name, slow in whole['slow'].items():
-        assert torch.equal(slow, parts['slow'][name])
-        far = [(whole[key][name] - whole['model'][name]).norm() for key in ('ema', 'slow')]
-        assert far[0] < far[1], name
-    capsys.readouterr()
-    sample.main(['--out_dir=whole', '--weights=slow'])
-    train.main([*TINY, '--out_dir=none'])
-    assert '--slow_decay' in mistake(sample.main, '--out_dir=none', '--weights=slow')
-    assert 'slow' in mistake(sample.main, '--out_dir=none', '--weights=fast')
 
 
 def test_every_averaged_tensor_moves_and_stays_float32(workdir):
@@ -256,7 +242,7 @@ def test_a_config_file_that_does_not_run_or_has_a_typo_is_named(workdir, mistake
 
 def test_flags_win_over_the_cpu_section_and_that_over_the_file(workdir):
     (workdir / 'c.py').write_text("seed = 1\nlr = 0.1\nema_decay = 0.5\ncpu = dict(seed=2, lr=0.2)\n")
-    run, *_ = train.settings(['c.py', '--lr=0.3', '--dataset=tiny', '--device=cpu'])
+    run, *_ = start.begin(['c.py', '--lr=0.3', '--dataset=tiny', '--device=cpu'], '', train.Config)
     assert (run.seed, run.lr, run.ema_decay) == (2, 0.3, 0.5)
 
 
@@ -332,11 +318,22 @@ def test_adapters_that_muon_has_all_of_are_trained(workdir):
     assert len(common.load('out/last.pt')['optimizers']) == 1
 
 
-def test_help_lists_every_knob_and_starts_nothing(workdir, capsys):
+def test_help_lists_every_knob_in_groups_and_starts_nothing(workdir, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main(['--help'])
     out = capsys.readouterr().out
     assert exit.value.code == 0 and '--muon_lr=0.02' in out and '--loss_weight=flat' in out and 'elbo' in out
+    assert '  the optimizer\n  --batch_size=64' in out and 'vocab_size' not in out
+
+
+def test_at_most_45_knobs_train_a_masked_model():
+    knobs = {name: knob for thing in (train.Config, masked.Config, windows.Config)
+             for name, knob in configurator.knobs_of(thing).items() if not configurator.is_fixed(knob)}
+    assert len(knobs) <= 45, len(knobs)
+
+
+def test_what_the_data_or_the_weights_set_is_no_flag(workdir, mistake):
+    assert 'vocab_size is set by the dataset' in mistake(train.main, *TINY, '--vocab_size=9')
 
 
 def test_without_a_compiler_training_goes_on_with_a_warning(workdir, monkeypatch, capsys):

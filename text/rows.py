@@ -37,6 +37,8 @@ def open_rows(tokens, tokenizer, model, knobs, folder=''):
         return model.cut(tokens, tokenizer.end, folder)
     if kind not in model.takes:
         fail(f"{type(model).__module__} takes no {kind}: prepare the text with data/text/prepare.py")
+    if getattr(knobs, 'random_length', 0) and model.takes == ('windows',):
+        fail(f"{type(model).__module__} takes no rows with padding, as random_length makes them")
     return KINDS[kind].Rows(tokens, tokenizer, model.config.block_size, **vars(knobs))
 
 
