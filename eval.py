@@ -44,16 +44,16 @@ class Config(judge.Config, source.Config):
 
 
 def in_steps(checkpoint, T):
-    """A checkpoint of masked diffusion as one in T steps, 0: in continuous time. SUBS in steps is d3pm.py's
-    that carries clean tokens over."""
+    """A checkpoint of masked diffusion as one in T steps, 0: in continuous time. The network is the same:
+    masked.py in T steps is d3pm.py with carry_over."""
     objective, config = checkpoint['objective'], checkpoint['config']
-    if objective not in ('masked', 'd3pm'):
+    carry_over = dict(masked=True, d3pm=config.get('carry_over', False))
+    if objective not in carry_over:
         fail(f"T={T} is for masked diffusion, not for {objective}")
-    carry_over = objective == 'masked' or config.get('carry_over', False)
-    if not T and not carry_over:
+    if not T and not carry_over[objective]:
         fail("T=0: a d3pm that predicts [MASK] is a diffusion in steps: give it some, for example T=1000")
     new = 'd3pm' if T else 'masked'
-    config = config | dict(T=T, carry_over=carry_over, masking='bernoulli')  # masking is for training
+    config = config | dict(T=T, carry_over=carry_over[objective], masking='bernoulli')  # for training only
     known = knobs_of(common.concept(new).Config)
     return checkpoint | dict(objective=new, config={k: v for k, v in config.items() if k in known})
 

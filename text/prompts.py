@@ -23,9 +23,9 @@ def starts(text):
     return lines or fail(f"{text[5:]} holds no start")
 
 
-def known(tokenizer, text, rest=False):
-    """The ids of a given text (rest: of one that does not begin there); characters that a model of lines does
-    not know end the script."""
+def ids_of(tokenizer, text, rest=False):
+    """The ids of a given text (rest: of one that goes on where another ended); characters that a model of
+    lines does not know end the script."""
     ids = tokenizer.encode_rest(text) if rest else tokenizer.encode(text)
     if tokenizer.bos is not None and UNK in ids:
         unknown = sorted({c for c in text if UNK in tokenizer.encode(c)})

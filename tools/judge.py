@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 import common
+import unmask
 from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail
 from hub import pretrained
 from text import packing, windows
 from tools.source import load_text
-from unmask import generate
 
 
 @dataclass
@@ -46,7 +46,7 @@ SHARED = ('steps', 'rule', 'temperature', 'top_k', 'top_p')  # arguments of samp
 def samplers():
     """All functions whose keyword arguments are knobs: samplers and their rules."""
     modules = [common.concept(name) for name in common.OBJECTIVES]
-    return [function for m in modules for function in (m.Model.sample, *m.RULES.values())]
+    return [unmask.unmask, *(f for m in modules for f in (m.Model.sample, *m.RULES.values()))]
 
 
 def said(config, given):
@@ -71,7 +71,7 @@ def written(model, tokenizer, config, device, how):
     for canvas in batches:
         if tokenizer.bos is not None:
             canvas[:, 0] = tokenizer.bos
-        for canvas in generate(model, canvas, L if model.any_length else T, overlap, **how):
+        for canvas in unmask.generate(model, canvas, L if model.any_length else T, overlap, **how):
             pass
         texts += [until_end(row, tokenizer) for row in canvas.tolist()]
     counter.remove()
