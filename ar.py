@@ -3,8 +3,8 @@ The autoregressive objective: the baseline of every table.
 
     log p(x) = sum_i log p(x_i | x_<i),   x_<1 = [BOS]
 
-One forward scores all T positions at once, exactly. Row V of the embedding, [MASK] in the twin, is [BOS] here.
-This file also says what every objective offers to the scripts: the class data of Model below.
+One forward scores all T positions at once, exactly. Row V of the embedding, [MASK] in the twin, is [BOS]
+here. The class data of Model below say what every objective tells the scripts about itself.
 """
 from dataclasses import dataclass
 

@@ -174,7 +174,8 @@ class Model(nn.Module):
         sizes = [int((xt[:, i:i + n] == self.mask_id).sum(-1).max()) for i in blocks]
         for begin, share in zip(blocks, shares(steps, sizes)):
             denoise = lambda block, t: self.denoise_block(block, cache)
-            for block in unmask(denoise, xt[:, begin:begin + n], self.mask_id, share, rule or 'random', **how):
+            part, rule = xt[:, begin:begin + n], rule or 'random'
+            for block in unmask(denoise, part, self.mask_id, share, rule, **how):
                 xt = torch.cat([xt[:, :begin], block, xt[:, begin + n:]], dim=1)
                 yield xt
             if begin + n < xt.size(1):

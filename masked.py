@@ -60,7 +60,7 @@ class Config(adapted.Config):
 # ---- the forward process ----------------------------------------------------------------------------------
 
 def low_discrepancy(u, B):
-    """B points (u + i/B) mod 1 from one uniform u, (B,): each is uniform, together they cover [0, 1] evenly."""
+    """B points (u + i/B) mod 1 from one uniform u, (B,): each is uniform, together they cover [0, 1]."""
     return (u + torch.arange(B, device=u.device) / B) % 1
 
 
@@ -149,8 +149,8 @@ class Model(nn.Module):
     # ---- the bound ----
 
     def nats(self, x, n=1, segment=None, given=None):
-        """An estimate, with n draws, of the upper bound on -log p(x | given) in nats: (B,). Draw i has a noise
-        level from the i-th n-th of all: together they are stratified. Arguments as of `forward`."""
+        """An estimate, with n draws, of the upper bound on -log p(x | given) in nats: (B,). Draw i has a
+        noise level from the i-th n-th of all: together they are stratified. Arguments as of `forward`."""
         total = 0
         for i in range(n):
             v = (i + torch.rand(len(x), device=x.device)) / n
@@ -158,8 +158,8 @@ class Model(nn.Module):
         return total
 
     def count_nats(self, x, v, segment=None, given=None, u=None):
-        """The bound's term at the fraction v (B,) in [0, 1) of all counts: k of T tokens are masked, k uniform
-        on 1..T, and the weight is T / k. u (B, T): noise, drawn unless given."""
+        """The bound's term at the fraction v (B,) in [0, 1) of all counts: k of T tokens are masked, k
+        uniform on 1..T, and the weight is T / k. u (B, T): noise, drawn unless given."""
         _, u, scored = self.draw_noise(x, segment, given, v, u)
         length = scored.sum(-1)
         k = torch.minimum((v * length).long() + 1, length.clamp(min=1))

@@ -88,7 +88,7 @@ TIME_WAVES = 32  # cosines that a block gets for the time
 
 
 def cosines(t):
-    """Time t (B, n) in [0, 1] -> its cosine series cos(pi k t), k < TIME_WAVES: (B, n, TIME_WAVES) float32."""
+    """Time t (B, n) in [0, 1] -> cos(pi k t), k < TIME_WAVES: (B, n, TIME_WAVES) float32."""
     return torch.cos(math.pi * t.float()[..., None] * torch.arange(TIME_WAVES, device=t.device))
 
 

@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 import common
 import model as transformer
-from common import say
 from configurator import Count, Filename, Natural, NonNegative, Share, ShareBelow1, fail, script
 from hub import start
 from parts.muon import optimizers
 from text import files
 from text.rows import load_tokens, open_rows
 from text.vocabulary import Tokenizer
+from tools import machine
+from tools.machine import say
 
 
 # ---- knobs ------------------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ from text.vocabulary import Tokenizer
 @dataclass
 class Config:
     # what to train, on what
-    objective: Literal[common.OBJECTIVES] = 'masked'  # ar | masked | sedd | d3pm | block | score | vae | latent
+    objective: Literal[common.OBJECTIVES] = 'masked'  # the concept file: ar, masked, sedd, d3pm, block ...
     dataset: str = 'shakespeare_char'   # a folder of data/
     out_dir: Filename = 'out'           # where the checkpoints go
     init_from: Filename = 'scratch'     # scratch | resume | whose weights to take: a folder, gpt2, owner/name
@@ -69,19 +70,19 @@ class Config:
 
 def main(argv):
     run, config, row_knobs, origin = start.begin(argv, __doc__, Config)
-    rank, world, device = common.join(run.device)
+    rank, world, device = machine.join(run.device)
     state = State(run, config, row_knobs, origin, device)
     if state.iter >= run.max_iters:
         say(f"{run.out_dir}/ holds a run that is finished: it has done {state.iter:,} iterations, max_iters "
             f"is {run.max_iters:,}; with a larger --max_iters= it goes on")
     elif rank == 0:
         there = files.folder(run.out_dir, 'out_dir')
-        common.check_room(run.out_dir, (state.model, state.ema), state.optimizers, there, origin.resumed)
+        machine.check_room(run.out_dir, (state.model, state.ema), state.optimizers, there, origin.resumed)
         with files.occupied(run.out_dir):
             train(state, origin, rank, world)
     else:
         train(state, origin, rank, world)
-    common.leave(world)
+    machine.leave(world)
 
 
 # ---- model and optimizer ----------------------------------------------------------------------------------
@@ -125,8 +126,8 @@ class State:
             self.val = common.evaluate(nats, batch, text, rows)
 
     def save(self, new_figure, measured):
-        """Write last.pt with everything, and best.pt when `val` is the best so far. measured: training windows
-        for models that measure something on them, or None."""
+        """Write last.pt with everything, and best.pt when `val` is the best so far. measured: training
+        windows for models that measure something on them, or None."""
         if self.model.measures:
             self.model.measure(measured)
             self.ema.measure(measured)
@@ -173,7 +174,7 @@ def step(state, loss_fn, rows, rank, world, amp):
         (loss / run.grad_accum).backward()
         count, total = count + n, total + loss.detach() / run.grad_accum
     if world > 1:
-        common.average_gradients(state.params, world)
+        machine.average_gradients(state.params, world)
     if run.grad_clip:
         torch.nn.utils.clip_grad_norm_(state.params, run.grad_clip)
     for optimizer, peak in zip(state.optimizers, state.peak):
@@ -193,9 +194,9 @@ def train(state, origin, rank, world):
 
     # data: rows of training, and those of validation, always the same
     tokenizer = Tokenizer(state.meta)
-    rows, val = (open_rows(load_tokens(run.dataset, split, config.vocab_size, device), tokenizer, state.model,
-                           state.row_knobs, folder) for split, folder in (('train', run.out_dir), ('val', '')))
-    val = val.all(run.eval_windows)
+    tokens = [load_tokens(run.dataset, split, config.vocab_size, device) for split in ('train', 'val')]
+    rows = open_rows(tokens[0], tokenizer, state.model, state.row_knobs, run.out_dir)
+    val = open_rows(tokens[1], tokenizer, state.model, state.row_knobs).all(run.eval_windows)
     text = common.text_of(val, state.model.mask_id)
     measured = None
     if state.model.measures:
@@ -210,8 +211,8 @@ def train(state, origin, rank, world):
         say(f"{run.objective}: {sum(p.numel() for p in state.params) / 1e6:.2f}M parameters, "
             f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
             f"{run.max_iters} iterations, {device} in {state.dtype}, to {run.out_dir}/")
-    stop = common.stop_signals(world, device)
-    loss_fn = common.compiled(state.model, rows.batch(run.batch_size)[0], amp) if run.compile else state.model
+    stop = machine.stop_signals(world, device)
+    loss_fn = machine.compiled(state.model, rows.batch(run.batch_size)[0], amp) if run.compile else state.model
 
     never = torch.tensor(2 ** 62, device=device)
     first_bad, figures, tick, tick_iter, stopping = never, [], time.time(), state.iter, False
@@ -238,8 +239,8 @@ def train(state, origin, rank, world):
         if rank == 0 and (evaluating or stopping):
             state.save(evaluating, measured)
         if rank == 0 and evaluating:
-            kind = {'exact': 'exact', 'upper': 'upper bound'}[state.model.bound]
-            say(f"iter {state.iter}: validation {state.val[0]:.4f} ± {state.val[1]:.4f} nats/token, {kind}", bar)
+            (value, error), kind = state.val, dict(exact='exact', upper='upper bound')[state.model.bound]
+            say(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}", bar)
         figures, tick, tick_iter = [], time.time(), state.iter
     bar.close()
     if stopping and rank == 0:
@@ -248,8 +249,8 @@ def train(state, origin, rank, world):
 
 
 def check_finite(state, first_bad, never, saving):
-    """A loss, or weights about to be saved, that are no numbers end the script. Called now and then only: on a
-    GPU every look waits for the device."""
+    """A loss, or weights about to be saved, that are no numbers end the script. Called now and then only: on
+    a GPU every look waits for the device."""
     before = f"{state.run.out_dir}/last.pt, if there is one, is from before"
     if int(first_bad) < int(never):
         sys.exit(f"error: the loss of iteration {int(first_bad)} is not finite; {before}; a smaller --lr or "

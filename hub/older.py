@@ -2,7 +2,8 @@
 Checkpoints that older versions of this repository wrote: their names -> today's.
 """
 
-GONE = ('copy_weight', 'bell_center', 'bell_width', 'random_length', 'parameterization', 'law_mean', 'law_std')
+GONE = ('copy_weight', 'bell_center', 'bell_width', 'random_length', 'parameterization', 'law_mean',
+        'law_std')
 
 
 def upgraded(checkpoint):

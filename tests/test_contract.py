@@ -12,6 +12,7 @@ import common
 import configurator
 import vae
 from text import rows
+from tools import machine
 
 SIZES = dict(vocab_size=7, block_size=8, n_layer=2, n_head=2, n_embd=16)
 VAE = SIZES | dict(base_context=16, n_latent=2, d_latent=4)
@@ -63,7 +64,8 @@ def test_the_class_says_what_the_scripts_must_know(concept):
     M = concept.Model
     assert M.bound in ('exact', 'upper') and set(M.takes) <= rows.KINDS.keys() and set(M.orders) <= {'left'}
     assert all(type(flag) is bool for flag in (M.revises, M.any_length, M.selects, M.measures))
-    assert M.base in ('', *common.OBJECTIVES) and bool(M.base) == ('base' in configurator.knobs_of(concept.Config))
+    assert M.base in ('', *common.OBJECTIVES)
+    assert bool(M.base) == ('base' in configurator.knobs_of(concept.Config))
 
 
 def test_forward_gives_a_scalar_loss_and_plain_metrics_and_every_parameter_a_gradient(concept):
@@ -97,7 +99,7 @@ def test_the_loss_compiles_to_machine_code_without_falling_back(concept, capsys)
     if not shutil.which('g++'):
         pytest.skip("no C++ compiler; tracing is tested above")
     model = concept.Model(config_of(concept, n_layer=1))
-    loss_fn = common.compiled(model, batch_of(concept), contextlib.nullcontext())
+    loss_fn = machine.compiled(model, batch_of(concept), contextlib.nullcontext())
     assert loss_fn is not model, capsys.readouterr().err
     torch._dynamo.reset()
 

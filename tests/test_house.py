@@ -12,6 +12,7 @@ GROUND = sorted(ROOT.glob('*.py'))
 ROOMS = ('text', 'hub', 'parts', 'tools')
 DOCS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 OBJECTIVES = set(common.OBJECTIVES)
+OTHERS = ('generate.py',)  # files of other repositories that we name
 LOWER = {'configurator', 'model', 'unmask'}
 
 # who may import whom, from above down; a name stands for a file of the ground floor or for a room
@@ -78,10 +79,10 @@ def test_the_scripts_ask_no_model_and_no_dataset_what_it_is():
         assert 'hasattr' not in source and not re.search(r'objective[\'"]?\]? (==|in|!=) ', source), name
 
 
-def test_lines_are_under_110_columns():
+def test_lines_have_at_most_110_columns():
     for path in [*GROUND, *ROOT.glob('*/*.py'), *ROOT.glob('data/*/*.py')]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert len(line) < 110, f"{path.relative_to(ROOT)}:{number}"
+            assert len(line) <= 110, f"{path.relative_to(ROOT)}:{number}"
 
 
 # ---- the documents ----------------------------------------------------------------------------------------
@@ -122,21 +123,24 @@ def programs():
                '-m tools.frontier': [frontier.Config, *own], '-m tools.latents': [latents.Config, *own],
                '-m tools.tasks': [tasks.Config, *own]}
     import unmask
-    found = {name: {'help'} | {knob for thing in (*group, unmask.unmask)
-                               for knob in configurator.knobs_of(thing)} for name, group in things.items()}
+    things = {name: [*group, unmask.unmask] for name, group in things.items()}
+    found = {name: {'help'} | {knob for thing in group for knob in configurator.knobs_of(thing)}
+             for name, group in things.items()}
     for path in ROOT.glob('data/*/prepare.py'):
         source = path.read_text()
-        found[f'data/{path.parent.name}/prepare.py'] = {'help'} | set(re.findall(r'^    (\w+): ', source, re.M))
+        knobs = re.findall(r'^    (\w+): ', source, re.M)
+        found[f'data/{path.parent.name}/prepare.py'] = {'help', *knobs}
     return found
 
 
 def test_the_commands_in_the_documents_name_scripts_configs_and_knobs_that_exist():
     known = programs()
     for path in DOCS:
-        commands = re.findall(r'(?:python|torchrun \S+) ((?:-m )?[\w./]+)((?: +[^\n`#|]+)?)', path.read_text())
-        for program, rest in commands:
+        command = r'(?:python|torchrun \S+) ((?:-m )?[\w./]+)((?: +[^\n`#|]+)?)'
+        for program, rest in re.findall(command, path.read_text()):
             if program not in known:
-                assert '/NAME/' in program or program.startswith('-m ') and '.' not in program, (path.name, program)
+                own = program.endswith('.py') or '.' in program
+                assert '/NAME/' in program or not own, (path.name, program)
                 continue
             for flag in re.findall(r'--(\w+)', rest):
                 assert flag in known[program], (path.name, program, flag)
@@ -146,10 +150,10 @@ def test_the_commands_in_the_documents_name_scripts_configs_and_knobs_that_exist
 
 def test_the_functions_that_docstrings_and_documents_name_are_there():
     """`masked.py` and its like, `hub/web.py`, in docstrings, comments and documents."""
+    name = r'(?<![\w/.-])((?:text|hub|parts|tools|config|data|tests)/[\w/]+\.py|[a-z_]+\.py)\b'
     files = [*DOCS, *GROUND, *(p for room in ROOMS for p in (ROOT / room).glob('*.py'))]
     names = {p.name for p in ROOT.rglob('*.py') if '.venv' not in p.parts}
     for path in files:
-        for name in re.findall(r'(?<![\w/.-])((?:text|hub|parts|tools|config|data|tests)/[\w/]+\.py|[a-z_]+\.py)\b',
-                               path.read_text()):
-            there = (ROOT / name).exists() or '/' not in name and name in names
-            assert there or 'NAME' in name or name in ('generate.py',), f"{path.name}: {name}"
+        for found in re.findall(name, path.read_text()):
+            there = (ROOT / found).exists() or '/' not in found and found in names
+            assert there or found in OTHERS, f"{path.name}: {found}"

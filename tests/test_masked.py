@@ -18,8 +18,8 @@ from conftest import Joint
 
 def exact_model(joint, concept=masked, **knobs):
     """A model whose network is the joint's exact conditionals."""
-    model = concept.Model(concept.Config(vocab_size=joint.V, block_size=joint.T, n_layer=1, n_head=1, n_embd=2,
-                                         **knobs))
+    sizes = dict(vocab_size=joint.V, block_size=joint.T, n_layer=1, n_head=1, n_embd=2)
+    model = concept.Model(concept.Config(**sizes, **knobs))
     model.gpt = torch.nn.Module()
     model.gpt.forward = lambda x, mask=None, time=None: joint.logp(x)
     return model
@@ -179,7 +179,8 @@ def test_a_row_cut_to_a_random_length_scores_as_the_short_row_would():
     segment = torch.where(inside, 0, -1).expand(3, 8)
     assert torch.allclose(model.masked_nats(x, m & inside, segment), model.masked_nats(x[:, :5], m[:, :5]),
                           atol=1e-5)
-    model, level = d3pm.Model(d3pm.Config(vocab_size=5, block_size=8, n_layer=2, n_head=1, n_embd=8)), torch.rand(3)
+    model = d3pm.Model(d3pm.Config(vocab_size=5, block_size=8, n_layer=2, n_head=1, n_embd=8))
+    level = torch.rand(3)
     torch.nn.init.normal_(model.gpt.head.weight)
     cut, short = (model.step_nats(a, b, c, level, level / 2, copy=0.5)
                   for a, b, c in ((x, m & inside, segment), (x[:, :5], m[:, :5], None)))
@@ -336,7 +337,8 @@ def test_d3pm_is_trained_to_copy_and_pays_for_what_it_does_not_copy():
     torch.manual_seed(0)
     model = d3pm.Model(d3pm.Config(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4, T=10))
     x = torch.randint(5, (4, 6))
-    assert torch.allclose(model.copy_nats(x, None, None), torch.full((4,), 6 * math.log(6)))  # 6 outputs, uniform
+    uniform = torch.full((4,), 6 * math.log(6))  # 6 outputs
+    assert torch.allclose(model.copy_nats(x, None, None), uniform)
     loss, _ = model(x, u=torch.ones(4, 6))  # nothing masked
     assert loss > 0 and loss.isfinite()
     times = []

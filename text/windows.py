@@ -144,7 +144,8 @@ class Passages:
         return torch.where(at >= self.origin[i][:, None], self.ids(at.clamp(min=0)), self.mask_id)
 
     def inputs(self, i):
-        """Windows i (B,) and what stands before them: {x, prefix (B, W)}, {before (B, n_prev, W)} if n_prev."""
+        """Windows i (B,) and what stands before them: x, prefix (B, W) and, if n_prev, before (B, n_prev,
+        W)."""
         batch = dict(x=self.window(i), prefix=self.prefix(i))
         return batch | dict(before=self.window(self.before(i, self.n_prev))) if self.n_prev else batch
 
