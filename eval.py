@@ -58,7 +58,7 @@ def in_steps(checkpoint, T):
     return checkpoint | dict(objective=new, config={k: v for k, v in config.items() if k in known})
 
 
-def score(config, checkpoint, model, tokenizer, device, amp):
+def likelihood(config, checkpoint, model, tokenizer, device, amp):
     """Print the likelihood of a text."""
     tokens, reader = source.load_text(config, checkpoint, tokenizer, device)
     batch = source.rows_of(tokens, reader, model, checkpoint, config.windows)
@@ -115,7 +115,7 @@ def main(argv):
     model, tokenizer = common.load_model(changed, device, config.weights)
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
     if not config.judge:
-        return score(config, checkpoint, model, tokenizer, device, amp)
+        return likelihood(config, checkpoint, model, tokenizer, device, amp)
     try:
         how = judge.how_to_write(model.sample, config, said)
         judge_texts(config, how, checkpoint, model, tokenizer, device, amp)

@@ -12,7 +12,6 @@ costs. Of latent diffusion: how near its prediction of the next window's latents
 judge: how texts compare with real windows that went through the VAE, and how much they say of the latents
 that they were written from.
 """
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
