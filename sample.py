@@ -13,7 +13,6 @@ written, and `model.sample(canvas, ...)` yields it again and again, with more an
 printed, watched or saved as a page is that one sequence of canvases.
 """
 import itertools
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ import unmask
 from configurator import (Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail, help_lines,
                           help_of_rules, knobs_of, script, settings)
 from hub import pretrained
-from text import files, vocabulary
+from text import files
+from text.prompts import ids_of, prompt_of, starts
 from tools import page
 
 
@@ -127,31 +127,6 @@ def show(old, new, tokenizer):
 
 
 # ---- from a prompt to a canvas ----------------------------------------------------------------------------
-
-def prompt_of(text):
-    """A prompt from the command line: FILE:path is what that file holds."""
-    if not text.startswith('FILE:'):
-        return text
-    return files.read_text(os.path.expanduser(text[5:])).removesuffix('\n')
-
-
-def starts(text):
-    """The given starts: of FILE:path the lines that are not empty, else the text itself."""
-    if not text.startswith('FILE:'):
-        return [text]
-    lines = [line for line in prompt_of(text).split('\n') if line.strip()]
-    return lines or fail(f"{text[5:]} holds no start")
-
-
-def ids_of(tokenizer, text, rest=False):
-    """The ids of a given text (rest: of one that goes on where another ended); characters that a model of
-    lines does not know end the script."""
-    ids = tokenizer.encode_rest(text) if rest else tokenizer.encode(text)
-    if tokenizer.bos is not None and vocabulary.UNK in ids:
-        unknown = sorted({c for c in text if vocabulary.UNK in tokenizer.encode(c)})
-        fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
-    return ids
-
 
 def make_canvas(config, start, tokenizer, block_size, any_length=False):
     """One row of tokens that begins with `start`, V where the model is to write: (length,) int64.

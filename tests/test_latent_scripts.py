@@ -11,6 +11,8 @@ import eval as evaluation
 import sample
 import train
 from conftest import TEXT, TINY
+from text.rows import load_tokens
+from tools import latents
 
 SIZES = ('--n_layer', '--n_head', '--n_embd', '--block_size')
 LOOP = [knob for knob in TINY if not knob.startswith(SIZES)]
@@ -120,7 +122,7 @@ def test_the_average_of_latent_diffusion_warms_up_by_its_power():
 def test_reconstruct_prints_every_window_and_how_much_of_it_comes_back(both, capsys):
     for out in ('out-vae', 'out-latent'):
         capsys.readouterr()
-        sample.main([f'--out_dir={out}', '--reconstruct', '--num_samples=2', '--start=' + TEXT[:40]])
+        latents.main([f'--out_dir={out}', '--reconstruct', '--num_samples=2', '--start=' + TEXT[:40]])
         lines = capsys.readouterr().out.rstrip('\n').split('\n')
         shares = [line for line in lines if re.fullmatch(r'  \d+% of the tokens', line)]
         assert len(shares) == 3 and sum('  -> ' in line for line in lines) == 6
@@ -130,14 +132,14 @@ def test_reconstruct_is_the_same_every_time_at_tau_zero(both, capsys):
     texts = []
     for knobs in ([], ['--seed=2'], ['--tau=1'], ['--tau=1', '--seed=2']):
         capsys.readouterr()
-        sample.main(['--out_dir=out-vae', '--reconstruct', '--start=' + TEXT[:16], *knobs])
+        latents.main(['--out_dir=out-vae', '--reconstruct', '--start=' + TEXT[:16], *knobs])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[2] != texts[3]
 
 
 def test_interpolate_prints_so_many_points(both, capsys):
     capsys.readouterr()
-    sample.main(['--out_dir=out-vae', '--interpolate=To be|or not to', '--points=5'])
+    latents.main(['--out_dir=out-vae', '--interpolate=To be|or not to', '--points=5'])
     out = capsys.readouterr().out
     lines = [line for line in out.rstrip('\n').split('\n')]
     assert sum(map(len, lines)) + len(lines) - 5 == 5 * len('or not to')  # a text may hold line breaks
@@ -147,7 +149,7 @@ def test_nearest_finds_a_training_window_itself(both, capsys):
     model, tokenizer = common.load_model(common.load('out-vae/last.pt'), torch.device('cpu'))
     window = TEXT[16 * 3:16 * 4]
     capsys.readouterr()
-    sample.main(['--out_dir=out-vae', '--nearest=2', '--start=' + window])
+    latents.main(['--out_dir=out-vae', '--nearest=2', '--start=' + window])
     out = capsys.readouterr().out
     assert f'  1.000  {window}' in out
     assert len(re.findall(r'^  -?\d\.\d{3}  ', out, re.M)) == 2
@@ -201,13 +203,12 @@ def test_windows_that_are_sentences_go_through_all_scripts(base, capsys):
 def test_the_report_of_a_vae_agrees_with_its_reconstructions(base, capsys):
     train.main(VAE)
     capsys.readouterr()
-    evaluation.main(['--out_dir=out-vae', '--mode=latents', '--windows=30'])
+    latents.main(['--out_dir=out-vae', '--windows=30'])
     report = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', capsys.readouterr().out, re.M))
     model, _ = common.load_model(common.load('out-vae/best.pt'), torch.device('cpu'))
-    windows = model.cut(common.load_tokens('tiny', 'val', 100, torch.device('cpu')), None)
-    x = windows.window(windows.spread(30))
+    x = model.cut(load_tokens('tiny', 'val', 100, torch.device('cpu')), None, '').all(30)['x']
     assert float(report['tokens again, greedy (tau = 0)']) == pytest.approx(
-        (model.reconstruct(x) == x).double().mean().item(), abs=1e-4)
+        (latents.reconstruct(model, x) == x).double().mean().item(), abs=1e-4)
     kl = model.posterior(x)[0].square().sum((1, 2)).mean().item() / 2
     assert float(report['KL, nats per window'].split()[0]) == pytest.approx(kl, abs=0.1)
 
@@ -220,16 +221,15 @@ def test_the_effect_of_the_condition_is_one_half_without_one_and_one_with_the_an
     before[0] = model.mask_id  # nothing is foretold from nothing: left out
     queue = iter(z[1:].split(100))
     model.denoise = lambda *_: next(queue)
-    assert evaluation.condition_effect(model, x, before, 100)[0][1].startswith('1.0000')
+    assert latents.condition_effect(model, x, before, 100)[0][1].startswith('1.0000')
     model.denoise = lambda x, *_: torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    share = float(evaluation.condition_effect(model, x, before, 400)[0][1].split()[0])
+    share = float(latents.condition_effect(model, x, before, 400)[0][1].split()[0])
     assert abs(share - 0.5) < 0.125  # 5 standard errors
 
 
 def test_a_judge_compares_next_windows_with_real_ones(both, capsys):
     capsys.readouterr()
-    evaluation.main(['--out_dir=out-latent', '--mode=latents', '--windows=10', '--judge=out-ar',
-                     '--steps=2'])
+    latents.main(['--out_dir=out-latent', '--windows=10', '--judge=out-ar', '--steps=2'])
     out = capsys.readouterr().out
     for name in ('the same through the VAE', 'next windows', 'noise in place of their latents',
                  'windows out of nothing'):
@@ -242,7 +242,7 @@ def test_what_a_text_says_of_its_latents_is_all_if_it_is_the_text_they_are_of_an
     x = torch.randint(20, (64, 16), generator=torch.Generator().manual_seed(0))
     nothing = torch.full_like(x, model.mask_id)
     model.vae.write = lambda *_: x
-    texts = evaluation.window_texts(model, x, nothing, x[:, None], evaluation.Config(steps=2))
+    texts = latents.window_texts(model, x, nothing, x[:, None], steps=2)
     _, again, z = texts['the same through the VAE']
     assert torch.allclose(again, z) and torch.allclose(z, model.vae.encode(x).flatten(1))
     _, again, noise = texts['noise in place of their latents']
@@ -273,26 +273,27 @@ MISTAKES = [
     (train, [*LATENT, '--block_size=8'], ['block_size', 'base']),
     (train, ['--init_from=resume', '--base=out-ar', '--out_dir=out-vae'], ['base', 'new run']),
     (train, [*TINY, '--objective=masked', '--base=out-ar'], ['base', 'vae']),
-    (sample, ['--out_dir=out-ar', '--reconstruct', '--start=To be'], ['reconstruct', 'vae']),
     (sample, ['--out_dir=out-ar', '--sentences=2'], ['sentences', 'vae']),
     (sample, ['--out_dir=out-ar', '--trace'], ['trace']),
-    (sample, ['--out_dir=out-vae', '--reconstruct'], ['--start']),
-    (sample, ['--out_dir=out-vae', '--interpolate=To be'], ['A|B']),
-    (sample, ['--out_dir=out-vae', '--reconstruct', '--start=Ω'], ["'Ω'"]),
     (sample, ['--out_dir=out-vae', '--temperature=0.5'], ['temperature', '--tau']),
     (sample, ['--out_dir=out-vae', '--steps=3', '--rule=euler'], ['rule', 'VAE']),
     (sample, ['--out_dir=out-latent', '--context=17', '--start=To be'], ['context=17', '16']),
     (sample, ['--out_dir=out-latent', '--suffix=To be'], ['left to right']),
     (sample, ['--out_dir=out-latent', '--rule=confidence'], ['confidence', 'dpmpp_2m']),
     (sample, ['--out_dir=out-latent', '--cfg=1'], ['cfg', '--start']),
-    (sample, ['--out_dir=out-latent', '--points=1'], ['points']),
     (sample, ['--out_dir=out-latent', '--overlap=4'], ['overlap']),
     (sample, ['--out_dir=out-ar', '--joined=#'], ['joined']),
-    (sample, ['--out_dir=out-vae', '--interpolate=To be, or not to be|that'], ['16']),
-    (evaluation, ['--out_dir=out-ar', '--mode=latents'], ['latents', 'vae']),
-    (evaluation, ['--out_dir=out-vae', '--mode=gen_ppl', '--judge=out-ar', '--temperature=0.5'], ['--tau']),
-    (evaluation, ['--out_dir=out-latent', '--mode=latents', '--judge=out-ar', '--rule=ancestral'],
-     ['ancestral', 'heun']),
+    (latents, ['--out_dir=out-ar'], ['ar', 'vae']),
+    (latents, ['--out_dir=out-ar', '--reconstruct', '--start=To be'], ['ar', 'vae']),
+    (latents, ['--out_dir=out-vae', '--reconstruct'], ['--start']),
+    (latents, ['--out_dir=out-vae', '--start=To be'], ['--reconstruct', '--nearest']),
+    (latents, ['--out_dir=out-vae', '--reconstruct', '--start=Ω'], ["'Ω'"]),
+    (latents, ['--out_dir=out-vae', '--interpolate=To be'], ['A|B']),
+    (latents, ['--out_dir=out-vae', '--interpolate=To be, or not to be|that'], ['16']),
+    (latents, ['--out_dir=out-latent', '--points=1'], ['points']),
+    (latents, ['--out_dir=out-latent', '--judge=out-ar', '--rule=ancestral'], ['ancestral', 'heun']),
+    (latents, ['--out_dir=out-latent', '--judge=out-ar', '--rule=heun', '--eta=0.5', '--steps=2'], ['eta']),
+    (evaluation, ['--out_dir=out-vae', '--judge=out-ar', '--temperature=0.5'], ['temperature', 'tau']),
 ]
 
 

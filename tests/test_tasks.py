@@ -10,12 +10,11 @@ import torch
 
 import ar
 import common
-import eval as evaluation
 import masked
-from tools import tasks
 from text import vocabulary
-from tools.tasks import Blank, Choice
 from theirs import make_folder, tokenizer_json
+from tools import grades, items, tasks
+from tools.tasks import Blank, Choice
 
 TOKENIZER = vocabulary.Tokenizer(dict(kind='json', json=tokenizer_json(), vocab_size=300, end=299))
 CPU = torch.device('cpu')
@@ -84,13 +83,13 @@ def write(folder, name):
 
 @pytest.mark.parametrize('name', tasks.TASKS)
 def test_an_official_file_becomes_items(name, tmp_path):
-    items = tasks.load(name, write(tmp_path, name))
-    assert items[0] == FIRST[name] and len(items) == 3
+    found = tasks.load(name, write(tmp_path, name))
+    assert found[0] == FIRST[name] and len(found) == 3
 
 
 def test_a_line_of_json_may_hold_what_ends_lines_elsewhere():
     text = json.dumps(PIQA[0] | dict(goal='a\u2028b\x85c'), ensure_ascii=False) + '\n'
-    assert tasks.piqa(text, '1')[0].context == 'Question: a\u2028b\x85c\nAnswer:'
+    assert items.piqa(text, '1')[0].context == 'Question: a\u2028b\x85c\nAnswer:'
 
 
 def test_other_items_of_the_fixtures():
@@ -143,11 +142,11 @@ def test_a_border_in_the_middle_of_a_token_leaves_what_is_given_as_it_is():
 
 def test_what_is_far_from_the_middle_is_cut_and_a_middle_that_is_too_long_refused():
     ids = list(range(10))
-    assert tasks.fit(ids, 6, 8, 10) == (ids, 6, 8)
-    assert tasks.fit(ids, 6, 8, 5) == (ids[5:], 1, 3)
-    assert tasks.fit(ids, 1, 3, 5) == (ids[1:6], 0, 2)
+    assert tasks.cut_to(ids, 6, 8, 10) == (ids, 6, 8)
+    assert tasks.cut_to(ids, 6, 8, 5) == (ids[5:], 1, 3)
+    assert tasks.cut_to(ids, 1, 3, 5) == (ids[1:6], 0, 2)
     with pytest.raises(tasks.TooLong, match='5 tokens'):
-        tasks.fit(ids, 2, 7, 4)
+        tasks.cut_to(ids, 2, 7, 4)
 
 
 # ---- costs ------------------------------------------------------------------------------------------------
@@ -190,7 +189,7 @@ def test_the_denoisers_cost_is_its_bound_given_the_context(shift):
     ids = torch.tensor([TOKENIZER.encode('see the big dog')])
     given = torch.arange(ids.size(1))[None] < len(context)
     torch.manual_seed(5)
-    want = net.nats(ids.expand(3000, -1), 1, None, given.expand(3000, -1))
+    want = net.nats(ids.expand(3000, -1), given=given.expand(3000, -1))
     error = want.std().item() / 3000 ** 0.5
     assert abs(found['nats'][0] - want.mean().item()) < 6 * error  # fails once in 10^5
 
@@ -210,7 +209,7 @@ def test_the_published_score_is_a_mean_over_levels_of_means_over_masked_tokens()
         hidden = [i for i in range(5, ids.size(1)) if noise[t, i] < (t + 1) / 4]
         xt = ids.clone()
         xt[0, hidden] = 300
-        logp = net.logp(xt)[0]
+        logp = net.denoise(xt)[0]
         total += sum(-logp[i, ids[0, i]].item() for i in hidden) / max(1, len(hidden)) / 4
     assert tasks.published_cost(net, ids, given, noise) == pytest.approx(total, abs=1e-4)
 
@@ -219,7 +218,7 @@ def test_a_model_that_knows_the_answer_scores_all_and_the_rule_takes_the_least()
     class Knows:
         bound, config = 'exact', ar.Config(vocab_size=300, block_size=99)
 
-        def nats(self, x, n, segment, given):
+        def nats(self, x, given):
             return torch.tensor([0.0 if 'bad' in TOKENIZER.decode(x[0].tolist()) else 9.0])
     found, n = tasks.measure('piqa', [ITEM, ITEM], Knows(), TOKENIZER, CPU, 2, 0, {})
     assert found['nats'] == (1.0, 0.0) and n == 2
@@ -234,7 +233,7 @@ def test_a_model_that_knows_the_answer_scores_all_and_the_rule_takes_the_least()
 
 class Writes:
     """Writes `text` into the blanks, whatever they are; keeps the canvas that it was given."""
-    config, blank = ar.Config(vocab_size=300, block_size=99), 300
+    config, mask_id = ar.Config(vocab_size=300, block_size=99), 300
 
     def __init__(self, text, bound='upper', tokenizer=TOKENIZER):
         self.ids, self.bound, self.seen = tokenizer.encode(text), bound, None
@@ -273,13 +272,13 @@ def test_how_texts_are_graded(name, text, want):
 
 
 def test_numbers_behind_the_marks_lose_their_commas():
-    assert tasks.last_number('#### 1,200') == '1200' and tasks.last_number('#### 1 #### 7.') == '7'
-    assert tasks.last_number('12') is None
+    assert grades.last_number('#### 1,200') == '1200' and grades.last_number('#### 1 #### 7.') == '7'
+    assert grades.last_number('12') is None
 
 
 def test_rouge_is_that_of_the_library():
     pytest.importorskip('rouge_score')
-    found = tasks.rouge(' It rained again.', Blank('', [' It rained.']))
+    found = grades.rouge(' It rained again.', Blank('', [' It rained.']))
     assert found['ROUGE-1'] == pytest.approx(0.8) and found['ROUGE-2'] == pytest.approx(2 / 3)
 
 
@@ -313,8 +312,8 @@ def test_what_a_program_has_started_ends_with_it(tmp_path):
 def test_a_system_without_process_groups_runs_programs_too(monkeypatch):
     """Windows, as far as it can be had here: no os.killpg, no SIGKILL."""
     item = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')[1]
-    monkeypatch.delattr(tasks.os, 'killpg', raising=False)
-    monkeypatch.delattr(tasks.signal, 'SIGKILL', raising=False)
+    monkeypatch.delattr(grades.os, 'killpg', raising=False)
+    monkeypatch.delattr(grades.signal, 'SIGKILL', raising=False)
     assert tasks.passes('    y = 1 + x\n', item)
     assert not tasks.passes('    while True: pass\n', item, seconds=0.5)
 
@@ -361,7 +360,7 @@ def test_a_blank_has_as_many_tokens_as_the_answer_has_behind_the_text_before():
     whole = tokenizer.encode('the people of the' + word + ' and the states')
 
     class Oracle:  # a language model that knows how the text goes on
-        bound, blank = 'exact', tokenizer.vocab_size
+        bound, mask_id = 'exact', tokenizer.vocab_size
 
         class config:
             block_size = 64
@@ -449,9 +448,9 @@ def test_the_name_of_a_mask_in_a_text_is_text():
 def test_nothing_is_executed_without_the_flag(monkeypatch):
     calls = []
     monkeypatch.setattr(tasks, 'passes', lambda text, item: calls.append(text) or True)
-    items = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')
+    three = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'], '')
     for execute in (False, True):
-        found, _ = tasks.measure('humaneval_infill', items, Writes('    y = x + 0\n'), TOKENIZER, CPU, 1, 0,
+        found, _ = tasks.measure('humaneval_infill', three, Writes('    y = x + 0\n'), TOKENIZER, CPU, 1, 0,
                                  dict(steps=4), execute)
         assert ('passes' in found) == execute == bool(calls)
     assert found['exact'][0] == pytest.approx(1 / 3)
@@ -483,17 +482,17 @@ def test_all_tasks_run_for_both_kinds_of_model_none_changes_the_next(models, out
     paths = {name: write(models, name) for name in names}
     own = tasks.load
     monkeypatch.setattr(tasks, 'load', lambda name, path='': own(name, paths[name]))
-    base = [f'--out_dir={out_dir}', '--mode=tasks', '--draws=4', '--device=cpu']
-    evaluation.main([*base, '--task=' + ','.join(names)])
+    base = [f'--out_dir={out_dir}', '--draws=4', '--device=cpu']
+    tasks.main([*base, '--task=' + ','.join(names)])
     rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == len(names)
     for name in (names[-1], names[0], 'lambada'):
-        evaluation.main([*base, f'--task={name}'])
+        tasks.main([*base, f'--task={name}'])
         assert capsys.readouterr().out.splitlines()[2] == rows[names.index(name)]
 
 
 def test_mistakes_end_in_one_line(models, mistake):
-    run = lambda *flags: mistake(evaluation.main, '--mode=tasks', '--out_dir=out-m', *flags)
+    run = lambda *flags: mistake(tasks.main, '--out_dir=out-m', *flags)
     assert 'hellaswag' in run('--task=hellaswagg') and 'is not one of' in run('--task=')
     assert '--data=' in run('--task=rocstories') and 'cs.rochester.edu' in run('--task=rocstories')
     assert 'nowhere' in run('--task=lambada', '--data=nowhere')

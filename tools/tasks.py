@@ -1,163 +1,68 @@
 """
 Zero-shot tasks, the same for a language model and for the denoiser it became.
 
-Two kinds of items. A `Choice` has a context and several continuations, one of them right; a model takes the
-one that costs it least:
+    python -m tools.tasks --out_dir=gpt2 --task=lambada,hellaswag --items=300
+    python -m tools.tasks --out_dir=out-adapt --task=rocstories_infill --data=FILE --steps=32
+    python -m tools.tasks --out_dir=out-sft --task=gsm8k --show=3
+
+A `Choice` has a context and several continuations, one of them right. A model takes the one that costs least:
     exact model   sum of -log p of the continuation's tokens, and the same per token
     denoiser      its upper bound on that, given the context: k of the continuation's tokens masked, k
                   uniform (masked.py); and the S that DiffuGPT publishes (arXiv 2410.17891): the mean loss of
                   a masked token at 32 noise levels, one draw each, no weights. All choices of an item get
                   the same noise.
 A `Blank` has a text before, a text behind, and what may stand between. A denoiser fills as many masks as the
-(longest) right answer has tokens, which is told to it; a language model continues the text before and does
+longest right answer has tokens: the length is given away. A language model continues the text before and does
 not see the text behind.
 
 A context and a choice are cut into tokens together: the choice begins where the ids of the whole differ from
-those of the context. The text before and the text behind a blank are cut each by itself, so that all that is
-given is given, and nothing of it has to be written again; the blank has as many tokens as the answer has
-behind the text before. Each item is read from the official file of its task.
+those of the context. The text before a blank and the text behind it are cut each by itself, so nothing that
+is given has to be written again; the blank has as many tokens as the answer has behind the text before.
 """
-import contextlib
-import csv
-import io
-import json
-import os
-import re
-import secrets
-import signal
-import string
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
-from text import files
-from configurator import fail
-from hub import web
+from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, fail, script, settings
+from hub import pretrained
+from tools import judge, source
+from tools.grades import passes
+from tools.items import TASKS, Blank, Choice, load  # noqa: F401  Blank: for who makes items
 
 LEVELS = 32  # of the published score
 
 
 @dataclass
-class Choice:
-    context: str
-    choices: list  # of str
-    gold: int      # number of the right one
+class Config(source.Checkpoint):
+    block_size: Natural = 0   # tokens of the context; 0: the model's
+    # tasks
+    task: str = ''            # which, separated by commas
+    data: Filename = ''       # the official file of the task; '': downloaded
+    items: Natural = 0        # how many, evenly spread; 0: all
+    draws: Count = 8          # noise draws a choice, for bounds
+    execute: bool = False     # run the programs that the model completes, with your rights
+    show: Natural = 0         # print so many of the texts
+    # texts
+    steps: Count = 64         # of the denoiser for a text, at most one a token
+    rule: str = 'confidence'  # of the denoiser, with its own knobs: see sample.py --help
+    temperature: NonNegative = 0.0  # 1: the model's own law; 0: the likeliest token
+    top_k: Natural = 0        # draw from the k likeliest tokens; 0: all
+    top_p: ShareAbove0 = 1.0  # draw from the fewest tokens with this probability together
 
+    def __post_init__(self):
+        for name in self.task.split(','):
+            if name not in TASKS:
+                raise ValueError(f"task={name!r} is not one of: {', '.join(TASKS)}")
+        if ',' in self.task and self.data:
+            raise ValueError("data is the file of one task")
 
-@dataclass
-class Blank:
-    before: str
-    answers: list  # of str, right ones
-    after: str = ''
-    test: dict = field(default_factory=dict)  # what runs a program
-
-
-# ---- files -> items ---------------------------------------------------------------------------------------
 
 class TooLong(ValueError):
     """An item does not fit into the model's context."""
-
-
-def lines(text):
-    return [line for line in text.split('\n') if line.strip()]  # splitlines() would cut inside of JSON, too
-
-
-def json_lines(text):
-    return list(map(json.loads, lines(text)))
-
-
-def hellaswag(text, labels):
-    """arXiv 1905.07830. The context's second half begins a sentence; [header] and its like are left out."""
-    clean = lambda s: ' '.join(re.sub(r'\[.*?\]', '', s.replace(' [title]', '. ')).split())
-    items = []
-    for item in json_lines(text):
-        second = item['ctx_b'][:1].upper() + item['ctx_b'][1:]
-        context = clean(f"{item['activity_label']}: {item['ctx_a']} {second}")
-        items.append(Choice(context, [' ' + clean(e) for e in item['endings']], int(item['label'])))
-    return items
-
-
-def winogrande(text, labels):
-    """arXiv 1907.10641. A choice is a name and the rest of the sentence."""
-    items = []
-    for item in json_lines(text):
-        before, after = item['sentence'].split('_')
-        names = (item['option1'], item['option2'])
-        space = ' ' * before.endswith(' ')  # it belongs to the token of the name
-        choices = [space + name + after for name in names]
-        items.append(Choice(before.rstrip(' '), choices, int(item['answer']) - 1))
-    return items
-
-
-def piqa(text, labels):
-    """arXiv 1911.11641."""
-    return [Choice(f"Question: {item['goal']}\nAnswer:", [' ' + item['sol1'], ' ' + item['sol2']], int(gold))
-            for item, gold in zip(json_lines(text), labels.split(), strict=True)]
-
-
-def siqa(text, labels):
-    """arXiv 1904.09728."""
-    return [Choice(f"Question: {item['context']} {item['question']}\nAnswer:",
-                   [' ' + item['answer' + c] for c in 'ABC'], int(gold) - 1)
-            for item, gold in zip(json_lines(text), labels.split(), strict=True)]
-
-
-def stories(text):
-    """ROCStories (arXiv 1604.01696): [(four sentences, two endings, number of the right one)]."""
-    return [([row[f'InputSentence{i}'] for i in range(1, 5)],
-             [row[f'RandomFifthSentenceQuiz{i}'] for i in (1, 2)], int(row['AnswerRightEnding']) - 1)
-            for row in csv.DictReader(io.StringIO(text))]
-
-
-def rocstories(text, labels):
-    """Which ending?"""
-    return [Choice(' '.join(s), [' ' + end for end in ends], gold) for s, ends, gold in stories(text)]
-
-
-def rocstories_infill(text, labels):
-    """The third sentence, between the others."""
-    return [Blank(f"{s[0]} {s[1]}", [' ' + s[2]], f" {s[3]} {ends[gold]}")
-            for s, ends, gold in stories(text)]
-
-
-def lambada(text, labels):
-    """arXiv 1606.06031: the last word of every line, or of the `text` of every line of JSON."""
-    texts = [json.loads(line)['text'] if line.startswith('{') else line for line in lines(text)]
-    cut = [line.strip().rsplit(' ', 1) for line in texts]
-    return [Blank(before, [' ' + word]) for before, word in cut]
-
-
-def triviaqa(text, labels):
-    """arXiv 1705.03551, the file unfiltered-web-dev.json or one like it."""
-    items = [(item['Question'], item['Answer']) for item in json.loads(text)['Data']]
-    return [Blank(f"Question: {question}\nAnswer:",
-                  [' ' + a for a in dict.fromkeys([gold['Value'], *gold['Aliases']])], '\n')
-            for question, gold in items]
-
-
-def squad(text, labels):
-    """arXiv 1606.05250, version 1.1."""
-    return [Blank(f"{p['context']}\nQuestion: {qa['question']}\nAnswer:",
-                  [' ' + a for a in dict.fromkeys(answer['text'] for answer in qa['answers'])], '\n')
-            for page in json.loads(text)['data'] for p in page['paragraphs'] for qa in p['qas']]
-
-
-def humaneval_infill(text, labels):
-    """A line of a program (arXiv 2207.14255)."""
-    return [Blank(item['prompt'], [item['canonical_solution']], item['suffix'],
-                  dict(code=item['test'], entry=item['entry_point'])) for item in json_lines(text)]
-
-
-def gsm8k(text, labels):
-    """arXiv 2110.14168, for a model fine-tuned on pairs (data/gsm8k/prepare.py): what stands behind ####."""
-    return [Blank(item['question'].strip(), [' ' + item['answer']]) for item in json_lines(text)]
 
 
 # ---- a text in tokens -------------------------------------------------------------------------------------
@@ -177,7 +82,7 @@ def count_behind(tokenizer, context, text):
     return len(ids) - len(left) if ids[:len(left)] == left else len(tokenizer.encode_rest(text))
 
 
-def fit(ids, start, end, T):
+def cut_to(ids, start, end, T):
     """The same with at most T ids: what is far from [start, end) is cut, first before it, then behind it.
     Raises TooLong if that alone is longer."""
     if end - start > T:
@@ -190,7 +95,7 @@ def fit(ids, start, end, T):
 
 def exact_cost(model, x, given):
     """-log p of the tokens of x (1, T) that are not given, in nats."""
-    return model.nats(x, 1, None, given).item()
+    return model.nats(x=x, given=given).item()
 
 
 def in_parts(cost, model, x, *rows):
@@ -203,7 +108,7 @@ def bound_cost(model, x, given, noise, v):
     """The denoiser's bound on it, from one draw a row: noise (n, T), v (n,) in [0, 1), stratified."""
     def cost(noise, v):
         n = len(v)
-        return model.count_nats(x.expand(n, -1), v, None, given.expand(n, -1), noise)
+        return model.count_nats(x.expand(n, -1), v, given=given.expand(n, -1), u=noise)
     return in_parts(cost, model, x, noise, v)
 
 
@@ -215,7 +120,7 @@ def published_cost(model, x, given, noise):
     masked = (noise < level[:, None]) & ~given
 
     def cost(masked, level):
-        loss = model.masked_nats(x.expand(len(masked), -1), masked, m=level, m_before=level)
+        loss = model.masked_nats(x.expand(len(masked), -1), masked, m=level)
         return loss / masked.sum(-1).clamp(min=1)
     return in_parts(cost, model, x, masked, level)
 
@@ -231,7 +136,7 @@ def costs(model, tokenizer, item, draws, seed, device):
     noise = torch.rand(max(draws, LEVELS), width, generator=generator)
     v = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
     for ids, _ in cut:
-        ids, begin, end = fit(ids, start, len(ids), T)
+        ids, begin, end = cut_to(ids, start, len(ids), T)
         x, n = torch.tensor([ids], device=device), end - begin
         given = torch.arange(len(ids), device=device)[None] < begin
         if model.bound == 'exact':
@@ -254,7 +159,7 @@ def fill(model, tokenizer, item, device, **how):
     if n == 0:  # the answer is nothing in these tokens
         return ''
     ids = before + [model.mask_id] * n + (after if model.bound != 'exact' else [])
-    ids, start, end = fit(ids, len(before), len(before) + n, model.config.block_size)
+    ids, start, end = cut_to(ids, len(before), len(before) + n, model.config.block_size)
     row = torch.tensor(ids, device=device)[None]
     for canvas in model.sample(row, **{**how, 'steps': min(how['steps'], end - start)}):
         pass
@@ -280,174 +185,7 @@ def until(tokenizer, ids):
     return tokenizer.decode(ids[:stop[0]] if stop else ids)
 
 
-# ---- is it right? (text, item) -> {name: figure} ----------------------------------------------------------
-
-def same_word(text, item):
-    return {'accuracy': float(text.strip() == item.answers[0].strip())}
-
-
-def normalised(text):
-    """As the graders of SQuAD and TriviaQA do: lower case, no punctuation, no articles, single spaces."""
-    text = ''.join(c for c in text.lower() if c not in string.punctuation)
-    return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
-
-
-def f1(text, gold):
-    """Harmonic mean of the shares of words that are in both."""
-    a, b = normalised(text).split(), normalised(gold).split()
-    both = sum((Counter(a) & Counter(b)).values())
-    return 2 * both / (len(a) + len(b)) if both else float(a == b)
-
-
-def em_f1(text, item):
-    """The best over all right answers, of the first line."""
-    text = text.strip().split('\n')[0]
-    return {'EM': float(any(normalised(text) == normalised(gold) for gold in item.answers)),
-            'F1': max(f1(text, gold) for gold in item.answers)}
-
-
-def rouge(text, item):
-    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, by the library rouge_score, without stemming."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        fail("task=rocstories_infill needs the library rouge_score: pip install rouge-score")
-    kinds = dict(rouge1='ROUGE-1', rouge2='ROUGE-2', rougeL='ROUGE-L')
-    scores = RougeScorer(list(kinds)).score(item.answers[0], text)
-    return {name: scores[kind].fmeasure for kind, name in kinds.items()}
-
-
-def same_line(text, item):
-    return {'exact': float(text.strip() == item.answers[0].strip())}
-
-
-def last_number(text):
-    """What stands behind the last ####, without commas; None if there is none."""
-    _, mark, number = text.rpartition('####')
-    return number.strip().replace(',', '').rstrip('.') if mark else None
-
-
-def same_number(text, item):
-    number = last_number(text)
-    return {'accuracy': float(number is not None and number == last_number(item.answers[0])),
-            'has ####': float(number is not None)}
-
-
-def limit(process, memory):
-    """Bound the memory of a process, in bytes, where the system can (Linux)."""
-    try:
-        import resource
-        resource.prlimit(process.pid, resource.RLIMIT_AS, (memory, memory))
-    except (ImportError, AttributeError, ProcessLookupError):
-        pass
-
-
-def end(process):
-    """Kill a process, and where the system has groups of them (not on Windows) all that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, 'killpg'):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.terminate()
-    process.wait()
-
-
-def passes(text, item, seconds=5, memory=2 ** 31):
-    """Does the program with this line pass its tests? It runs in a process of its own, in an empty folder,
-    without our environment, for so many seconds, in so many bytes, and must come to its end, where it says a
-    word drawn for this run. That is no sandbox: the model's code runs with your rights, and on Windows what
-    it has started may outlive it."""
-    bare = {name: os.environ[name] for name in ('SYSTEMROOT',) if name in os.environ}  # Windows needs it
-    word = secrets.token_hex(16)
-    program = (f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
-               f"print({word!r})\n")
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, 'said'), 'w+b') as said:
-        try:
-            process = subprocess.Popen([sys.executable, '-I', '-c', program], cwd=folder, env=bare,
-                                       start_new_session=True, stdin=subprocess.DEVNULL, stdout=said,
-                                       stderr=subprocess.DEVNULL)
-        except ValueError:  # a zero byte or half a character in the program
-            return False
-        limit(process, memory)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            end(process)
-        said.seek(0)
-        return said.read().decode(errors='replace').endswith(word + '\n')
-
-
-# ---- the tasks --------------------------------------------------------------------------------------------
-
-MOSAIC = 'https://storage.googleapis.com/ai2-mosaic/public'
-
-
-@dataclass
-class Task:
-    read: object         # (text of the file, text of its labels) -> items
-    grade: object = None  # of a Blank: (text, item) -> {name: figure}
-    write: object = fill  # of a Blank: (model, tokenizer, item, device, how) -> text
-    url: str = ''        # '': by hand only
-    member: str = ''     # of a zip archive
-    labels: str = ''     # '.jsonl' of the file becomes this, if labels are in a file of their own
-    otherwise: str = ''  # where a person gets the file
-
-
-TASKS = {
-    'hellaswag': Task(hellaswag, url='https://raw.githubusercontent.com/rowanz/hellaswag/master/data/'
-                                     'hellaswag_val.jsonl'),
-    'winogrande': Task(winogrande, url=f'{MOSAIC}/winogrande/winogrande_1.1.zip',
-                       member='winogrande_1.1/dev.jsonl'),
-    'piqa': Task(piqa, url=f'{MOSAIC}/physicaliqa/physicaliqa-train-dev.zip',
-                 member='physicaliqa-train-dev/dev.jsonl', labels='-labels.lst'),
-    'siqa': Task(siqa, url=f'{MOSAIC}/socialiqa/socialiqa-train-dev.zip',
-                 member='socialiqa-train-dev/dev.jsonl', labels='-labels.lst'),
-    'rocstories': Task(rocstories, otherwise='cs.rochester.edu/nlp/rocstories, the cloze test of 2016'),
-    'rocstories_infill': Task(rocstories_infill, rouge,
-                              otherwise='cs.rochester.edu/nlp/rocstories, the cloze test of 2016'),
-    'lambada': Task(lambada, same_word, url='https://openaipublic.blob.core.windows.net/gpt-2/data/'
-                                             'lambada_test.jsonl'),
-    'triviaqa': Task(triviaqa, em_f1, otherwise='nlp.cs.washington.edu/triviaqa, unfiltered-web-dev.json'),
-    'squad': Task(squad, em_f1, url='https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v1.1.json'),
-    'humaneval_infill': Task(humaneval_infill, same_line,
-                             otherwise='github.com/openai/human-eval-infilling, '
-                                       'HumanEval-SingleLineInfilling.jsonl, unpacked'),
-    'gsm8k': Task(gsm8k, same_number, answer, 'https://raw.githubusercontent.com/openai/grade-school-math/'
-                                              'master/grade_school_math/data/test.jsonl'),
-}
-
-
-def load(name, path=''):
-    """The items of a task, from the official file at `path` or downloaded into data/tasks, or the script
-    ends."""
-    task, folder = TASKS[name], Path('data', 'tasks')
-    if path:
-        text = files.read_bytes(path, 'data')
-        labels = Path(path).with_suffix('').as_posix() + task.labels
-        labels = files.read_bytes(labels, 'data') if task.labels else b''
-    elif not task.url:
-        fail(f"task={name}: get its file ({task.otherwise}) and name it with --data=")
-    else:
-        there = folder / f"{name}-{task.url.rpartition('/')[2]}"
-        web.fetch(task.url, there, otherwise='name its file with --data=')
-        text = web.unzip(there, task.member) if task.member else there.read_bytes()
-        labels = Path(task.member).with_suffix('').as_posix() + task.labels
-        labels = web.unzip(there, labels) if task.labels else b''
-    try:
-        items = task.read(*(files.text_of(data, path or task.url) for data in (text, labels)))
-        for number, item in enumerate(items, 1):
-            if isinstance(item, Choice) and not 0 <= item.gold < len(item.choices):
-                raise ValueError(f"item {number} says that choice {item.gold + 1} is right")
-            texts = item.choices if isinstance(item, Choice) else item.answers
-            if not texts or not all(isinstance(text, str) and text for text in texts):
-                raise ValueError(f"item {number} has no answer, or an empty one")
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error,
-            RecursionError) as e:
-        fail(f"task={name}: {path or task.url} is not in the official format ({type(e).__name__}: {e})")
-    return items or fail(f"task={name}: {path or task.url} is empty")
-
+# ---- a table ----------------------------------------------------------------------------------------------
 
 def measure(name, items, model, tokenizer, device, draws, seed, how, execute=False, show=0):
     """({figure: (mean over the items, standard error)}, how many items there were room for); a function of
@@ -461,7 +199,8 @@ def measure(name, items, model, tokenizer, device, draws, seed, how, execute=Fal
                                 for rule, c in cost.items()})
                 continue
             common.seed_everything(seed, number)
-            text = TASKS[name].write(model, tokenizer, item, device, **how)
+            write = answer if TASKS[name].pairs else fill
+            text = write(model, tokenizer, item, device, **how)
         except TooLong as e:
             why = e
             continue
@@ -475,3 +214,41 @@ def measure(name, items, model, tokenizer, device, draws, seed, how, execute=Fal
     table = {key: torch.tensor([f[key] for f in figures]).double() for key in figures[0]}
     return {key: (t.mean().item(), t.std(correction=min(1, len(t) - 1)).item() / len(t) ** 0.5)
             for key, t in table.items()}, len(figures)
+
+
+def main(argv):
+    config, given = settings(argv, __doc__, Config, functions=judge.samplers(),
+                             others='\n\ntasks: ' + ', '.join(TASKS))
+    device = common.pick_device(config.device)
+    _, checkpoint = pretrained.find(config.out_dir, config.which)
+    if checkpoint['objective'] not in ('ar', 'masked', 'sedd'):
+        fail(f"tasks are for ar, masked and sedd, not for {checkpoint['objective']}")
+    if config.block_size:
+        checkpoint = source.shortened(checkpoint, config.block_size)
+    model, tokenizer = common.load_model(checkpoint, device, config.weights)
+    amp = common.autocast(device, common.pick_dtype(config.dtype, device))
+    found = {}
+    for name in config.task.split(','):
+        if TASKS[name].pairs and tokenizer.sep is None:
+            fail(f"task={name} is for a model that was fine-tuned on pairs (config/sft_gsm8k.py)")
+        items = load(name, config.data)
+        if 0 < config.items < len(items):
+            items = [items[i] for i in np.linspace(0, len(items) - 1, config.items).astype(int)]
+        found[name] = items
+    try:
+        how = judge.how_to_write(model.sample, config, judge.said(config, given))
+        print(f"| {checkpoint['objective']} | items | figures |\n|---|---|---|", flush=True)
+        for name, items in found.items():
+            with amp:
+                figures, n = measure(name, items, model, tokenizer, device, config.draws, config.seed, how,
+                                     config.execute, config.show)
+            cells = ', '.join(f"{key} {100 * mean:.1f} ± {100 * error:.1f}"
+                              for key, (mean, error) in figures.items())
+            left_out = f" ({len(items) - n} too long)" if n < len(items) else ''
+            print(f"| {name} | {n}{left_out} | {cells} |", flush=True)
+    except ValueError as e:  # of a rule, or an item that is too long
+        fail(e)
+
+
+if __name__ == '__main__':
+    script(main)

@@ -1,0 +1,167 @@
+"""
+Quality against network calls: every rule of a model's sampler with several numbers of steps, under a judge.
+
+    python -m tools.frontier --out_dir=out-mdlm --judge=out-ar --csv=frontier.csv --plot=frontier.svg
+    python -m tools.frontier --out_dir=out-score --judge=out-ar --rules=euler,heun --grid_of_steps=8,64
+
+tools/judge.py says what the table holds. A rule that takes no steps is tried with values of its own knob
+instead. Knobs of a rule may be given; they are for the rules that have them. The table and the plot are
+written anew after every row.
+"""
+import csv
+import io
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+from configurator import Filename, fail, knobs_of, script, settings
+from hub import pretrained
+from text import files
+from tools import judge, source
+
+SWEEPS = {'threshold': ('threshold', (0.3, 0.5, 0.7, 0.9, 0.97)),
+          'factor': ('factor', (8.0, 4.0, 2.0, 1.0, 0.5)),
+          'eb': ('gamma', (10.0, 3.0, 1.0, 0.3, 0.1, 0.03))}  # of the rules without steps
+
+
+@dataclass
+class Config(judge.Config, source.Config):
+    # frontier
+    rules: str = ''      # these only, separated by commas; '': all
+    grid_of_steps: str = '8,16,32,64,128,256,512,1024'  # the numbers of steps
+    csv: Filename = ''   # write the table here
+    plot: Filename = ''  # draw it here, .svg or .png (needs matplotlib)
+
+    def __post_init__(self):
+        if not self.judge:
+            raise ValueError("a frontier needs a judge, for example --judge=out-ar")
+        if not all(part.strip().isdecimal() and int(part) for part in self.grid_of_steps.split(',')):
+            raise ValueError(f"grid_of_steps={self.grid_of_steps!r} is not a list of numbers: 8,16,32")
+
+
+def label_of(objective, model, how):
+    """What the table says of how texts were written: steps, or what their number depends on. how: arguments
+    of the sampler."""
+    rules, rule = common.concept(objective).RULES, how.get('rule')
+    if rule in SWEEPS:
+        name = SWEEPS[rule][0]
+        return f"{name} {how.get(name, knobs_of(rules[rule])[name].default)}"
+    if model.bound == 'exact' or rule == 'first_hitting':
+        return 'one token a call'
+    return f"{how['steps']} steps" if rules else 'z from the prior'
+
+
+def rules_of(config, objective):
+    """{name: function} of the rules to compare, or the script ends."""
+    known = common.concept(objective).RULES
+    if not known:
+        fail(f"{objective} has one way to write: python eval.py --judge={config.judge} measures it")
+    names = list(filter(None, config.rules.split(','))) or list(known)
+    for name in names:
+        if name not in known:
+            fail(f"rules: {name!r} is not one of: {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+def points_of(config, said, sampler, rules):
+    """(rule, arguments of the sampler) of every point. Raises ValueError for something said that neither the
+    sampler nor a rule takes."""
+    known = {rule: knobs_of(function) for rule, function in rules.items()}
+    for rule, own in known.items():
+        others = {name for names in known.values() for name in names} - own.keys()
+        how = judge.how_to_write(sampler, config, {k: v for k, v in said.items() if k not in others})
+        if rule in SWEEPS:
+            name, values = SWEEPS[rule]
+            points = [{'steps': 1, name: value} for value in values]
+        elif rule == 'first_hitting':
+            points = [dict(steps=1)]
+        else:
+            points = [dict(steps=int(steps)) for steps in config.grid_of_steps.split(',')]
+        for point in points:
+            yield rule, how | dict(rule=rule) | point
+
+
+def frontier(config, points, checkpoint, model, tokenizer, device, amp):
+    """A row for every point; the same in a CSV and a plot."""
+    scorer = judge.open_table(config, checkpoint, model, tokenizer, device)
+    rows, refused = [], {}
+    for rule, how in points:
+        if rule in refused:
+            continue
+        common.seed_everything(config.seed)
+        with amp:
+            try:
+                texts, calls, speed = judge.written(model, tokenizer, config, device, how)
+            except ValueError as e:  # of a rule that this model cannot take
+                refused[rule] = e
+                continue
+        figures, label = judge.judged(scorer, texts, device), label_of(checkpoint['objective'], model, how)
+        rows.append(dict(rule=rule, knob=label, calls=calls, tokens_per_second=speed, **figures))
+        if config.csv:
+            writer = csv.DictWriter(table := io.StringIO(newline=''), rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+            files.write(config.csv, table.getvalue())
+        if config.plot:
+            plot(rows, config.plot)
+        judge.row(rule, figures, label, calls, speed)
+    if not rows:
+        fail(next(iter(refused.values())))
+    for rule, why in refused.items():
+        print(f"{rule} is left out: {why}", file=sys.stderr)
+
+
+def check_plot(path):
+    """Can the file be drawn, by matplotlib, and be written? Or the script ends."""
+    try:
+        import matplotlib
+    except ImportError:
+        fail("plot needs matplotlib: pip install matplotlib; the table and --csv do not")
+    matplotlib.use('agg')
+    from matplotlib import pyplot
+    known = pyplot.figure().canvas.get_supported_filetypes()
+    pyplot.close()
+    if Path(path).suffix[1:].lower() not in known:
+        fail(f"--plot={path} must end in one of: .{', .'.join(sorted(known))}")
+    files.writable(path, 'plot')
+
+
+def plot(rows, path):
+    """Quality and entropy against network calls, a line a rule."""
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout='constrained')
+    for i, (rule, points) in enumerate(itertools.groupby(rows, key=lambda r: r['rule'])):
+        points = sorted(points, key=lambda r: r['calls'])
+        for axis, column in zip(axes, ('nats_per_token', 'unigram_entropy')):
+            axis.plot([p['calls'] for p in points], [p[column] for p in points], marker='osv^D'[i % 5],
+                      color=pyplot.cm.tab20(i % 20), label=rule, markersize=4)
+    for axis, label in zip(axes, ('nats/token under the judge', 'unigram entropy of a text, nats')):
+        axis.set(xscale='log', xlabel='network calls', ylabel=label)
+    axes[1].legend(fontsize='small', ncols=2)
+    figure.savefig(drawn := io.BytesIO(), format=Path(path).suffix[1:].lower())
+    pyplot.close(figure)
+    files.write(path, drawn.getvalue())
+
+
+def main(argv):
+    config, given = settings(argv, __doc__, Config, functions=judge.samplers())
+    if config.csv:
+        files.writable(config.csv, 'csv')
+    if config.plot:
+        check_plot(config.plot)
+    device = common.pick_device(config.device)
+    _, checkpoint = pretrained.find(config.out_dir, config.which)
+    rules = rules_of(config, checkpoint['objective'])
+    model, tokenizer = common.load_model(checkpoint, device, config.weights)
+    amp = common.autocast(device, common.pick_dtype(config.dtype, device))
+    try:
+        points = list(points_of(config, judge.said(config, given), model.sample, rules))
+        frontier(config, points, checkpoint, model, tokenizer, device, amp)
+    except ValueError as e:
+        fail(e)
+
+
+if __name__ == '__main__':
+    script(main)

@@ -1,0 +1,181 @@
+"""
+Texts of a model under a judge: an autoregressive model says how likely they are ("generative perplexity").
+
+A text ends at its first <|endoftext|>, if the model's tokens have one. It is decoded, written in the judge's
+tokens (with the judge's <|endoftext|> behind it, if it ended) and scored in windows of the judge's block
+size, each on its own. No text is left out.
+
+Sure but dull texts have a low perplexity. So beside it stand, in the judge's tokens, the unigram entropy of a
+text (nats, mean over texts), the share of different n-grams among all (distinct) and the share of a text's
+4-grams that it had before (repetition). The first row is the validation text's.
+"""
+import itertools
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import common
+import unmask
+from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail
+from hub import pretrained
+from text import packing, windows
+from tools.source import load_text
+
+
+@dataclass
+class Config:
+    # texts under a judge
+    judge: Filename = ''            # an autoregressive checkpoint, as for out_dir: out-ar, gpt2-large
+    num_samples: Count = 64         # texts
+    batch: Count = 64               # texts written at once
+    length: Natural = 0             # tokens of a text; 0: the model's block size
+    overlap: Natural = 0            # beyond the block: tokens kept as context; 0: half a block
+    temperature: NonNegative = 1.0  # 1: the model's own law
+    top_k: Natural = 0              # draw from the k likeliest tokens; 0: all
+    top_p: ShareAbove0 = 1.0        # draw from the fewest tokens with this probability together
+
+
+# ---- how texts are written --------------------------------------------------------------------------------
+
+SHARED = ('steps', 'rule', 'temperature', 'top_k', 'top_p')  # arguments of samplers that are knobs of scripts
+
+
+def samplers():
+    """All functions whose keyword arguments are knobs: samplers and their rules."""
+    modules = [common.concept(name) for name in common.OBJECTIVES]
+    return [unmask.unmask, *(f for m in modules for f in (m.Model.sample, *m.RULES.values()))]
+
+
+def said(config, given):
+    """What a person said about sampling: of `given`, all that is for a sampler."""
+    return {name: value for name, value in given.items() if name in SHARED or name not in vars(config)}
+
+
+def how_to_write(sampler, config, said):
+    """Arguments of a sampler, Model.sample. Raises ValueError for something said that it does not take."""
+    return arguments(sampler, said, {name: v for name, v in vars(config).items() if name in SHARED})
+
+
+def written(model, tokenizer, config, device, how):
+    """num_samples texts of the model: ([(text, did it end?)], network calls of a batch, tokens/s). how:
+    arguments of its sampler. Raises ValueError."""
+    T, calls, texts, began = model.config.block_size, [], [], time.time()
+    if config.overlap >= T:
+        raise ValueError(f"overlap={config.overlap} must be smaller than block_size={T}")
+    L, overlap = config.length or T, config.overlap or T // 2
+    counter = model.gpt.norm.register_forward_pre_hook(lambda *_: calls.append(1))  # once a call
+    batches = torch.full((config.num_samples, L), model.mask_id, device=device).split(config.batch)
+    for canvas in batches:
+        if tokenizer.bos is not None:
+            canvas[:, 0] = tokenizer.bos
+        for canvas in unmask.generate(model, canvas, L if model.any_length else T, overlap, **how):
+            pass
+        texts += [until_end(row, tokenizer) for row in canvas.tolist()]
+    counter.remove()
+    return texts, len(calls) / len(batches), len(texts) * L / (time.time() - began)
+
+
+def until_end(ids, tokenizer):
+    """(text before the first <|endoftext|>, whether there is one)."""
+    ended = tokenizer.end in ids
+    return tokenizer.text(ids[:ids.index(tokenizer.end)] if ended else ids), ended
+
+
+# ---- counts: texts are lists of ids -----------------------------------------------------------------------
+
+def unigram_entropy(text):
+    """Entropy in nats of the tokens of one text."""
+    _, counts = np.unique(text, return_counts=True)
+    p = counts / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def ngrams(text, n):
+    return list(zip(*(text[i:] for i in range(n))))
+
+
+def distinct(texts, n):
+    """Different n-grams / n-grams, over all texts."""
+    grams = [gram for text in texts for gram in ngrams(text, n)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def repetition(texts, n=4):
+    """Share of a text's n-grams that occurred in it before, over all texts."""
+    grams = [ngrams(text, n) for text in texts]
+    return 1 - sum(len(set(g)) for g in grams) / sum(map(len, grams)) if any(grams) else 0.0
+
+
+# ---- the judge --------------------------------------------------------------------------------------------
+
+class Judge:
+    """A checkpoint with an exact likelihood, ours or of others."""
+
+    def __init__(self, path, device):
+        _, checkpoint = pretrained.find(path)
+        self.net, self.tokenizer = common.load_model(checkpoint, device)
+        if self.net.bound != 'exact':
+            fail(f"judge={path} is of {checkpoint['objective']}, whose likelihood is not exact: "
+                 f"take an autoregressive one")
+        self.block_size = self.net.config.block_size
+
+    def nats(self, x):
+        return self.net.nats(x=x)
+
+
+@torch.no_grad()
+def judged(judge, texts, device):
+    """What the judge and the counts say of texts, a list of (str, ended): a dict of floats."""
+    ids = []
+    for text, ended in texts:
+        ids.append(judge.tokenizer.encode(text))
+        if ended and judge.tokenizer.end is not None:
+            ids[-1].append(judge.tokenizer.end)
+    ids = [row for row in ids if row]  # an empty text has nothing to score
+    if not ids:
+        fail("all texts are empty")
+    T, bos = judge.block_size, [] if judge.tokenizer.bos is None else [judge.tokenizer.bos]
+    whole = [bos + row for row in ids]  # <bos> costs a judge of lines nothing, and is no token of the text
+    rows = common.rows_at_once(min(T, max(map(len, whole))), judge.tokenizer.vocab_size)
+    pieces = sorted((row[i:i + T] for row in whole for i in range(0, len(row), T)), key=len)
+    nats = 0.0
+    for _, same in itertools.groupby(pieces, key=len):
+        for part in torch.tensor(list(same)).to(device).split(rows):
+            nats += judge.nats(part).cpu().double().sum().item()
+    n = sum(map(len, ids))
+    return dict(nats_per_token=nats / n, perplexity=math.exp(nats / n),
+                unigram_entropy=sum(map(unigram_entropy, ids)) / len(ids),
+                **{f'distinct_{k}': distinct(ids, k) for k in (1, 2, 3)}, repetition=repetition(ids))
+
+
+# ---- the table --------------------------------------------------------------------------------------------
+
+def head():
+    print("| texts | knob | network calls | tokens/s | judge, nats/token | perplexity | unigram entropy | "
+          "distinct-1 | distinct-2 | distinct-3 | repetition |")
+    print("|---" * 11 + "|", flush=True)
+
+
+def row(name, figures, knob='', calls=0, speed=0):
+    """figures: of `judged`, in the order of the columns."""
+    cells = [name, knob, f"{calls:.1f}" if calls else "", f"{speed:,.0f}" if speed else ""]
+    print("| " + " | ".join(cells + [f"{figure:.3f}" for figure in figures.values()]) + " |", flush=True)
+
+
+def open_table(config, checkpoint, model, tokenizer, device):
+    """The judge. Prints the head of its table and a row: of as many segments of the validation text as there
+    are to be texts, or of as many of its lines."""
+    judge, L = Judge(config.judge, device), config.length or model.config.block_size
+    tokens, reader = load_text(config, checkpoint, tokenizer, device)
+    if reader.bos is None:
+        rows = windows.Rows(tokens, reader, min(L, len(tokens)))
+    else:
+        rows = packing.Rows(tokens, reader, L, packed=False)
+    batch = rows.all(config.num_samples)
+    texts = [x[kept].tolist() for x, kept in zip(batch['x'], packing.counted(**batch))]
+    head()
+    row('validation text', judged(judge, [until_end(text, tokenizer) for text in texts], device))
+    return judge

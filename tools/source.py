@@ -1,0 +1,79 @@
+"""
+What eval.py and the tools are given: a checkpoint, and a text in its tokens.
+"""
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import common
+from configurator import Filename, Natural, fail, knobs_of
+from text import files
+from text.rows import KINDS, kind_of, load_meta, load_tokens, open_rows
+from text.vocabulary import Tokenizer, as_ids
+
+
+@dataclass
+class Checkpoint:
+    # checkpoint
+    out_dir: Filename = ''    # a folder of ours, or a model of others (hub/); '': the newest out*/
+    which: Literal['best', 'last'] = 'best'    # best | last
+    weights: Literal['ema', 'model'] = 'ema'   # ema, the average over steps | model, the last
+    device: str = 'auto'      # auto | cpu | cuda | mps
+    dtype: Literal['float32', 'bfloat16', 'auto'] = 'float32'  # of the networks: float32 | bfloat16 | auto
+    seed: Natural = 1337      # equal seeds, equal figures
+
+
+@dataclass
+class Config(Checkpoint):
+    # text
+    input: Filename = ''      # a UTF-8 text; '': the dataset's split
+    dataset: str = ''         # another dataset than the model's own
+    split: Literal['val', 'test', 'train'] = 'val'  # of the dataset: val | test | train
+
+
+def load_text(config, checkpoint, tokenizer, device):
+    """(tokens of the text that the config names, the tokenizer that says what kind of rows they make), or
+    the script ends. By default the text is a split of the dataset that the model was trained on."""
+    plain = copy.copy(tokenizer)
+    plain.sep = None  # a text of another origin has no prompts and answers
+    if config.input:
+        ids = tokenizer.stream(files.read_text(config.input, 'input'))
+        return torch.tensor(ids or fail(f"--input={config.input} holds no text"), device=device), plain
+    dataset = config.dataset or checkpoint['run']['dataset']
+    if not dataset:
+        fail("this model comes without a dataset: name one with --dataset=, or a text with --input=")
+    meta, own = load_meta(dataset), checkpoint['tokenizer']
+    if not config.dataset and meta != own:
+        fail(f"data/{dataset} has been prepared anew from another text: score a text with --input=FILE")
+    other = tokenizer if meta == own else Tokenizer(meta)
+    tokens = load_tokens(dataset, config.split, other.vocab_size, device)
+    if other.pieces == tokenizer.pieces:
+        return tokens, other
+    if other.sep is not None:
+        fail(f"data/{dataset} holds prompts and answers in other tokens than this model's: prepare it with "
+             f"its tokenizer")
+    return torch.tensor(tokenizer.stream(other.text(as_ids(tokens).tolist())), device=device), plain
+
+
+def rows_of(tokens, tokenizer, model, checkpoint, most):
+    """The rows of a text, all or `most` evenly spread, made as for training: {name: tensor (N, ...)}."""
+    Config, rows = KINDS[kind_of(tokenizer)].Config, checkpoint.get('rows', {})
+    knobs = Config(**{name: rows[name] for name in knobs_of(Config) if name in rows})
+    batch = open_rows(tokens, tokenizer, model, knobs).all(most)
+    if not len(batch['x']):
+        fail(f"the text has {len(tokens)} tokens, fewer than block_size={model.config.block_size}")
+    return batch
+
+
+def shortened(checkpoint, T):
+    """The checkpoint with a context of T tokens, or the script ends."""
+    config = checkpoint['config']
+    if not common.concept(checkpoint['objective']).Model.takes or T > config['block_size']:
+        fail(f"block_size={T}: the model's is {config['block_size']}; it can be made shorter, but not that of "
+             f"vae and latent")
+    for state in (checkpoint['ema'], checkpoint['model']):
+        if 'gpt.pos.weight' in state:
+            state['gpt.pos.weight'] = state['gpt.pos.weight'][:T + config.get('shift', False)]
+    return checkpoint | dict(config=config | dict(block_size=T))
