@@ -49,7 +49,7 @@ import torch.nn.functional as F
 import common
 from text import files
 from text import packing
-from hub import pretrained
+from hub.find import find
 from tools import tasks
 import unmask
 import vae
@@ -64,7 +64,7 @@ MODES = ('nll', 'gen_ppl', 'frontier', 'latents', 'tasks')
 @dataclass
 class Config(unmask.Config):
     mode: str = 'nll'        # nll | gen_ppl | frontier | latents | tasks
-    out_dir: Filename = ''   # the checkpoint, also one of others (pretrained.py); '': the newest out*/
+    out_dir: Filename = ''   # the checkpoint, also one of others (hub/find.py); '': the newest out*/
     which: str = 'best'      # best | last
     weights: str = 'ema'     # ema | slow, a second average | model, not averaged
     device: str = 'auto'     # auto | cpu | cuda | mps
@@ -235,10 +235,10 @@ def repetition(texts, n=4):
 
 
 class Judge:
-    """A checkpoint with an exact likelihood, ours or a pretrained one (pretrained.py)."""
+    """A checkpoint with an exact likelihood, ours or a pretrained one (hub/find.py)."""
 
     def __init__(self, path, device):
-        _, checkpoint = pretrained.find(path)
+        _, checkpoint = find(path)
         self.net, self.tokenizer = common.load_model(checkpoint, device)
         if self.net.bound != 'exact':
             fail(f"judge={path} is of {checkpoint['objective']}, whose likelihood is not exact: "
@@ -580,7 +580,7 @@ def main(argv):
     if config.plot:
         check_plot(config.plot)
     device = common.pick_device(config.device)
-    _, checkpoint = pretrained.find(config.out_dir, config.which)
+    _, checkpoint = find(config.out_dir, config.which)
     changes = {} if config.T < 0 else dict(T=config.T, masking='bernoulli')  # masking is for training only
     if changes and checkpoint['objective'] != 'masked':
         fail(f"T={config.T} is for masked diffusion, not for {checkpoint['objective']}")

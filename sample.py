@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import common
 from text import files
 import latent
-from hub import pretrained
+from hub.find import find
 import score
 import unmask
 import vae
@@ -41,7 +41,7 @@ from configurator import Filename, build, fail, help_text, read, script
 
 @dataclass
 class Config(unmask.Config):
-    out_dir: Filename = ''     # the checkpoint, also one of others (pretrained.py); '': the newest out*/
+    out_dir: Filename = ''     # the checkpoint, also one of others (hub/find.py); '': the newest out*/
     which: str = 'best'        # best | last
     weights: str = 'ema'       # ema | slow, a second average | model, not averaged
     device: str = 'auto'       # auto | cpu | cuda | mps
@@ -393,7 +393,7 @@ def main(argv):
     if config.html:
         files.writable(config.html, 'html')
     device = common.pick_device(config.device)
-    path, checkpoint = pretrained.find(config.out_dir, config.which)
+    path, checkpoint = find(config.out_dir, config.which)
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     tools = dict(reconstruct=reconstruct, interpolate=interpolate, nearest=neighbours)
     latents = hasattr(model, 'unroll')

@@ -32,7 +32,7 @@ import common
 from text import files
 from parts import lora
 from text import packing
-from hub import pretrained
+from hub.find import GPT2, find
 from text import vocabulary
 from configurator import Filename, build, check_names, fail, help_text, peek, read, script
 from model import optimizers
@@ -44,7 +44,7 @@ class Config:
     objective: str = 'masked'           # the concept file: ar | masked | block | score | vae | latent
     dataset: str = 'shakespeare_char'   # a folder of data/
     out_dir: Filename = 'out'           # where the checkpoints go
-    init_from: Filename = 'scratch'     # scratch | resume | whose weights to take: see pretrained.py
+    init_from: Filename = 'scratch'     # scratch | resume | whose weights to take: see hub/find.py
     base: Filename = ''                 # vae, latent: what it is built on, a folder or file (an ar; a vae)
     seed: int = 1337                    # of the weights, the batches and the noise
     device: str = 'auto'                # auto | cpu | cuda | cuda:1 | mps
@@ -115,7 +115,7 @@ def settings(argv):
         kept = {**checkpoint['config'], **checkpoint['run']}
         knobs |= {k: v for k, v in kept.items() if k not in ('init_from', 'device', 'out_dir')}
     elif source != 'scratch':
-        _, checkpoint = pretrained.find(source)
+        _, checkpoint = find(source)
         knobs = adapt.inherited(checkpoint, knobs | flags, source)
     knobs = {**knobs, **flags}
     objective, dataset, base = peek(knobs, Config, 'objective', 'dataset', 'base')
@@ -182,9 +182,9 @@ def built_on(concept, path):
     make = f"`python train.py config/train_{kind}.py` makes one, --base=FOLDER names it"
     if not path:
         fail(f"objective={concept.__name__} is built on a checkpoint of {kind}: {make}")
-    if '/' not in path and path not in pretrained.GPT2 and not Path(path).exists():
+    if '/' not in path and path not in GPT2 and not Path(path).exists():
         fail(f"base={path} does not exist; {make}")
-    path, checkpoint = pretrained.find(path)
+    path, checkpoint = find(path)
     if checkpoint['objective'] != kind:
         fail(f"base={path} is of {checkpoint['objective']}, it must be of {kind}: {make}")
     return checkpoint

@@ -1,0 +1,148 @@
+"""
+What a person calls a model: a checkpoint of ours, a folder in Hugging Face's layout, a repository of the hub.
+
+    python train.py config/adapt_gpt2.py --init_from=gpt2            # or any of what follows
+    python sample.py --out_dir=HuggingFaceTB/SmolLM2-135M --start="The capital of Italy is" --length=16
+    python eval.py --out_dir=FOLDER --input=my.txt
+
+Wherever a script takes a checkpoint it may be named in four ways: a folder or file of ours; a folder with
+config.json, *.safetensors and a tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging
+Face hub. The last two are downloaded once, into HF_HOME, unless the hub's own library has them already (in
+HF_HUB_CACHE). HF_ENDPOINT names a mirror, HF_TOKEN opens what is behind a consent.
+"""
+import os
+import re
+import time
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+import requests
+
+import common
+from configurator import fail
+from hub import web
+from hub.folder import read_folder, shards, tokenizer_of
+from text import files
+
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+# the first part of a path that rather means a folder here than an owner on the hub
+OURS = re.compile(r'out.*|(run|experiment|exp|log|checkpoint|ckpt|model|result|save|train|test|tmp|data'
+                  r'|config)s?', re.IGNORECASE)
+
+
+def find(source, which='best'):
+    """The name of a checkpoint ('': the newest out*/) -> (its path, checkpoint dict), or the script ends."""
+    path = Path(source)
+    if source and (path / 'config.json').is_file():
+        if (path / 'best.pt').is_file() or (path / 'last.pt').is_file():
+            fail(f"{path}/ holds a config.json with its model and checkpoints of ours too: move one of them "
+                 f"away")
+        return path, read_folder(path)
+    if path.is_file():
+        return path, common.load(path)
+    on_hub = (re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', source) and path.suffix != '.pt'
+              and not path.parent.exists() and not OURS.fullmatch(path.parts[0]))
+    if source in GPT2 and not path.exists() or on_hub:
+        return source, read_folder(download(source))
+    if source and not path.exists() and len(path.parts) == 1 and not source.startswith('out'):
+        fail(f"there is no {source} here: `python train.py config/train_mdlm.py` makes a checkpoint; "
+             f"others' are {', '.join(GPT2)}, and owner/name on the hub")
+    path = common.find_checkpoint(source, which)
+    return path, common.load(path)
+
+
+def tokenizer(source):
+    """The meta of the tokenizer of a model, named as for `find`; or the script ends."""
+    folder = Path(source)
+    if (folder / 'last.pt').is_file() or folder.is_file():
+        meta = find(source)[1]['tokenizer']
+    else:
+        folder = folder if folder.is_dir() else download(source, weights=False)
+        meta = tokenizer_of(folder, files.read_json(folder / 'config.json'))
+    return {k: v for k, v in meta.items() if k not in ('source', 'sha256', 'before', 'sep')}
+
+
+# ---- the hub ----------------------------------------------------------------------------------------------
+
+def hf_home():
+    caches = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    return Path(os.environ.get('HF_HOME') or Path(caches, 'huggingface')).expanduser()
+
+
+def hub_cache():
+    """Where the hub's own library keeps repositories."""
+    named = os.environ.get('HF_HUB_CACHE') or os.environ.get('HUGGINGFACE_HUB_CACHE')
+    return Path(named).expanduser() if named else hf_home() / 'hub'
+
+
+def snapshot(repository):
+    """The folder in which the hub's own library keeps a repository, if it does."""
+    folder = hub_cache() / f"models--{repository.replace('/', '--')}"
+    try:
+        return folder / 'snapshots' / (folder / 'refs' / 'main').read_text().strip()
+    except OSError:
+        return folder
+
+
+def whole(folder, weights):
+    """Does the folder hold all of a model (weights: its tensors too)?"""
+    needed = ['config.json', *(shards(folder) if weights else [])]
+    if not all((folder / name).exists() for name in needed):
+        return False
+    tokens = any((folder / name).exists() for name in ('tokenizer.json', 'tokenizer.model'))
+    return tokens or files.read_json(folder / 'config.json').get('model_type') == 'gpt2'  # tiktoken has those
+
+
+def download(repository, weights=True):
+    """owner/name, or gpt2 -> a folder with its files (weights: those of the tensors too), downloaded unless
+    they are there; or the script ends."""
+    folder = hf_home() / 'unmask' / repository.replace('/', '--')
+    for there in (snapshot(repository), folder):
+        if whole(there, weights):
+            return there
+    while int(os.environ.get('LOCAL_RANK', 0)):  # one of several processes downloads
+        time.sleep(1)
+        if whole(folder, weights):
+            return folder
+    get(repository, folder, 'config.json', needed=True)
+    if not (get(repository, folder, 'tokenizer.json') or get(repository, folder, 'tokenizer.model')):
+        get(repository, folder, 'vocab.json')
+        get(repository, folder, 'merges.txt')
+    if weights and not get(repository, folder, 'model.safetensors'):
+        get(repository, folder, 'model.safetensors.index.json')
+        for name in shards(folder):
+            get(repository, folder, name, needed=True)
+    return folder
+
+
+def get(repository, folder, name, needed=False):
+    """Download a file of a repository unless it is there. Is it there now? If it is needed and not, the
+    script ends."""
+    if (folder / name).exists():
+        return True
+    url, token = web.address(repository, name, ''), os.environ.get('HF_TOKEN')
+    headers = {'Authorization': f'Bearer {token}'} if token else {}
+    with web.reported(url, "offline, name a folder that holds the model"):
+        status, sha256 = published(url, headers)
+        if status in (401, 403):
+            fail(f"{repository} does not exist here nor on the hub, or is behind a consent, for which "
+                 f"HF_TOKEN must hold a token")
+        if status == 404:
+            return fail(f"{repository} on the hub has no {name}") if needed else False
+        web.download(url, folder / name, sha256, headers)
+    return True
+
+
+def published(url, headers):
+    """What the hub says of a file: (status 200, 401, 403 or 404; the sha256 of a large one, or ''). Raises
+    requests.RequestException."""
+    for _ in range(5):
+        response = requests.head(url, headers=headers, timeout=20)
+        there = urljoin(url, response.headers.get('location', ''))
+        if not response.is_redirect or urlsplit(there).netloc != urlsplit(url).netloc:
+            break  # large files lie elsewhere, but what is published about them is said here
+        url = there  # the repository has another name now, as gpt2 has
+    if response.status_code not in (401, 403, 404):
+        response.raise_for_status()
+    etag = response.headers.get('x-linked-etag', '').strip('"')
+    return response.status_code, etag if len(etag) == 64 else ''
