@@ -2,6 +2,7 @@
 What the preparers share: flags, and text into tokens.
 """
 import hashlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ Part = Annotated[float, Range(lambda v: 0 < v < 1, "must lie between 0 and 1")]
 
 
 def settings(argv, doc, Config):
-    """The Config that the flags ask for; its folder `out` can be written. --help ends the script."""
+    """The Config that the flags ask for. Its folder `out`, the preparer's own by default, can be written."""
     config, _ = configurator.settings(argv, doc, Config)
+    config.out = config.out or str(Path(inspect.getsourcefile(Config)).parent)
     files.folder(config.out, 'out')
     return config
 
@@ -65,9 +67,9 @@ def write_splits(out, tokens, meta, source='', *data):
     vocabulary) and out/meta.json, with the name and the sha256 of the source, whose bytes are `data`. The
     files of an earlier run stay until all of these are written."""
     meta = meta | dict(source=source, sha256=hashlib.sha256(b''.join(data)).hexdigest())
-    dtype, splits = file_type(Tokenizer(meta).vocab_size), ('train', 'val', 'test')
-    bins = {f'{split}.bin': np.asarray(tokens[split], dtype).tobytes() for split in splits if split in tokens}
-    stale = [f'{split}.bin' for split in splits if split not in tokens]
+    dtype = file_type(Tokenizer(meta).vocab_size)
+    bins = {f'{split}.bin': np.asarray(ids, dtype).tobytes() for split, ids in tokens.items()}
+    stale = [f'{split}.bin' for split in ('train', 'val', 'test') if split not in tokens]
     files.write_all(out, bins | {'meta.json': as_json(meta)}, ['meta.json', *stale])
 
 

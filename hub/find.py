@@ -1,15 +1,16 @@
 """
-What a person calls a model: a checkpoint of ours, a folder in Hugging Face's layout, a repository of the hub.
+The checkpoint that a person names: one of ours, a folder in Hugging Face's layout, or a model of the hub.
 
     python train.py config/adapt_gpt2.py --init_from=gpt2            # or any of what follows
     python sample.py --out_dir=HuggingFaceTB/SmolLM2-135M --start="The capital of Italy is" --length=16
     python eval.py --out_dir=FOLDER --input=my.txt
 
-Wherever a script takes a checkpoint it may be named in four ways: a folder or file of ours; a folder with
-config.json, *.safetensors and a tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging
-Face hub. The last two are downloaded once, into HF_HOME, unless the hub's own library has them already (in
-HF_HUB_CACHE). HF_ENDPOINT names a mirror, HF_TOKEN opens what is behind a consent.
+Every script takes these names: a folder or file of ours; a folder with config.json, *.safetensors and a
+tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging Face hub. The last two are
+downloaded once, into HF_HOME, unless the hub's own library has them already (in HF_HUB_CACHE). HF_ENDPOINT
+names a mirror; HF_TOKEN is needed for models that ask for consent.
 """
+import functools
 import os
 import re
 import time
@@ -86,16 +87,16 @@ def snapshot(repository):
 
 def whole(folder, weights):
     """Does the folder hold all of a model (weights: its tensors too)?"""
-    needed = ['config.json', *(shards(folder) if weights else [])]
-    if not all((folder / name).exists() for name in needed):
+    there = lambda name: (folder / name).exists()
+    if not there('config.json') or weights and not all(map(there, shards(folder))):
         return False
-    tokens = any((folder / name).exists() for name in ('tokenizer.json', 'tokenizer.model'))
-    return tokens or files.read_json(folder / 'config.json').get('model_type') == 'gpt2'  # tiktoken has those
+    return (there('tokenizer.json') or there('tokenizer.model')
+            or files.read_json(folder / 'config.json').get('model_type') == 'gpt2')  # tiktoken has GPT-2's
 
 
 def download(repository, weights=True):
-    """owner/name, or gpt2 -> a folder with its files (weights: those of the tensors too), downloaded unless
-    they are there; or the script ends."""
+    """owner/name, or gpt2 -> a folder with its files, downloaded unless they are there; or the script ends.
+    weights=False: only config.json and the tokenizer."""
     folder = hf_home() / 'unmask' / repository.replace('/', '--')
     for there in (snapshot(repository), folder):
         if whole(there, weights):
@@ -104,20 +105,20 @@ def download(repository, weights=True):
         time.sleep(1)
         if whole(folder, weights):
             return folder
-    get(repository, folder, 'config.json', needed=True)
-    if not (get(repository, folder, 'tokenizer.json') or get(repository, folder, 'tokenizer.model')):
-        get(repository, folder, 'vocab.json')
-        get(repository, folder, 'merges.txt')
-    if weights and not get(repository, folder, 'model.safetensors'):
-        get(repository, folder, 'model.safetensors.index.json')
+    get = functools.partial(get_file, repository, folder)
+    get('config.json', needed=True)
+    if not (get('tokenizer.json') or get('tokenizer.model')):
+        get('vocab.json'), get('merges.txt')
+    if weights and not get('model.safetensors'):
+        get('model.safetensors.index.json')
         for name in shards(folder):
-            get(repository, folder, name, needed=True)
+            get(name, needed=True)
     return folder
 
 
-def get(repository, folder, name, needed=False):
-    """Download a file of a repository unless it is there. Is it there now? If it is needed and not, the
-    script ends."""
+def get_file(repository, folder, name, needed=False):
+    """Download a file of a repository unless it is there -> is it there now? The script ends if it is needed
+    and the hub has none."""
     if (folder / name).exists():
         return True
     url, token = web.address(repository, name, ''), os.environ.get('HF_TOKEN')

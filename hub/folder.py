@@ -39,8 +39,8 @@ def library(folder):
 # ---- tensors ----------------------------------------------------------------------------------------------
 
 def shards(folder):
-    """The names of the files that hold the tensors: model.safetensors, or else what the index says. (An index
-    beside model.safetensors is an older one; transformers ignores it too.)"""
+    """The names of the files that hold the tensors: model.safetensors, or else what the index says. (As in
+    transformers; an index beside model.safetensors is an older one's.)"""
     index = folder / 'model.safetensors.index.json'
     if not index.is_file():
         return ['model.safetensors']
@@ -120,13 +120,15 @@ def read_folder(folder):
     others is an autoregressive model; its [BOS] is the row of their bos token."""
     folder = Path(folder)
     theirs = files.read_json(folder / 'config.json')
-    (shape, shapes), own, tensors = shape_in(folder, theirs), part_of_ours(theirs), Tensors(folder)
+    own, tensors = part_of_ours(theirs), Tensors(folder)
+    shape, shapes = shape_in(folder, theirs)
     tensors.rename(shape)
     weights = layout.to_ours(tensors.take, shape, shapes)
     embed = weights['embed.weight']
     if own:
         check_ours(folder, own, shape, tensors)
-        marks = tensors.take('unmask.marks', (len(adapt.marks(own['objective'], own['config'])), shape.n_embd))
+        n = len(adapt.marks(own['objective'], own['config']))
+        marks = tensors.take('unmask.marks', (n, shape.n_embd))
     else:
         own = dict(objective='ar', config=asdict(shape), run={'dataset': ''}, iter=0, tokens=0)
         ids = [i for i in (special(theirs, 'bos'), special(theirs, 'eos')) if i is not None]
@@ -188,7 +190,8 @@ def tokenizer_of(folder, theirs):
     pairs = source.get('model')
     of_bytes = isinstance(pairs, dict) and not pairs.get('byte_fallback')
     if model_file.is_file() and not of_bytes:  # LLaMA 2 has both files
-        return known | dict(kind='sentencepiece', model=base64.b64encode(model_file.read_bytes()).decode())
+        data = base64.b64encode(files.read_bytes(model_file)).decode()
+        return known | dict(kind='sentencepiece', model=data)
     if not source and (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
         source = of_two_files(folder)
     if source:
@@ -199,7 +202,7 @@ def tokenizer_of(folder, theirs):
 
 
 def of_two_files(folder):
-    """vocab.json and merges.txt, as GPT-2's tokenizer was first published -> the dict of a tokenizer.json."""
+    """vocab.json and merges.txt, GPT-2's tokenizer as first published -> the dict of a tokenizer.json."""
     vocab = files.read_json(folder / 'vocab.json')
     merges = [line for line in files.read_text(folder / 'merges.txt').split('\n')
               if line.strip() and not line.startswith('#version')]
@@ -213,7 +216,6 @@ def of_two_files(folder):
 def write_folder(checkpoint, folder):
     """A checkpoint dict of ours -> a folder in Hugging Face's layout, adapters merged; or the script ends.
     Returns their tensors."""
-    library(folder)
     tensors, marks, shape = in_layout(checkpoint)
     meta, theirs, small = checkpoint['tokenizer'], layout.config_json(shape), {}
     own = {name: checkpoint[name] for name in ('objective', 'run', 'iter', 'tokens')}
@@ -244,13 +246,10 @@ def in_layout(checkpoint):
     shape = model.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(model.Config)})
     if arch == 'gpt2':  # with shift there is a position more, for [BOS]
         shape = dataclasses.replace(shape, block_size=len(weights['pos.weight']))
-    extra = weights.keys() - layout.names_of(shape).keys()
-    if extra:
-        fail(f"the checkpoint {lost}: {', '.join(sorted(extra)[:3])}")
-    try:
-        return layout.to_theirs(weights, shape), rows[V:].contiguous(), shape
-    except (KeyError, RuntimeError) as e:
-        fail(f"the checkpoint {lost}: {e}")
+    odd = weights.keys() ^ layout.names_of(shape).keys()
+    if odd:
+        fail(f"the checkpoint {lost}: {', '.join(sorted(odd)[:3])}")
+    return layout.to_theirs(weights, shape), rows[V:].contiguous(), shape
 
 
 def write_model(folder, tensors, others):

@@ -131,8 +131,8 @@ def heights(name, config):
 
 
 def to_ours(get, config, shapes):
-    """Their tensors -> a state dict of GPT with an embedding of V rows. get: function (name, shape) -> one of
-    theirs; shapes: {our name: shape}."""
+    """Their tensors -> a state dict of GPT with an embedding of V rows. get: their name, shape -> tensor;
+    shapes: {our name: shape}."""
     weights = {}
     for name, theirs in names_of(config).items():
         n, *rest = shapes[name]

@@ -91,8 +91,8 @@ def reported(url, otherwise=''):
         yield
     except (requests.RequestException, ValueError) as e:
         why = type(e).__name__ if isinstance(e, requests.ConnectionError) else str(e)[:150]
-        fail(f"{url} could not be downloaded ({why}): run the same command again, it goes on where it stopped"
-             f"{otherwise and '; or ' + otherwise}")
+        fail(f"{url} could not be downloaded ({why}): run the same command again, it goes on where it "
+             f"stopped{otherwise and '; or ' + otherwise}")
 
 
 def fetch(url, path, sha256='', otherwise=''):

@@ -48,9 +48,9 @@ def refused(mistake):
 
 def library_logits(source, x):
     """What the library transformers makes of a folder; without it the test ends here."""
-    transformers = pytest.importorskip('transformers')
+    library = pytest.importorskip('transformers').AutoModelForCausalLM
     with torch.no_grad():
-        return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(x).logits
+        return library.from_pretrained(source, dtype=torch.float32).eval()(x).logits
 
 
 # ---- logits -----------------------------------------------------------------------------------------------
@@ -298,7 +298,8 @@ def test_a_piece_that_no_merge_makes_is_refused_unless_merges_are_to_be_ignored(
     (dict(pre_tokenizer=dict(type='Metaspace')), ['Metaspace']),
     (dict(pre_tokenizer=dict(BYTE_LEVEL, add_prefix_space=True)), ['ByteLevel']),
     (dict(pre_tokenizer=dict(type='Sequence', pretokenizers=[])), ['damaged']),
-    (dict(pre_tokenizer=split_by('(')), ['damaged']), (dict(pre_tokenizer=split_by('')), ['Split, ByteLevel']),
+    (dict(pre_tokenizer=split_by('(')), ['damaged']),
+    (dict(pre_tokenizer=split_by('')), ['Split, ByteLevel']),
     (dict(model=[]), ['damaged']), (dict(model={}), ['damaged', 'vocab']),
     (dict(model=dict(type='BPE', vocab={'a': 0}, merges=[['a', 'b']])), ['damaged', 'ab']),
     (dict(model=dict(vocab={'a': 'x'}, merges=[])), ['no number']),

@@ -1,9 +1,9 @@
 """
 Files: reading what people have, and writing so that a file is whole or absent.
 
-Texts are read as UTF-8, with or without a byte order mark, or as UTF-16 or UTF-32 with one. A file is written
-under a temporary name and renamed when it is whole. A file that cannot be read, or a disk that cannot be
-written, ends the script in one line.
+Texts are read as UTF-8, with or without a byte order mark, or as UTF-16 or UTF-32 with one. Files are
+written under a temporary name and renamed when they are whole. What cannot be read or written ends the
+script in one line.
 """
 import contextlib
 import errno
@@ -169,7 +169,7 @@ def abandoned(path, pid, seconds=600):
 
 @contextlib.contextmanager
 def occupied(path):
-    """Mark a folder as in use; if another process has marked it, the script ends. (`folder` removes the marks
+    """Mark a folder as in use; the script ends if another process has marked it. (`folder` removes the marks
     of processes that were killed.)"""
     for other in Path(path).glob('training.*.tmp'):
         fail(f"{path}/ is in use: process {other.name.split('.')[1]} trains there; stop it or take another "

@@ -107,7 +107,7 @@ def as_ids(tokens):
     return tokens.long() & 0xFFFF if tokens.dtype == torch.int16 else tokens.long()
 
 
-# ---- every kind: meta -> (bytes of every id, function text -> ids, id of the end of a text) ----------------
+# ---- every kind: meta -> (bytes of every id, function text -> ids, id of the end of a text) -------------
 
 def char_tokens(meta):
     """One id a character. A character outside the vocabulary ends the script, which names it."""
@@ -158,8 +158,8 @@ def bpe_tokens(meta):
 
 
 def byte_pairs(kind, words, ranks, unknown):
-    """The function text -> ids of byte pairs {piece: id}, none of which crosses a word. unknown: the ids of a
-    character with a byte that is no piece."""
+    """The function text -> ids for byte pairs {piece: id}, none of which crosses a word. unknown: the ids
+    for a character with a byte that is no piece."""
     encoding = load_tiktoken(kind).Encoding(kind, pat_str=words, mergeable_ranks=ranks, special_tokens={})
     able = {b for b in range(256) if bytes([b]) in ranks}
 
@@ -176,8 +176,8 @@ def byte_pairs(kind, words, ranks, unknown):
 
 # ---- the tokenizers of other models -----------------------------------------------------------------------
 
-class Unreadable(ValueError):
-    """A tokenizer.json of a kind that is not known here."""
+def refuse(what):
+    fail(f"the tokenizer.json {what}: byte-level byte pairs (GPT-2, SmolLM2, LLaMA-3) are what can be read")
 
 
 def byte_letters():
@@ -189,7 +189,7 @@ def byte_letters():
 
 
 def words_of(pre):
-    """The `pre_tokenizer` of a tokenizer.json -> the regular expression of its words. Raises Unreadable."""
+    """The `pre_tokenizer` of a tokenizer.json -> the regular expression of its words, or the script ends."""
     steps = pre['pretokenizers'] if pre and pre['type'] == 'Sequence' else [pre or {'type': None}]
     kinds, first, last = [step['type'] for step in steps], steps[0], steps[-1]
     if last['type'] == 'ByteLevel' and not last.get('add_prefix_space'):
@@ -201,24 +201,24 @@ def words_of(pre):
         if kinds == ['Split', 'ByteLevel'] and not by_regex and first['behavior'] == 'Isolated' and \
                 not first.get('invert') and (regex := first['pattern'].get('Regex')):
             return rf'{regex}|(?:(?!{regex})[\s\S])+'  # what it leaves out is a word, too
-    raise Unreadable(f"cuts words in a way that is not known here ({', '.join(map(str, kinds))})")
+    refuse(f"cuts words in a way that is not known here ({', '.join(map(str, kinds))})")
 
 
 def check_kind(source):
-    """Is a tokenizer.json one of byte-level byte pairs? Raises Unreadable if not."""
+    """A tokenizer.json of something else than byte-level byte pairs ends the script."""
     model, normalizer = source['model'], source.get('normalizer')
     if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or normalizer:
         what = [model.get('type'), (normalizer or {}).get('type'),
                 'byte_fallback' if model.get('byte_fallback') else '']
-        raise Unreadable(f"is of kind {' with '.join(filter(None, what))}")
+        refuse(f"is of kind {' with '.join(filter(None, what))}")
     for name in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
         if model.get(name):
-            raise Unreadable(f"has {name}={model[name]}, which is not known here")
+            refuse(f"has {name}={model[name]}, which is not known here")
 
 
 def json_tokens(meta):
-    """The byte pairs of a tokenizer.json. An id that it leaves out has no bytes. A character with a byte that
-    is no piece (SmolLM2 lacks some control characters) is left out. Other kinds end the script."""
+    """The byte pairs of a tokenizer.json; other kinds end the script. An id that it leaves out has no bytes.
+    A character with a byte that is no piece (SmolLM2 lacks some control characters) is left out."""
     source, V = meta['json'], meta['vocab_size']
     try:
         check_kind(source)
@@ -229,13 +229,12 @@ def json_tokens(meta):
                  if i not in added}
         pieces = {i: piece for piece, i in ranks.items()}
         if not all(type(i) is int for i in pieces) or len(pieces) < len(ranks):
-            raise Unreadable("gives an id to two pieces, or one that is no number")
+            refuse("gives an id to two pieces, or one that is no number")
         merges = (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
         joined = [model['vocab'][left + right] for left, right in merges]
         encode = byte_pairs('json', words_of(source.get('pre_tokenizer')), ranks, [])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        fail(f"the tokenizer.json {e if type(e) is Unreadable else f'is damaged ({e!r})'}: "
-             f"byte-level byte pairs (GPT-2, SmolLM2, LLaMA-3) are what can be read")
+        refuse(f"is damaged ({e!r})")
     made = {i for i, piece in pieces.items() if len(piece) > 1}
     if joined != sorted(joined) or not (model.get('ignore_merges') or made <= set(joined)):
         fail("the tokenizer.json has ids in another order than its merges, or pieces without one: "
@@ -247,7 +246,7 @@ def json_tokens(meta):
 
 
 def sentencepiece_tokens(meta):
-    """A tokenizer.model of SentencePiece, which puts a space before every text and may replace characters."""
+    """A tokenizer.model of SentencePiece: it puts a space before every text and may replace characters."""
     try:
         import sentencepiece
     except ImportError:

@@ -24,7 +24,6 @@ from data import tools
 from hub import web
 from text import files
 
-HERE = Path(__file__).resolve().parent
 REPOSITORY = 'kjj0/fineweb10B-gpt2'
 MAGIC, VERSION = 20240520, 1  # llm.c, dev/data/data_common.py
 Shards = Annotated[int, Range(lambda n: 0 <= n <= 103, "must be in 0 to 103")]
@@ -33,7 +32,7 @@ Shards = Annotated[int, Range(lambda n: 0 <= n <= 103, "must be in 0 to 103")]
 @dataclass
 class Config:
     shards: Shards = 10  # training shards, 0 to 103; 0: only to evaluate
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def shard_tokens(path):

@@ -27,7 +27,6 @@ from hub import web
 from text import files
 from text.vocabulary import Tokenizer
 
-HERE = Path(__file__).resolve().parent
 URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/'
 Separator = Annotated[str, Range(bool, "must not be empty: it is where an answer begins")]
 
@@ -43,7 +42,7 @@ class Config:
     calculator: bool = False  # keep the <<48/2=24>> of GSM8K's answers
     val_share: tools.Part = 0.05  # of the training pairs, the last ones, for validation
     tokenizer: Filename = 'gpt2'  # gpt2 | byte | a model (hub/find.py), whose tokenizer it is
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def find_files(config):
@@ -108,8 +107,8 @@ def main(argv):
     tools.write_splits(config.out, tokens, meta, source, *data.values())
     lengths = sorted(len(stream([pair], tokenizer)) for pair in pairs['train'])
     print(f"{source}: {tools.sizes(pairs, 'pairs')}; a vocabulary of {tokenizer.vocab_size:,}; a pair "
-          f"has {sum(lengths) / n:.0f} tokens in the mean, {lengths[int(0.99 * n)]} the longest but one in a "
-          f"hundred, {lengths[-1]} the longest")
+          f"has {sum(lengths) / n:.0f} tokens in the mean, {lengths[int(0.99 * n)]} the longest but one in "
+          f"a hundred, {lengths[-1]} the longest")
 
 
 if __name__ == '__main__':

@@ -23,7 +23,6 @@ from configurator import Filename, Range, fail, script
 from data import tools
 from text.vocabulary import MARKS, WORDS, Tokenizer, load_tiktoken
 
-HERE = Path(__file__).resolve().parent
 Size = Annotated[int, Range(lambda n: n <= 2 ** 16, f"is more than uint16 can tell apart, {2 ** 16}")]
 
 
@@ -32,7 +31,7 @@ class Config:
     input: Filename = ''  # the text
     vocab_size: Size = 512  # marks, bytes and byte pairs together, at most
     val_share: tools.Part = 0.1  # of the lines, the last ones, for validation
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def join(word, pair, new):

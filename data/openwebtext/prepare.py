@@ -30,7 +30,6 @@ from data import tools
 from text import files
 from text.vocabulary import Tokenizer
 
-HERE = Path(__file__).resolve().parent
 Every = Annotated[int, Range(lambda n: n >= 2, "must be at least 2")]
 
 
@@ -42,7 +41,7 @@ class Config:
     val_every: Every = 2000  # one document in so many is for validation
     batch: Count = 1024  # documents in memory at a time
     threads: Count = 8  # that tokenize
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def hub_documents(config):

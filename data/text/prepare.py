@@ -20,14 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import Filename, script
 from data import tools
 
-HERE = Path(__file__).resolve().parent
-
 
 @dataclass
 class Config:
     input: Filename = ''  # the text
     tokenizer: Filename = 'byte'  # byte | char | gpt2 | a model (hub/find.py), whose tokenizer it is
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def main(argv):

@@ -22,7 +22,6 @@ from data import tools
 from hub import web
 from text import files
 
-HERE = Path(__file__).resolve().parent
 CHARS = ' ' + string.ascii_lowercase
 LENGTH = 100_000_000
 
@@ -31,7 +30,7 @@ LENGTH = 100_000_000
 class Config:
     input: Filename = ''  # text8 or text8.zip at hand, of any length
     url: str = 'http://mattmahoney.net/dc/text8.zip'  # the download, kept as text8.zip in the folder --out
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def find_text(config):

@@ -21,7 +21,6 @@ from data import tools
 from hub import web
 from text import files
 
-HERE = Path(__file__).resolve().parent
 NAME = 'wikitext-2-raw-v1.zip'
 SHA256 = 'ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11'
 
@@ -33,7 +32,7 @@ class Config:
     test: Filename = ''  # becomes test.bin
     tokenizer: Filename = 'gpt2'  # gpt2 | byte | char | a model (hub/find.py), whose tokenizer it is
     sha256: str = SHA256  # what the download must hash to; '': anything
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def find_texts(config):
@@ -43,7 +42,8 @@ def find_texts(config):
         texts = {split: files.read_bytes(path, split) for split, path in given.items() if path}
         return texts, ', '.join(Path(path).name for path in given.values() if path)
     path = Path(config.out, NAME)
-    web.fetch(web.address('ggml-org/ci', NAME), path, config.sha256, "give files with --train= --valid= --test=")
+    web.fetch(web.address('ggml-org/ci', NAME), path, config.sha256,
+              "give files with --train= --valid= --test=")
     return {split: web.unzip(path, f'wikitext-2-raw/wiki.{split}.raw') for split in given}, NAME
 
 
