@@ -23,7 +23,7 @@ from typing import Literal
 
 import common
 from configurator import Count, Natural, fail, knobs_of, script, settings
-from hub import pretrained
+from hub import find
 from text.rows import kind_of
 from text.vocabulary import as_ids
 from tools import judge, source
@@ -108,7 +108,7 @@ def main(argv):
     if said and not config.judge:
         fail(f"{', '.join(said)}: for texts, which need a judge, for example --judge=out-ar")
     device = common.pick_device(config.device)
-    _, checkpoint = pretrained.find(config.out_dir, config.which)
+    _, checkpoint = find.find(config.out_dir, config.which)
     changed = in_steps(checkpoint, config.T) if 'T' in given else checkpoint
     if config.block_size:
         changed = source.shortened(changed, config.block_size)

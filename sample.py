@@ -24,7 +24,7 @@ import common
 import unmask
 from configurator import (Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail, help_lines,
                           help_of_rules, knobs_of, script, settings)
-from hub import pretrained
+from hub import find
 from text import files
 from text.prompts import ids_of, prompt_of, starts
 from tools import page
@@ -238,7 +238,7 @@ def main(argv):
     if config.html:
         files.writable(config.html, 'html')
     device = common.pick_device(config.device)
-    path, checkpoint = pretrained.find(config.out_dir, config.which)
+    path, checkpoint = find.find(config.out_dir, config.which)
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     block_size = model.config.block_size
     if model.any_length and 'overlap' in given:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import common
 from configurator import build, check_names, fail, help_text, is_fixed, knobs_of, peek, read
-from hub import adapt, older, pretrained
+from hub import adapt, find, older
 from parts import lora
 from text import rows
 from text.vocabulary import Tokenizer
@@ -44,7 +44,7 @@ def begin(argv, doc, Config):
         kept = {**checkpoint['config'], **checkpoint['run'], **checkpoint['rows']}
         knobs |= {k: v for k, v in kept.items() if k not in ('init_from', 'device', 'out_dir')}
     elif source != 'scratch':
-        _, checkpoint = pretrained.find(source)
+        _, checkpoint = find.find(source)
         knobs = adapt.knobs_of_start(checkpoint, knobs | flags, source)
     knobs = {**knobs, **flags}
     objective, dataset = peek(knobs, Config, 'objective', 'dataset')
@@ -121,9 +121,9 @@ def built_on(concept, path):
     make = f"`python train.py config/train_{kind}.py` makes one, --base=FOLDER names it"
     if not path:
         fail(f"objective={concept.__name__} is built on a checkpoint of {kind}: {make}")
-    if '/' not in path and path not in pretrained.GPT2 and not Path(path).exists():
+    if '/' not in path and path not in find.GPT2 and not Path(path).exists():
         fail(f"base={path} does not exist; {make}")
-    path, checkpoint = pretrained.find(path)
+    path, checkpoint = find.find(path)
     if checkpoint['objective'] != kind:
         fail(f"base={path} is of {checkpoint['objective']}, it must be of {kind}: {make}")
     return checkpoint

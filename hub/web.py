@@ -1,6 +1,7 @@
 """
-Downloads that go on where they were cut, and what lies in zip files.
+Downloads that continue where they were cut, and what lies in zip files.
 """
+import contextlib
 import hashlib
 import os
 import sys
@@ -17,22 +18,18 @@ from text import files
 TRIES, PAUSE = 5, 1.0  # of a download that was cut; seconds before the second, doubled for each after it
 
 
-def unzip(path, member):
-    """The bytes of one member of a zip file, which carries a checksum of its own; or the script ends."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(member)
-    except (zipfile.BadZipFile, KeyError) as e:
-        fail(f"{path} is damaged or another file than expected ({e}): replace it")
+def address(repository, name, kind='datasets/'):
+    """The URL of a file in a dataset of the Hugging Face hub (kind='': a model), or of its mirror
+    HF_ENDPOINT."""
+    host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
+    return f'{host}/{kind}{repository}/resolve/main/{name}'
 
-
-# ---- downloads --------------------------------------------------------------------------------------------
 
 def append(url, part, headers):
-    """One connection: ask for what `part` lacks and put it behind what it has.
-    Raises requests.RequestException; what has come by then stays in `part`."""
+    """One connection: ask for what the file `part` lacks and append it. Raises requests.RequestException;
+    what has come by then stays in `part`."""
     have = part.stat().st_size if part.exists() else 0
-    asked = {**headers, 'Accept-Encoding': 'identity'}  # else lengths would count compressed bytes
+    asked = {**headers, 'Accept-Encoding': 'identity'}  # otherwise lengths would count compressed bytes
     if have:
         asked['Range'] = f'bytes={have}-'
     with requests.get(url, headers=asked, stream=True, timeout=20) as response:
@@ -63,7 +60,7 @@ def append(url, part, headers):
 def download(url, path, sha256='', headers=()):
     """url -> path, whole and with the right checksum, or not at all; a file that exists is left alone.
 
-    What has come lies in path.part, where the next call goes on. A connection that is cut is tried again,
+    What has come lies in path.part, where the next call continues. A connection that was cut is tried again,
     one that never gave a byte is not. Raises requests.RequestException, or ValueError (another checksum).
     """
     path = Path(path)
@@ -87,18 +84,27 @@ def download(url, path, sha256='', headers=()):
     os.replace(part, path)
 
 
-def fetch(url, path, sha256='', otherwise=''):
-    """download(), or the script ends and names the way out; `otherwise` is another one."""
+@contextlib.contextmanager
+def reported(url, otherwise=''):
+    """End the script in one line where `url` cannot be downloaded. otherwise: another way out."""
     try:
-        download(url, path, sha256)
+        yield
     except (requests.RequestException, ValueError) as e:
         why = type(e).__name__ if isinstance(e, requests.ConnectionError) else str(e)[:150]
-        fail(f"{url} could not be downloaded ({why}): "
-             f"run the same command again, it goes on where it stopped{otherwise and '; or ' + otherwise}")
+        fail(f"{url} could not be downloaded ({why}): run the same command again, it goes on where it "
+             f"stopped{otherwise and '; or ' + otherwise}")
 
 
-def hub(repository, name, kind='datasets/'):
-    """The address of a file in a dataset of the Hugging Face hub (kind='': a model), or of its mirror
-    HF_ENDPOINT."""
-    host = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
-    return f'{host}/{kind}{repository}/resolve/main/{name}'
+def fetch(url, path, sha256='', otherwise=''):
+    """download(), or the script ends."""
+    with reported(url, otherwise):
+        download(url, path, sha256)
+
+
+def unzip(path, member):
+    """The bytes of one member of a zip file, which has a checksum of its own; or the script ends."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(member)
+    except (zipfile.BadZipFile, KeyError) as e:
+        fail(f"{path} is damaged or another file than expected ({e}): replace it")

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import regex
 
-from text import vocabulary
-from text.vocabulary import BOS, EOS, MARKS, PAD, UNK
 from conftest import TEXT
 from data.lines import prepare
+from text.vocabulary import BOS, EOS, MARKS, PAD, UNK, WORDS, Tokenizer
 
 AWKWARD = ['naïve café, déjà vu — naïve café', '🤷🏽 👩\u200d👧 🤷🏽 🇩🇪', '漢字かな 漢字',
            'e\u0301 e\u0301 ' + 'ab' * 400, '\ttabs\t\tand  two   three spaces  ',
@@ -23,7 +22,7 @@ LINES = AWKWARD + TEXT.splitlines()[:40]
 
 
 def tokenizer_of(pieces):
-    return vocabulary.Tokenizer(dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces]))
+    return Tokenizer(dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces]))
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +33,7 @@ def tokenizer():
 def slow_encode(tokenizer, text):
     """One merge at a time: of all neighbours that form a piece, the pair of the lowest id, the leftmost."""
     ids, index = [], {piece: i for i, piece in enumerate(tokenizer.pieces) if i not in MARKS}
-    for word in regex.findall(vocabulary.WORDS, text):
+    for word in regex.findall(WORDS, text):
         parts = [bytes([b]) for b in word.encode()]
         while found := [(index[a + b], at) for at, (a, b) in enumerate(pairwise(parts))
                         if a + b in index]:
@@ -47,7 +46,7 @@ def slow_encode(tokenizer, text):
 def slow_train(lines, vocab_size):
     """The trainer that spells and counts every word of every line anew for every merge."""
     words = [[bytes([b]) for b in word.encode()]
-             for line in lines for word in regex.findall(vocabulary.WORDS, line)]
+             for line in lines for word in regex.findall(WORDS, line)]
     pieces = sorted({b for word in words for b in word})
     while len(pieces) < vocab_size - 4:
         pairs = collections.Counter(pair for word in words for pair in pairwise(word))
@@ -80,8 +79,8 @@ def test_the_marks_come_first_and_only_eos_is_text_the_end_of_a_line(tokenizer):
     ids = tokenizer.encode('the question')
     framed = [BOS, *ids, EOS, PAD, PAD, tokenizer.vocab_size]
     assert tokenizer.decode(framed) == 'the question\n░' and tokenizer.n_bytes(framed[:-1]) == 13
-    assert vocabulary.Tokenizer({'kind': 'byte'}).bos is None
-    assert vocabulary.Tokenizer({'kind': 'char', 'chars': ['a']}).bos is None
+    assert Tokenizer({'kind': 'byte'}).bos is None
+    assert Tokenizer({'kind': 'char', 'chars': ['a']}).bos is None
 
 
 def test_an_unknown_character_is_one_unk_and_counts_one_byte(tokenizer):
@@ -114,7 +113,7 @@ def test_a_word_keeps_one_space_before_it_and_a_contraction_its_apostrophe():
 
 def test_meta_survives_json(tokenizer):
     meta = json.loads(json.dumps(tokenizer.meta, ensure_ascii=False).encode())
-    again = vocabulary.Tokenizer(meta)
+    again = Tokenizer(meta)
     assert again.pieces == tokenizer.pieces and max(b''.join(again.pieces)) >= 0xf0
     for line in LINES:
         assert again.encode(line) == tokenizer.encode(line)
@@ -122,7 +121,7 @@ def test_meta_survives_json(tokenizer):
 
 def test_without_tiktoken_it_is_one_line(tokenizer, mistake, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
-    assert 'pip install tiktoken' in mistake(lambda argv: vocabulary.Tokenizer(tokenizer.meta))
+    assert 'pip install tiktoken' in mistake(lambda argv: Tokenizer(tokenizer.meta))
 
 
 # ---- the trainer ------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ def dataset(tmp_path):
             splits[split] = [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)])]
             assert sum(map(len, splits[split])) == len(ids), "a split begins with <bos>"
         meta = json.loads((tmp_path / 'a/meta.json').read_text(encoding='utf-8'))
-        return splits, vocabulary.Tokenizer(meta), tmp_path / 'a'
+        return splits, Tokenizer(meta), tmp_path / 'a'
     return make
 
 

@@ -17,7 +17,8 @@ import common
 import configurator
 import eval as evaluation
 from text import files
-from hub import pretrained
+from hub import export
+from hub.find import find
 import sample
 from tools import tasks
 import train
@@ -85,7 +86,7 @@ def test_a_model_in_files_with_byte_order_marks_is_read(tmp_path):
     for name in ('config.json', 'tokenizer.json'):
         path = tmp_path / 'theirs' / name
         path.write_bytes(BOM + path.read_bytes())
-    common.load_model(pretrained.find(str(tmp_path / 'theirs'))[1], torch.device('cpu'))
+    common.load_model(find(str(tmp_path / 'theirs'))[1], torch.device('cpu'))
 
 
 def test_only_shards_with_numbers_belong_to_a_split(workdir, mistake):
@@ -101,7 +102,7 @@ def test_only_shards_with_numbers_belong_to_a_split(workdir, mistake):
 def test_a_split_that_a_dataset_does_not_have_is_said_to_be_none(trained, mistake):
     told = mistake(evaluation.main, '--out_dir=out-m', '--split=test')
     assert 'has train and val alone' in told and 'prepare.py' not in told
-    tools.prepare_text(dict(test=TEXT), 'byte', 'data/t', 't', '')
+    tools.prepare_text(dict(test=TEXT), 'byte', 'data/t', 't')
     assert 'has test alone' in mistake(evaluation.main, '--out_dir=out-m', '--dataset=t')
 
 
@@ -272,7 +273,7 @@ def test_links_are_followed_and_devices_and_pipes_are_written_to_as_they_are(wor
 
 
 def test_a_name_that_is_too_long_is_told_at_the_start(trained, mistake, monkeypatch):
-    monkeypatch.setattr(pretrained, 'find', lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sample, 'find', lambda *_: pytest.fail("too late"))
     mistake(sample.main, '--out_dir=out-m', '--html=' + 'a' * 250)
 
 
@@ -296,10 +297,10 @@ def test_preparing_anew_on_a_disk_that_is_full_leaves_what_was_there(workdir, mi
     (evaluation.main, '--mode=frontier --judge=out-a --csv=file/x.csv'),
     (evaluation.main, '--mode=frontier --judge=out-a --plot=file/x.svg'),
     (evaluation.main, '--mode=frontier --judge=out-a --plot=x.txt'),
-    (pretrained.main, '--to=file')])
+    (export.main, '--to=file')])
 def test_what_cannot_be_written_is_told_before_the_model_is_loaded(trained, mistake, monkeypatch, main, flag):
     (trained / 'file').touch()
-    monkeypatch.setattr(pretrained, 'find', lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sys.modules[main.__module__], 'find', lambda *_: pytest.fail("too late"))
     assert flag.split()[-1].split('=')[1] in mistake(main, '--out_dir=out-m', *flag.split())
     assert sorted(p.name for p in trained.iterdir()) == ['data', 'file', 'out-a', 'out-m']
 

@@ -1,9 +1,9 @@
 """
-The files that people have, and those that they get.
+Files: reading what people have, and writing so that a file is whole or absent.
 
-What is read is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one. What is written gets a
-temporary name first and is renamed when it is whole, so a file is whole or absent. A file that cannot be
-read, and a disk that refuses, end the script in one line.
+Texts are read as UTF-8, with or without a byte order mark, or as UTF-16 or UTF-32 with one. Files are
+written under a temporary name and renamed when they are whole. What cannot be read or written ends the
+script in one line.
 """
 import contextlib
 import errno
@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from configurator import fail
-
 
 # ---- reading ----------------------------------------------------------------------------------------------
 
@@ -27,7 +26,7 @@ def encoding_of(data):
 
 
 def text_of(data, source):
-    """Bytes -> text without a byte order mark, with plain line ends; or the script ends."""
+    """Bytes -> text without a byte order mark and with plain line ends, or the script ends."""
     encoding = encoding_of(data)
     if encoding == 'utf-8-sig' and data.count(0) > len(data) / 4:
         fail(f"{source} holds zero bytes, as UTF-16 does: save it as UTF-8")
@@ -38,7 +37,7 @@ def text_of(data, source):
 
 
 def read_bytes(path, flag=''):
-    """The bytes of a file, named with --flag if a person did so, or the script ends."""
+    """The bytes of a file, or the script ends. flag: the knob that named it, if one did."""
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as e:  # ValueError: a name with a zero byte
@@ -46,7 +45,7 @@ def read_bytes(path, flag=''):
 
 
 def read_text(path, flag=''):
-    """The text of a file, see `text_of`, or the script ends."""
+    """The text of a file, or the script ends."""
     return text_of(read_bytes(path, flag), path)
 
 
@@ -65,7 +64,7 @@ def read_json(path):
 
 @contextlib.contextmanager
 def disk(path, then="then run the same command again"):
-    """A disk that refuses to hold `path` (full, no rights) ends the script in one line. then: what to do when
+    """End the script in one line if `path` cannot be written (no room, no rights). then: what to do when
     there is room."""
     try:
         yield
@@ -75,14 +74,14 @@ def disk(path, then="then run the same command again"):
 
 
 def temporary(path):
-    """The name that this process writes `path` under before it is whole: see `folder`, `abandoned`."""
+    """The name under which this process writes `path` until it is whole."""
     return path.with_name(f'{path.name}.{os.getpid()}.tmp')
 
 
 @contextlib.contextmanager
 def writing(path, *then):
-    """A binary file to write to, which is renamed to `path` at the end; nothing is left of one that fails. A
-    link is followed, a device or a pipe is written to as it is."""
+    """A binary file to write to, renamed to `path` at the end; a failure leaves nothing. Links are followed;
+    a device or a pipe is written to directly."""
     with disk(path, *then):
         path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,21 +93,21 @@ def writing(path, *then):
             with open(temporary(path), 'wb') as f:
                 yield f
                 f.flush()
-                os.fsync(f.fileno())
+                os.fsync(f.fileno())  # a disk that is full may say so only now
             os.replace(temporary(path), path)
         finally:
             temporary(path).unlink(missing_ok=True)
 
 
 def write(path, data):
-    """Write bytes (or a text, as UTF-8); see `writing`."""
+    """Write bytes, or a text as UTF-8."""
     with writing(path) as f:
         f.write(data.encode(errors='replace') if isinstance(data, str) else data)
 
 
 def write_all(folder, data, stale=()):
-    """Files that belong together, {name: bytes}: when all of them are written they are renamed, in this
-    order, the `stale` ones removed before."""
+    """Files that belong together, {name: bytes}: renamed, in this order, when all of them are written. The
+    `stale` ones are removed just before."""
     with contextlib.ExitStack() as stack, disk(folder):
         folder = Path(os.path.realpath(folder))
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,9 +124,9 @@ def write_all(folder, data, stale=()):
 
 
 def folder(path, flag, named=''):
-    """Check that files can be written into the folder that a person named with --flag; it need not exist yet.
-    If not, the script ends, before there is anything to write. Removes temporary files of processes that were
-    killed. named: what the person wrote, if it is not `path`. Returns the nearest folder that exists."""
+    """Check that files can be written into a folder, which need not exist yet, and end the script if not.
+    Temporary files of processes that were killed are removed. flag, named: the knob that led here and its
+    value, if that is not `path`. Returns the nearest folder that exists."""
     with disk(f'--{flag}={named or path}'):
         there = Path(os.path.realpath(path))
         while not there.exists():
@@ -143,7 +142,7 @@ def folder(path, flag, named=''):
 
 
 def writable(path, flag):
-    """Check that the file that a person named with --flag can be written, or the script ends."""
+    """Check that the file named with --flag can be written, and end the script if not."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():  # a device, a pipe
         return
@@ -152,29 +151,26 @@ def writable(path, flag):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, 'it is a folder')
         if path.is_file():
-            with open(path, 'ab'):
-                pass
+            open(path, 'ab').close()
 
 
 def abandoned(path, pid, seconds=600):
-    """Has process pid, which made the temporary file `path`, ended?"""
+    """Has the process that made the temporary file `path` ended?"""
     if pid == os.getpid():
         return True
     if os.name != 'posix':  # there is no harmless way to ask
         return time.time() - path.stat().st_mtime > seconds
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
+    except (OSError, OverflowError) as e:
+        return not isinstance(e, PermissionError)  # another person's process runs
     return False
 
 
 @contextlib.contextmanager
 def occupied(path):
-    """Mark the folder as in use while this runs; a process that finds the mark of another ends in one line.
-    (`folder` has removed the marks of processes that were killed.)"""
+    """Mark a folder as in use; the script ends if another process has marked it. (`folder` removes the marks
+    of processes that were killed.)"""
     for other in Path(path).glob('training.*.tmp'):
         fail(f"{path}/ is in use: process {other.name.split('.')[1]} trains there; stop it or take another "
              f"folder (or remove {other}, if it does not)")

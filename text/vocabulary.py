@@ -1,11 +1,11 @@
 """
 Text <-> token ids: characters, bytes, byte pairs.
 
-A dataset says in its meta.json what its ids mean, a checkpoint carries that along, `Tokenizer` reads it.
-The byte pairs of others, as Hugging Face's tokenizer.json writes them down, run in tiktoken: the id of a
-piece is its rank, and of all neighbours that make a known piece those of the lowest rank are joined first. A
-list of merges (arXiv 1508.07909, GPT-2) says the same where every piece is the result of one and they stand
-in the order of their ids, as in the files of GPT-2, SmolLM2 and LLaMA-3; others are refused.
+The meta.json of a dataset says what its ids mean, a checkpoint carries that along, and `Tokenizer` reads it.
+Byte pairs run in tiktoken, which takes the id of a piece for its rank: of all neighbours that make a known
+piece it joins those of the lowest rank first. A list of merges (arXiv 1508.07909, GPT-2) says the same if
+every piece comes from one merge and the merges stand in the order of their ids, as in the tokenizer.json of
+GPT-2, SmolLM2 and LLaMA-3. Others are refused.
 """
 import base64
 import itertools
@@ -15,34 +15,37 @@ import torch
 
 from configurator import fail
 
-MARKS = BOS, EOS, PAD, UNK = range(4)  # of kind 'bpe': a text begins, ends, is filled up; unknown character
-WORDS = r"[ ']?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # no pair of kind 'bpe' crosses their borders
+MARKS = BOS, EOS, PAD, UNK = range(4)  # of kind 'bpe': begin and end of a text, padding, unknown character
+WORDS = r"[ ']?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # no byte pair of kind 'bpe' crosses a word
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# the same where every digit is cut out first: the space before one stays alone
+GPT2_WORDS_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
-    """Text <-> token ids, as the `meta.json` of a dataset says:
+    """Text <-> token ids, as a `meta.json` says:
     {'kind': 'char', 'chars': [...]}, one id a character; {'kind': 'byte'}, the 256 bytes of UTF-8;
     {'kind': 'gpt2'}, the 50,257 byte pairs of GPT-2;
-    {'kind': 'bpe', 'pieces': [...]}, MARKS and behind them byte pairs of the dataset itself;
+    {'kind': 'bpe', 'pieces': [...]}, MARKS, then byte pairs of the dataset itself;
     {'kind': 'json', 'json': {...}, 'vocab_size': V, 'end': id}, byte pairs of a tokenizer.json;
     {'kind': 'sentencepiece', 'model': base64, 'vocab_size': V, 'end': id}, a tokenizer.model.
 
-    encode(text) -> list of ids; what names a special token there is text, too. encode_rest(text): the same of
-    a text that goes on where another one ended. vocab_size: how many ids there are. end: the id of
-    <|endoftext|>, which preparers write between documents, or of <eos>, or None. bos: the id of <bos>, if
-    every line of a dataset is a text of its own, [bos] ... [end], or None. encode returns neither, `stream`
-    both. sep: the ids between a prompt and its answer, if a dataset is made of these (pairs.py), or None.
+    encode       text -> list of ids; the name of a special token is text like any other
+    encode_rest  the same for a text that continues another one
+    vocab_size   how many ids there are
+    end          id of <|endoftext|>, which preparers write between documents, or of <eos>; or None
+    bos          id of <bos> if every line of the dataset is a text of its own, [bos] ... [end]; or None
+    sep          ids between prompt and answer if the dataset is made of pairs (pairs.py); or None
     """
 
     def __init__(self, meta):
         self.meta, kind = meta, meta.get('kind')
-        kinds = dict(char=lambda meta: char_tokens(meta['chars']), byte=lambda meta: byte_tokens(),
-                     gpt2=lambda meta: gpt2_tokens(), bpe=bpe_tokens, json=json_tokens,
+        kinds = dict(char=char_tokens, byte=byte_tokens, gpt2=gpt2_tokens, bpe=bpe_tokens, json=json_tokens,
                      sentencepiece=sentencepiece_tokens)
         if kind not in kinds:
             fail(f"tokenizer kind {kind!r} is not one of: {', '.join(kinds)}")
         try:
-            self.pieces, self.encode, self.end = kinds[kind](meta)
+            self.pieces, self.encode, self.end = kinds[kind](meta)  # pieces: the bytes of every id
             self.bos, self.lead, self.encode_rest = BOS if kind == 'bpe' else None, '', self.encode
             if kind == 'sentencepiece':
                 self.lead, self.encode_rest = without_lead(self.encode, self.pieces)
@@ -60,22 +63,22 @@ class Tokenizer:
             fail(f"sep={meta['sep']!r} is nothing in the tokens of this model")
 
     def stream(self, text):
-        """The ids of a text as a dataset holds them: its lines that are not empty, each between bos and end,
-        if lines are texts of their own."""
+        """The ids of a text as a dataset holds them: where every line is a text of its own, those of its
+        lines that are not empty, each between bos and end."""
         if self.bos is None:
             return self.encode(text)
         lines = [line for line in text.split('\n') if line.strip()]
         return [i for line in lines for i in (self.bos, *self.encode(line), self.end)]
 
     def decode(self, ids, blank='░'):
-        """Ids -> text; an id beyond the vocabulary, a masked or unwritten position, becomes `blank`.
-        Bytes that are no UTF-8, such as half a character, become U+FFFD."""
-        blank = blank.encode()  # UTF-8 finds its place again after broken bytes, so no blank gets lost
+        """Ids -> text. An id beyond the vocabulary, a masked or unwritten position, becomes `blank`; bytes
+        that are no UTF-8, such as half a character, become U+FFFD."""
+        blank = blank.encode()  # joined as bytes: a broken character before it does not swallow it
         pieces = (self.pieces[i] if i < self.vocab_size else blank for i in ids)
         return b''.join(pieces).decode(errors='replace')
 
     def text(self, ids):
-        """The same of the ids of a whole text: without the space that some tokenizers put before it."""
+        """The same for the ids of a whole text: without the space that some tokenizers put before it."""
         return self.decode(ids).removeprefix(self.lead)
 
     def piece(self, i):
@@ -83,10 +86,9 @@ class Tokenizer:
         return self.decode([i])
 
     def n_bytes(self, ids):
-        """How many bytes of UTF-8 the ids (list or array of any shape, all below vocab_size) stand for.
-        Summed over tokens: a window that cuts a character counts the bytes it holds of it.
-        <|endoftext|> counts 0, it is a mark between texts and no text; <eos> counts 1, it is the end of a
-        line; an unknown character counts 1, the fewest bytes that a character has."""
+        """How many bytes of UTF-8 the ids (any shape, all below vocab_size) stand for, token by token: a
+        window that cuts a character counts its part. <|endoftext|> counts 0, since it is no text; <eos> 1,
+        the end of a line; an unknown character 1, the fewest it can have."""
         return int(self.lengths[np.asarray(ids, np.int64)].sum())
 
 
@@ -95,9 +97,21 @@ def is_mark(meta, end):
     return meta['kind'] != 'json' or any(t.get('id') == end for t in meta['json'].get('added_tokens', []))
 
 
-def char_tokens(chars):
-    """One id a character -> (bytes of every id, text -> ids, no end of text).
-    Characters outside the vocabulary end the script, by name."""
+def file_type(vocab_size):
+    """The type of ids in the files of a dataset: uint16, or uint32 for a large vocabulary."""
+    return np.uint16 if vocab_size <= 2 ** 16 else np.uint32
+
+
+def as_ids(tokens):
+    """Tokens as `load_tokens` holds them -> int64 ids. In int16 the large ones are negative."""
+    return tokens.long() & 0xFFFF if tokens.dtype == torch.int16 else tokens.long()
+
+
+# ---- every kind: meta -> (bytes of every id, function text -> ids, id of the end of a text) -------------
+
+def char_tokens(meta):
+    """One id a character. A character outside the vocabulary ends the script, which names it."""
+    chars = meta['chars']
     ids = {c: i for i, c in enumerate(chars)}
 
     def encode(text):
@@ -108,8 +122,8 @@ def char_tokens(chars):
     return [c.encode() for c in chars], encode, None
 
 
-def byte_tokens():
-    """One id a byte of UTF-8 -> (bytes of every id, text -> ids, no end of text)."""
+def byte_tokens(meta):
+    """One id a byte of UTF-8."""
     return [bytes([i]) for i in range(256)], lambda text: list(text.encode(errors='replace')), None
 
 
@@ -122,13 +136,12 @@ def load_tiktoken(kind):
     return tiktoken
 
 
-def gpt2_tokens():
-    """GPT-2's byte pairs -> (bytes of every id, text -> ids, id of <|endoftext|>).
-    tiktoken downloads the vocabulary once, or reads it from TIKTOKEN_CACHE_DIR."""
+def gpt2_tokens(meta):
+    """GPT-2's byte pairs. tiktoken downloads them once, or reads them from TIKTOKEN_CACHE_DIR."""
     tiktoken = load_tiktoken('gpt2')
     try:
         encoding = tiktoken.get_encoding('gpt2')
-    except (OSError, ValueError) as e:  # no connection, or a file of another checksum
+    except (OSError, ValueError) as e:  # no connection, or a file with another checksum
         fail(f"tiktoken cannot get the vocabulary of GPT-2 ({type(e).__name__}): go online once, "
              f"or set TIKTOKEN_CACHE_DIR to a folder where it has been before")
     pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
@@ -136,132 +149,114 @@ def gpt2_tokens():
 
 
 def bpe_tokens(meta):
-    """MARKS, then meta['pieces'] in the order of their merging (bytes, as latin-1 strings in JSON) ->
-    (bytes of every id, text -> ids, EOS). A character with a byte that is no piece becomes one UNK."""
-    tiktoken = load_tiktoken('bpe')
+    """MARKS, then meta['pieces'] in the order of their merges (bytes, as latin-1 strings in JSON). A
+    character with a byte that is no piece becomes UNK."""
     marks = [b'', b'\n', b'', '\ufffd'.encode()]
     pieces = [piece.encode('latin-1') for piece in meta['pieces']]
-    encoding = tiktoken.Encoding('bpe', pat_str=WORDS, special_tokens={},
-                                 mergeable_ranks={piece: i for i, piece in enumerate(pieces, len(MARKS))})
-    known = set(b''.join(pieces))
+    ranks = {piece: i for i, piece in enumerate(pieces, len(MARKS))}
+    return marks + pieces, byte_pairs('bpe', WORDS, ranks, [UNK]), EOS
+
+
+def byte_pairs(kind, words, ranks, unknown):
+    """The function text -> ids for byte pairs {piece: id}, none of which crosses a word. unknown: the ids
+    for a character with a byte that is no piece."""
+    encoding = load_tiktoken(kind).Encoding(kind, pat_str=words, mergeable_ranks=ranks, special_tokens={})
+    able = {b for b in range(256) if bytes([b]) in ranks}
 
     def encode(text):
         text, ids = text.encode(errors='replace').decode(), []
-        for able, run in itertools.groupby(text, lambda c: known.issuperset(c.encode())):
+        if able.issuperset(text.encode()):
+            return encoding.encode_ordinary(text)
+        for known, run in itertools.groupby(text, lambda c: able.issuperset(c.encode())):
             run = ''.join(run)
-            ids += encoding.encode_ordinary(run) if able else [UNK] * len(run)
+            ids += encoding.encode_ordinary(run) if known else unknown * len(run)
         return ids
-    return marks + pieces, encode, EOS
-
-
-def file_type(vocab_size):
-    """How ids lie in the files of a dataset: uint16, or uint32 where that is too small."""
-    return np.uint16 if vocab_size <= 2 ** 16 else np.uint32
-
-
-def as_ids(tokens):
-    """Tokens as `common.load_tokens` holds them -> int64 ids. int16 has the large ones as negatives."""
-    return tokens.long() & 0xFFFF if tokens.dtype == torch.int16 else tokens.long()
+    return encode
 
 
 # ---- the tokenizers of other models -----------------------------------------------------------------------
 
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# the same behind a cut around every digit: the space before one stays alone
-GPT2_WORDS_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+def refuse(what):
+    fail(f"the tokenizer.json {what}: byte-level byte pairs (GPT-2, SmolLM2, LLaMA-3) are what can be read")
 
 
 def byte_letters():
     """The letters that stand for the 256 bytes in tokenizer.json and vocab.json: {letter: byte}. Bytes that
-    print are themselves, the others the letters from U+0100 on (GPT-2)."""
+    print stand for themselves, the others are the letters from U+0100 on (GPT-2)."""
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (b for b in range(256) if b not in printing)
     return {chr(b): b for b in printing} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-class Unreadable(ValueError):
-    """A tokenizer.json of a kind that is not known here."""
-
-
 def words_of(pre):
-    """The `pre_tokenizer` of a tokenizer.json -> the regular expression of the words that no byte pair
-    crosses. Raises Unreadable."""
+    """The `pre_tokenizer` of a tokenizer.json -> the regular expression of its words, or the script ends."""
     steps = pre['pretokenizers'] if pre and pre['type'] == 'Sequence' else [pre or {'type': None}]
-    kinds, last = [step['type'] for step in steps], steps[-1]
+    kinds, first, last = [step['type'] for step in steps], steps[0], steps[-1]
     if last['type'] == 'ByteLevel' and not last.get('add_prefix_space'):
-        if kinds == ['ByteLevel'] and last.get('use_regex', True):
+        by_regex = last.get('use_regex', True)
+        if kinds == ['ByteLevel'] and by_regex:
             return GPT2_WORDS
-        if kinds == ['Digits', 'ByteLevel'] and steps[0].get('individual_digits') and \
-                last.get('use_regex', True):
+        if kinds == ['Digits', 'ByteLevel'] and first.get('individual_digits') and by_regex:
             return GPT2_WORDS_DIGITS
-        if kinds == ['Split', 'ByteLevel'] and not last.get('use_regex', True) and \
-                steps[0]['behavior'] == 'Isolated' and not steps[0].get('invert') and \
-                steps[0]['pattern'].get('Regex'):
-            regex = steps[0]['pattern']['Regex']
+        if kinds == ['Split', 'ByteLevel'] and not by_regex and first['behavior'] == 'Isolated' and \
+                not first.get('invert') and (regex := first['pattern'].get('Regex')):
             return rf'{regex}|(?:(?!{regex})[\s\S])+'  # what it leaves out is a word, too
-    raise Unreadable(f"cuts words in a way that is not known here ({', '.join(map(str, kinds))})")
+    refuse(f"cuts words in a way that is not known here ({', '.join(map(str, kinds))})")
+
+
+def check_kind(source):
+    """A tokenizer.json of something else than byte-level byte pairs ends the script."""
+    model, normalizer = source['model'], source.get('normalizer')
+    if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or normalizer:
+        what = [model.get('type'), (normalizer or {}).get('type'),
+                'byte_fallback' if model.get('byte_fallback') else '']
+        refuse(f"is of kind {' with '.join(filter(None, what))}")
+    for name in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
+        if model.get(name):
+            refuse(f"has {name}={model[name]}, which is not known here")
 
 
 def json_tokens(meta):
-    """A tokenizer.json of byte pairs -> (bytes of every id, text -> ids, id of the end). Ids that it leaves
-    out have no bytes. A special token in a text is text; a character with a byte that is no piece (SmolLM2
-    lacks some control characters) is left out. Ends the script for other kinds."""
-    tiktoken, source, V = load_tiktoken('json'), meta['json'], meta['vocab_size']
+    """The byte pairs of a tokenizer.json; other kinds end the script. An id that it leaves out has no bytes.
+    A character with a byte that is no piece (SmolLM2 lacks some control characters) is left out."""
+    source, V = meta['json'], meta['vocab_size']
     try:
+        check_kind(source)
         model, letters = source['model'], byte_letters()
-        if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or source.get('normalizer'):
-            what = [model.get('type'), (source.get('normalizer') or {}).get('type'),
-                    'byte_fallback' * bool(model.get('byte_fallback'))]
-            raise Unreadable(f"is of kind {' with '.join(filter(None, what))}")
-        for name in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
-            if model.get(name):
-                raise Unreadable(f"has {name}={model[name]}, which is not known here")
-        pattern = words_of(source.get('pre_tokenizer'))
         added = {token['id']: token['content'].encode() for token in source.get('added_tokens', [])
                  if token['id'] < V}  # others have no row in the embedding
         ranks = {bytes(letters[c] for c in piece): i for piece, i in model['vocab'].items()
                  if i not in added}
-        if not all(type(i) is int for i in ranks.values()) or len(set(ranks.values())) < len(ranks):
-            raise Unreadable("gives an id to two pieces, or one that is no number")
+        pieces = {i: piece for piece, i in ranks.items()}
+        if not all(type(i) is int for i in pieces) or len(pieces) < len(ranks):
+            refuse("gives an id to two pieces, or one that is no number")
         merges = (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
         joined = [model['vocab'][left + right] for left, right in merges]
-        encoding = tiktoken.Encoding('json', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        encode = byte_pairs('json', words_of(source.get('pre_tokenizer')), ranks, [])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        fail(f"the tokenizer.json {e if type(e) is Unreadable else f'is damaged ({e!r})'}: "
-             f"byte-level byte pairs (GPT-2, SmolLM2, LLaMA-3) are what can be read")
-    made = {i for piece, i in ranks.items() if len(piece) > 1}
+        refuse(f"is damaged ({e!r})")
+    made = {i for i, piece in pieces.items() if len(piece) > 1}
     if joined != sorted(joined) or not (model.get('ignore_merges') or made <= set(joined)):
         fail("the tokenizer.json has ids in another order than its merges, or pieces without one: "
              "that is not known here")
-    if max(ranks.values(), default=0) >= V:
-        fail(f"the tokenizer.json has id {max(ranks.values())}, the model a vocabulary of {V}")
-    known = {i: piece for piece, i in ranks.items()} | added
-    pieces = [known.get(i, b'') for i in range(V)]
-    able = {b for b in range(256) if bytes([b]) in ranks}
-
-    def encode(text):
-        text = text.encode(errors='replace').decode()
-        if able.issuperset(text.encode()):
-            return encoding.encode_ordinary(text)
-        runs = itertools.groupby(text, lambda c: able.issuperset(c.encode()))
-        return [i for good, run in runs if good for i in encoding.encode_ordinary(''.join(run))]
-    return pieces, encode, meta['end']
+    if max(pieces, default=0) >= V:
+        fail(f"the tokenizer.json has id {max(pieces)}, the model a vocabulary of {V}")
+    pieces |= added
+    return [pieces.get(i, b'') for i in range(V)], encode, meta['end']
 
 
 def sentencepiece_tokens(meta):
-    """A tokenizer.model of SentencePiece -> (bytes of every id, text -> ids, id of the end). It puts a space
-    before every text, and may replace characters."""
+    """A tokenizer.model of SentencePiece: it puts a space before every text and may replace characters."""
     try:
         import sentencepiece
     except ImportError:
         fail("this model's tokenizer is one of SentencePiece: pip install sentencepiece")
+    if not meta['model']:
+        fail("the tokenizer.model is empty")
     try:
-        data = base64.b64decode(meta['model'])
-        processor = sentencepiece.SentencePieceProcessor(model_proto=data) if data else fail(
-            "the tokenizer.model is empty")
+        processor = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(meta['model']))
     except (RuntimeError, ValueError) as e:
         fail(f"the tokenizer.model is damaged: {e}")
-
     V = meta['vocab_size']
 
     def piece(i):
@@ -279,8 +274,8 @@ def sentencepiece_tokens(meta):
 
 
 def without_lead(encode, pieces):
-    """encode(text) of SentencePiece -> (what it puts before every text: ' ' or nothing, how to encode a text
-    that goes on where another one ended: without that, and with the spaces at its beginning)."""
+    """encode of SentencePiece -> (what it puts before every text, ' ' or nothing; how to encode a text that
+    continues another one: without that space, but with the spaces that the text itself begins with)."""
     around = b''.join(pieces[i] for i in encode('a'))
     lead = ' ' if around.startswith(b' ') else ''
     if around.endswith(b' '):
@@ -290,7 +285,7 @@ def without_lead(encode, pieces):
     def encode_rest(text):
         if lead and text.startswith(lead) and text.strip():  # the space before the text is this one
             return encode(text[1:])
-        for mark in ('\n', '.', '"'):  # behind something that it does not join with
+        for mark in ('\n', '.', '"'):  # encoded behind something that it does not join with
             ids, left = encode(mark + text), encode(mark)
             if left and ids[:len(left)] == left:
                 return ids[len(left):]

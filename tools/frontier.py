@@ -17,7 +17,7 @@ from pathlib import Path
 
 import common
 from configurator import Filename, fail, knobs_of, script, settings
-from hub import pretrained
+from hub import find
 from text import files
 from tools import judge, source
 
@@ -152,7 +152,7 @@ def main(argv):
     if config.plot:
         check_plot(config.plot)
     device = common.pick_device(config.device)
-    _, checkpoint = pretrained.find(config.out_dir, config.which)
+    _, checkpoint = find.find(config.out_dir, config.which)
     rules = rules_of(config, checkpoint['objective'])
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))

@@ -20,7 +20,7 @@ import torch
 import common
 import unmask
 from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail
-from hub import pretrained
+from hub import find
 from text import packing, windows
 from tools.source import load_text
 
@@ -115,7 +115,7 @@ class Judge:
     """A checkpoint with an exact likelihood, ours or of others."""
 
     def __init__(self, path, device):
-        _, checkpoint = pretrained.find(path)
+        _, checkpoint = find.find(path)
         self.net, self.tokenizer = common.load_model(checkpoint, device)
         if self.net.bound != 'exact':
             fail(f"judge={path} is of {checkpoint['objective']}, whose likelihood is not exact: "

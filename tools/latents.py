@@ -24,7 +24,7 @@ import common
 import latent
 import vae
 from configurator import Count, Filename, Natural, NonNegative, fail, help_of_rules, script, settings
-from hub import pretrained
+from hub import find
 from text.latents import cached
 from text.prompts import starts
 from text.rows import load_meta, load_tokens
@@ -238,7 +238,7 @@ def main(argv):
     config, given = settings(argv, __doc__, Config, functions=latent.RULES.values(),
                              others=help_of_rules('rules of latent.py, with knobs of their own', latent.RULES))
     device = common.pick_device(config.device)
-    path, checkpoint = pretrained.find(config.out_dir, config.which)
+    path, checkpoint = find.find(config.out_dir, config.which)
     if checkpoint['objective'] not in ('vae', 'latent'):
         fail(f"these are tools for vae and latent, not for {checkpoint['objective']}")
     model, tokenizer = common.load_model(checkpoint, device, config.weights)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import common
 from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, fail, script, settings
-from hub import pretrained
+from hub import find
 from tools import judge, source
 from tools.grades import passes
 from tools.items import TASKS, Blank, Choice, load  # noqa: F401  Blank: for who makes items
@@ -220,7 +220,7 @@ def main(argv):
     config, given = settings(argv, __doc__, Config, functions=judge.samplers(),
                              others='\n\ntasks: ' + ', '.join(TASKS))
     device = common.pick_device(config.device)
-    _, checkpoint = pretrained.find(config.out_dir, config.which)
+    _, checkpoint = find.find(config.out_dir, config.which)
     if checkpoint['objective'] not in ('ar', 'masked', 'sedd'):
         fail(f"tasks are for ar, masked and sedd, not for {checkpoint['objective']}")
     if config.block_size:

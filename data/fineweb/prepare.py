@@ -14,29 +14,25 @@ Source: huggingface.co/datasets/kjj0/fineweb10B-gpt2, the files of modded-nanogp
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from text import files  # noqa: E402
-from configurator import Filename, fail, script  # noqa: E402
-from data import tools  # noqa: E402
-from hub import web  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import Filename, Range, fail, script
+from data import tools
+from hub import web
+from text import files
 
 REPOSITORY = 'kjj0/fineweb10B-gpt2'
 MAGIC, VERSION = 20240520, 1  # llm.c, dev/data/data_common.py
-SHARDS = 103
+Shards = Annotated[int, Range(lambda n: 0 <= n <= 103, "must be in 0 to 103")]
 
 
 @dataclass
 class Config:
-    shards: int = 10  # training shards, 0 to 103; 0: only to evaluate
-    out: Filename = str(HERE)  # where the files go
-
-    def __post_init__(self):
-        if not 0 <= self.shards <= SHARDS:
-            raise ValueError(f"shards={self.shards} must be in 0 to {SHARDS}")
+    shards: Shards = 10  # training shards, 0 to 103; 0: only to evaluate
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def shard_tokens(path):
@@ -55,7 +51,7 @@ def main(argv):
     for name in ['val_000000.bin'] + [f'train_{i:06d}.bin' for i in range(1, config.shards + 1)]:
         if not (out / name).exists():
             raw = out / f'fineweb_{name}'
-            web.fetch(web.hub(REPOSITORY, raw.name), raw)
+            web.fetch(web.address(REPOSITORY, raw.name), raw)
             tokens = shard_tokens(raw)
             files.write(out / name, tokens.tobytes())
             raw.unlink()

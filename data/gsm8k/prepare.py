@@ -9,26 +9,26 @@ writes train.bin, val.bin, test.bin (ids) and meta.json beside this file.
     python train.py config/sft_gsm8k.py
 
 A split is prompt <end> answer <end> prompt <end> ... (pairs.py); <end> is the tokenizer's. val.bin is the
-end of the training file. The tokenizer is that of the model that is to be fine-tuned.
+end of the training file. Take the tokenizer of the model that is to be fine-tuned.
 
 Source: github.com/openai/grade-school-math.
 """
-import hashlib
 import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from text import files  # noqa: E402
-from configurator import Filename, fail, script  # noqa: E402
-from data import tools  # noqa: E402
-from hub import web  # noqa: E402
-from text.vocabulary import Tokenizer  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import Filename, Range, fail, script
+from data import tools
+from hub import web
+from text import files
+from text.vocabulary import Tokenizer
 
 URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/'
+Separator = Annotated[str, Range(bool, "must not be empty: it is where an answer begins")]
 
 
 @dataclass
@@ -38,17 +38,21 @@ class Config:
     prompt: str = 'question'  # the field that holds a prompt
     answer: str = 'answer'  # the field that holds its answer
     before: str = 'Q: '  # what stands before every prompt
-    sep: str = '\nA:'  # what stands between prompt and answer
+    sep: Separator = '\nA:'  # what stands between prompt and answer
     calculator: bool = False  # keep the <<48/2=24>> of GSM8K's answers
-    val_share: float = 0.05  # of the training pairs, the last ones, for validation
-    tokenizer: Filename = 'gpt2'  # gpt2 | byte | a model (pretrained.py), whose tokenizer it is
-    out: Filename = str(HERE)  # where the files go
+    val_share: tools.Part = 0.05  # of the training pairs, the last ones, for validation
+    tokenizer: Filename = 'gpt2'  # gpt2 | byte | a model (hub/find.py), whose tokenizer it is
+    out: Filename = ''  # where the files go; '': beside this file
 
-    def __post_init__(self):
-        if not 0 < self.val_share < 1:
-            raise ValueError(f"val_share={self.val_share} must lie between 0 and 1")
-        if not self.sep:
-            raise ValueError("sep must not be empty: it is where an answer begins")
+
+def find_files(config):
+    """{'train': path, 'test': path}, as they are given or downloaded; or the script ends."""
+    paths = dict(train=config.train, test=config.test)
+    for split in () if config.train else paths:
+        if not paths[split]:
+            paths[split] = Path(config.out, f'{split}.jsonl')
+            web.fetch(f'{URL}{split}.jsonl', paths[split], otherwise="give files with --train= --test=")
+    return {split: path for split, path in paths.items() if path}
 
 
 def read_pairs(data, source, config):
@@ -75,7 +79,7 @@ def read_pairs(data, source, config):
 
 
 def stream(pairs, tokenizer):
-    """Pairs of texts -> prompt <end> answer <end> ... (pairs.py), or the script ends."""
+    """Pairs of texts -> prompt <end> answer <end> ..., or the script ends."""
     out = []
     for prompt, answer in pairs:
         for ids in (tokenizer.encode(prompt), tokenizer.encode_rest(answer)):
@@ -88,29 +92,23 @@ def stream(pairs, tokenizer):
 
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
-    paths = {split: path for split, path in (('train', config.train), ('test', config.test)) if path}
-    for split in () if config.train else {'train', 'test'} - paths.keys():
-        paths[split] = Path(config.out, f'{split}.jsonl')
-        web.fetch(f'{URL}{split}.jsonl', paths[split], otherwise="give files with --train= --test=")
-    paths = dict(sorted(paths.items(), reverse=True))
+    paths = find_files(config)
     meta = tools.meta_of(config.tokenizer) | dict(before=config.before, sep=config.sep)
     tokenizer = Tokenizer(meta)
     if tokenizer.end is None:
         fail(f"tokenizer={config.tokenizer} has no mark for the end of an answer: gpt2 has one, and those "
              f"of models")
     data = {split: files.read_bytes(path, split) for split, path in paths.items()}
-    texts = {split: read_pairs(data[split], Path(path).name, config) for split, path in paths.items()}
-    n = len(texts['train']) - max(1, int(config.val_share * len(texts['train'])))
-    texts = texts | dict(train=texts['train'][:n], val=texts['train'][n:])
-    meta |= dict(source=', '.join(Path(path).name for path in paths.values()),
-                 sha256=hashlib.sha256(b''.join(data.values())).hexdigest())
-    tokens = {split: stream(pairs, tokenizer) for split, pairs in texts.items()}
-    tools.write_splits(config.out, tokens, meta)
-    lengths = sorted(len(stream([pair], tokenizer)) for pair in texts['train'])
-    counts = ', '.join(f"{split} {len(pairs):,} pairs" for split, pairs in texts.items())
-    print(f"{meta['source']}: {counts}; a vocabulary of {tokenizer.vocab_size:,}; a pair has "
-          f"{sum(lengths) / n:.0f} tokens in the mean, {lengths[int(0.99 * n)]} the longest but one in a "
-          f"hundred, {lengths[-1]} the longest")
+    pairs = {split: read_pairs(data[split], Path(path).name, config) for split, path in paths.items()}
+    n = len(pairs['train']) - max(1, int(config.val_share * len(pairs['train'])))
+    pairs |= dict(train=pairs['train'][:n], val=pairs['train'][n:])
+    tokens = {split: stream(part, tokenizer) for split, part in pairs.items()}
+    source = ', '.join(Path(path).name for path in paths.values())
+    tools.write_splits(config.out, tokens, meta, source, *data.values())
+    lengths = sorted(len(stream([pair], tokenizer)) for pair in pairs['train'])
+    print(f"{source}: {tools.sizes(pairs, 'pairs')}; a vocabulary of {tokenizer.vocab_size:,}; a pair "
+          f"has {sum(lengths) / n:.0f} tokens in the mean, {lengths[int(0.99 * n)]} the longest but one in "
+          f"a hundred, {lengths[-1]} the longest")
 
 
 if __name__ == '__main__':

@@ -6,38 +6,32 @@ writes train.bin, val.bin (uint16, the last tenth of the lines) and meta.json be
 
     python train.py config/train_mdlm.py --dataset=lines
 
-A line is the ids <bos> tokens <eos>, and a split is its lines one behind the other. Empty lines, or lines of
-nothing but space, are none. The vocabulary (four marks, the bytes that occur, byte pairs) is learned from
-the training lines alone: what only validation knows can become <unk>. A digit is always a token of its own.
+A line becomes the ids <bos> tokens <eos>, and a split is its lines one behind the other. Empty lines and
+lines of spaces are left out. The vocabulary (four marks, the bytes that occur, byte pairs) is learned from
+the training lines alone, so validation may contain <unk>. A digit is always a token of its own.
 """
 import collections
-import hashlib
 import heapq
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from text import files  # noqa: E402
-from text.vocabulary import MARKS, WORDS, Tokenizer, load_tiktoken  # noqa: E402
-from configurator import Filename, fail, script  # noqa: E402
-from data import tools  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import Filename, Range, fail, script
+from data import tools
+from text.vocabulary import MARKS, WORDS, Tokenizer, load_tiktoken
+
+Size = Annotated[int, Range(lambda n: n <= 2 ** 16, f"is more than uint16 can tell apart, {2 ** 16}")]
 
 
 @dataclass
 class Config:
     input: Filename = ''  # the text
-    vocab_size: int = 512  # marks, bytes and byte pairs together, at most
-    val_share: float = 0.1  # of the lines, the last ones, for validation
-    out: Filename = str(HERE)  # where the files go
-
-    def __post_init__(self):
-        if self.vocab_size > 2 ** 16:
-            raise ValueError(f"vocab_size={self.vocab_size} is more than uint16 can tell apart, {2 ** 16}")
-        if not 0 < self.val_share < 1:
-            raise ValueError(f"val_share={self.val_share} must lie between 0 and 1")
+    vocab_size: Size = 512  # marks, bytes and byte pairs together, at most
+    val_share: tools.Part = 0.1  # of the lines, the last ones, for validation
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def join(word, pair, new):
@@ -53,8 +47,8 @@ def join(word, pair, new):
 
 def train_bpe(lines, vocab_size):
     """Texts -> at most vocab_size - len(MARKS) pieces (bytes): the single bytes that occur, then, again and
-    again, the two neighbours that occur together most often (of equals, the older ones) as one piece.
-    Fewer, where no pair is left that occurs twice. Raises ValueError if not even the bytes find room.
+    again, the two neighbours that occur together most often (of equals, the older ones) joined to one piece.
+    It stops early when no pair occurs twice. Raises ValueError if not even the bytes find room.
 
     Neighbours are counted within WORDS, and a merge recounts only the words that hold its pair.
     """
@@ -69,6 +63,7 @@ def train_bpe(lines, vocab_size):
     index = {piece[0]: i for i, piece in enumerate(pieces)}
     words = [([index[b] for b in word.encode()], n) for word, n in counts.items()]
     pairs, where = collections.Counter(), collections.defaultdict(set)
+    changed, heap = set(), []
 
     def count(w, sign):
         word, n = words[w]
@@ -77,7 +72,6 @@ def train_bpe(lines, vocab_size):
             where[pair].add(w)
             changed.add(pair)
 
-    changed, heap = set(), []
     for w in range(len(words)):
         count(w, 1)
     while len(pieces) < room:
@@ -99,9 +93,7 @@ def train_bpe(lines, vocab_size):
 
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
-    if not config.input:
-        fail("which text? --input=FILE")
-    data, source = files.read_bytes(config.input, 'input'), Path(config.input).name
+    data, source = tools.given(config.input)
     lines = [line for line in tools.decode(data, source).split('\n') if line.strip()]
     if len(lines) < 10:
         fail(f"{source} has {len(lines)} lines that are not empty: too few, 10 are the least")
@@ -110,20 +102,19 @@ def main(argv):
         pieces = train_bpe(lines[:n], config.vocab_size)
     except ValueError as e:
         fail(e)
-    meta = dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces], source=source,
-                sha256=hashlib.sha256(data).hexdigest())
+    meta = dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces])
     tokenizer = Tokenizer(meta)
     examples = [tokenizer.stream(line) for line in lines]
     tokens = {split: [i for example in part for i in example]
               for split, part in (('train', examples[:n]), ('val', examples[n:]))}
-    tools.write_splits(config.out, tokens, meta)
+    tools.write_splits(config.out, tokens, meta, source, data)
     longest, mean = max(map(len, examples)), sum(map(len, examples)) / len(lines)
     short = f" instead of {config.vocab_size:,}, no pair is left that occurs twice"
     print(f"{source}: {len(lines):,} lines, "
           f"{sum(map(len, lines)) / len(lines) / (mean - 2):.2f} characters per token, "
           f"a vocabulary of {tokenizer.vocab_size:,}{short * (tokenizer.vocab_size < config.vocab_size)}; "
-          + ', '.join(f"{split} {len(ids):,} tokens" for split, ids in tokens.items())
-          + f"; the longest line has {longest:,}, the mean {mean:.1f}, <bos> and <eos> included")
+          f"{tools.sizes(tokens, 'tokens')}; the longest line has {longest:,}, the mean {mean:.1f}, "
+          f"<bos> and <eos> included")
 
 
 if __name__ == '__main__':

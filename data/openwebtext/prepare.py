@@ -15,21 +15,22 @@ installed for it.
 import hashlib
 import itertools
 import json
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from text import files  # noqa: E402
-from text.vocabulary import Tokenizer  # noqa: E402
-from configurator import Filename, fail, script  # noqa: E402
-from data import tools  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import Count, Filename, Range, fail, script
+from data import tools
+from text import files
+from text.vocabulary import Tokenizer
+
+Every = Annotated[int, Range(lambda n: n >= 2, "must be at least 2")]
 
 
 @dataclass
@@ -37,15 +38,10 @@ class Config:
     input: Filename = ''  # .txt, .jsonl or a folder of them, instead of OpenWebText
     name: str = 'Skylion007/openwebtext'  # a dataset of the hub with a column "text"
     revision: str = ''  # of that dataset, e.g. refs/convert/parquet; '': the main one
-    val_every: int = 2000  # one document in so many is for validation
-    batch: int = 1024  # documents in memory at a time
-    threads: int = 8  # that tokenize
-    out: Filename = str(HERE)  # where the files go
-
-    def __post_init__(self):
-        for name in ('val_every', 'batch', 'threads'):
-            if getattr(self, name) < (2 if name == 'val_every' else 1):
-                raise ValueError(f"{name}={getattr(self, name)} is too small")
+    val_every: Every = 2000  # one document in so many is for validation
+    batch: Count = 1024  # documents in memory at a time
+    threads: Count = 8  # that tokenize
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def hub_documents(config):
@@ -72,12 +68,13 @@ def file_documents(path):
             encoding = files.encoding_of(f.read(4))
         with open(path, encoding=encoding) as f:
             for number, line in enumerate(f, 1):
-                if path.suffix == '.jsonl' and line.strip():
-                    yield str(json.loads(line)['text'])
-                elif path.suffix != '.jsonl' and line.strip() == '<|endoftext|>':
+                if path.suffix == '.jsonl':
+                    if line.strip():
+                        yield str(json.loads(line)['text'])
+                elif line.strip() == '<|endoftext|>':
                     yield ''.join(lines)
                     lines = []
-                elif path.suffix != '.jsonl':
+                else:
                     lines.append(line)
     except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as e:
         fail(f'{path}, line {number}: not an object with a "text" ({type(e).__name__}: {e})')
@@ -97,12 +94,11 @@ def documents(config):
     return itertools.chain.from_iterable(map(file_documents, paths)), root.name
 
 
-def write_tokens(texts, tokenizer, config, paths):
-    """texts -> paths['train'], paths['val'], batch by batch.
+def write_tokens(texts, tokenizer, config, train, val):
+    """Write the tokens of the texts into the open files train and val, batch by batch.
     Returns ({'train': tokens, 'val': tokens}, sha256 of the texts)."""
     counts, digest, number = dict(train=0, val=0), hashlib.sha256(), 0
-    with files.disk(config.out), open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val, \
-            ThreadPoolExecutor(config.threads) as pool, \
+    with ThreadPoolExecutor(config.threads) as pool, \
             tqdm(unit=' documents', disable=not sys.stderr.isatty()) as bar:
         while batch := list(itertools.islice(texts, config.batch)):
             for text, ids in zip(batch, pool.map(tokenizer.encode, batch)):
@@ -121,21 +117,14 @@ def main(argv):
     first = next(texts, '')  # a source that does not open ends the script here, before anything is written
     texts = filter(str.strip, itertools.chain([first], texts))
     tokenizer, out = Tokenizer(dict(kind='gpt2')), Path(config.out)
-    paths = {split: files.temporary(out / f'{split}.bin') for split in ('train', 'val')}
-    with files.disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-    try:
-        counts, sha256 = write_tokens(texts, tokenizer, config, paths)
+    with files.writing(out / 'train.bin') as train, files.writing(out / 'val.bin') as val:
+        counts, sha256 = write_tokens(texts, tokenizer, config, train, val)
         if not all(counts.values()):
             fail(f"{source} holds fewer than two documents; a single text: data/text/prepare.py")
-        with files.disk(out):
-            for name in ('meta.json', 'test.bin'):  # of an earlier run, maybe in other tokens
-                (out / name).unlink(missing_ok=True)
-            for split, path in paths.items():
-                os.replace(path, out / f'{split}.bin')
-    finally:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
+        for file in (train, val):
+            file.flush()  # a disk that is full says so before the files of an earlier run go
+        for name in ('meta.json', 'test.bin'):
+            (out / name).unlink(missing_ok=True)
     tools.write_meta(out, dict(kind='gpt2', source=source, sha256=sha256))
     print(f"{source}: train {counts['train']:,} tokens, val {counts['val']:,} tokens")
 

@@ -5,24 +5,22 @@ writes train.bin, val.bin (uint16, 90/10 of the characters) and meta.json beside
     python data/shakespeare/prepare.py
     python data/shakespeare/prepare.py --input=my.txt
 
-The text comes from where data/shakespeare_char/prepare.py finds it: --input, input.txt beside that script,
-the download, the plays out of a package.
+The text comes from where data/shakespeare_char/prepare.py finds it.
 """
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from configurator import Filename, script  # noqa: E402
-from data import tools  # noqa: E402
-from data.shakespeare_char import prepare as characters  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import Filename, script
+from data import tools
+from data.shakespeare_char import prepare as characters
 
 
 @dataclass
 class Config(characters.Config):
     tokenizer: Filename = 'gpt2'  # gpt2 | byte | char
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def main(argv):

