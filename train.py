@@ -212,7 +212,9 @@ def train(state, origin, rank, world):
             f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
             f"{run.max_iters} iterations, {device} in {state.dtype}, to {run.out_dir}/")
     stop = machine.stop_signals(world, device)
-    loss_fn = machine.compiled(state.model, rows.batch(run.batch_size)[0], amp) if run.compile else state.model
+    loss_fn = state.model
+    if run.compile:
+        loss_fn = machine.compiled(state.model, rows.batch(run.batch_size)[0], amp)
 
     never = torch.tensor(2 ** 62, device=device)
     first_bad, figures, tick, tick_iter, stopping = never, [], time.time(), state.iter, False

@@ -1,4 +1,4 @@
-# Score-based diffusion over token embeddings, a noise level for every token (CDCD arXiv 2211.15089 and since).
+# Score-based diffusion over token embeddings, a noise level for every token (CDCD arXiv 2211.15089).
 # Sizes, steps and data of config/train_mdlm.py; --per_token=0: one noise level for all tokens of a text.
 out_dir = 'out-score'
 objective = 'score'
