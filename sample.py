@@ -220,13 +220,13 @@ def up_to(text, stop, before):
 def samplers():
     """All functions whose arguments behind the `*` are flags, and what --help says of them."""
     functions = [unmask.unmask, *unmask.RULES.values()]
-    lines = [help_of_rules("rules of unmask.py and their own knobs", unmask.RULES), "  of all of them:",
+    lines = ['', help_of_rules("rules of unmask.py and their own knobs", unmask.RULES), "  all of them:",
              *help_lines(unmask.unmask, '      ')]
     for objective in common.OBJECTIVES:
         concept = common.concept(objective)
-        rules = {name: rule for name, rule in concept.RULES.items() if rule not in functions}
+        rules = {name: rule for name, rule in concept.RULES.items() if rule not in unmask.RULES.values()}
         own = list(help_lines(concept.Model.sample))
-        lines += [f"\nknobs of objective={objective}:"] * bool(own) + own
+        lines += [f"\nknobs of objective={objective}:", *own] if own else []
         lines += [help_of_rules(f"rules of objective={objective}", rules)] if rules else []
         functions += [concept.Model.sample, *rules.values()]
     return functions, '\n'.join(lines)

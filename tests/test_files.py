@@ -179,7 +179,7 @@ def test_tilde_is_the_home_folder_in_every_path(trained, monkeypatch, capsys):
     prepare.main(['--input=~/t.txt', '--out=~/data'])
     assert {p.name for p in (trained / 'home').iterdir()} == {'t.txt', 'run', 'more', 'page.html', 'data'}
     assert not (trained / '~').exists()
-    assert sample.given('FILE:~/t.txt') == TEXT.removesuffix('\n')
+    assert sample.prompt_of('FILE:~/t.txt') == TEXT.removesuffix('\n')
     assert configurator.build(dict(start='~/x'), sample.Config)[0].start == '~/x'  # a text is no path
 
 

@@ -1,6 +1,6 @@
 """The commands of the README at a tiny size, and the mistakes people make."""
+import contextlib
 import dataclasses
-import inspect
 import json
 import re
 import subprocess
@@ -14,7 +14,6 @@ import configurator
 import eval as evaluation
 import masked
 import sample
-import score
 import train
 import unmask
 from text import vocabulary
@@ -119,12 +118,22 @@ def test_a_prompt_can_come_from_a_file(trained, capsys, mistake):
     assert 'q.txt' in mistake(sample.main, '--start=FILE:q.txt')
 
 
-def test_watching_draws_every_canvas_and_the_last_has_no_blank(trained, capsys):
+def test_watching_draws_every_canvas_and_the_last_has_no_mask(trained, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
     sample.main(['--out_dir=out-m', '--watch', '--steps=4', '--rule=random'])
     frames = capsys.readouterr().out.split('\033[H\033[J')[1:]
     assert len(frames) == 4
-    blanks = [frame.count('░') for frame in frames]
-    assert blanks == [12, 8, 4, 0] and all('\033[1;32m' in frame for frame in frames)
+    masks = [frame.count('░') for frame in frames]
+    assert masks == [12, 8, 4, 0] and all('\033[1;32m' in frame for frame in frames)
+
+
+def test_watching_prints_a_plain_line_for_every_canvas_where_there_is_no_terminal(trained, capsys):
+    sample.main(['--out_dir=out-m', '--steps=4', '--rule=random'])
+    texts = capsys.readouterr().out
+    sample.main(['--out_dir=out-m', '--steps=4', '--rule=random', '--watch'])
+    *lines, rest = capsys.readouterr().out.split('\n', 4)
+    assert rest == texts and [line.count('░') for line in lines] == [12, 8, 4, 0]
+    assert all(len(line) == 16 and line.isprintable() for line in lines)
 
 
 def test_the_page_holds_every_canvas_and_loads_nothing(trained, capsys):
@@ -174,9 +183,10 @@ def test_a_text_ends_behind_the_text_of_its_stop_however_it_was_cut_into_tokens(
     assert sample.up_to('a...', '.', 'a') == 'a.' and sample.up_to('baaaa', 'aa', 'b') == 'baa'
 
 
-@pytest.mark.parametrize('flags', [['--cfg=2'], ['--grid=cosine'], ['--rule=llada', '--part_length=4'],
+@pytest.mark.parametrize('flags', [['--cfg=2'], ['--grid=maskgit'], ['--rule=llada', '--part_length=4'],
                                    ['--rule=threshold', '--threshold=0.4'], ['--rule=factor', '--factor=2'],
-                                   ['--rule=eb', '--gamma=0.3'], ['--rule=remdm_loop', '--eta=0.1'],
+                                   ['--rule=eb', '--gamma=0.3'], ['--rule=textbook', '--grid=maskgit'],
+                                   ['--rule=remdm_loop', '--eta=0.1', '--on=0.7', '--alpha_on=0.8'],
                                    ['--rule=first_hitting'], ['--rule=analytic', '--steps=9']])
 def test_every_rule_can_be_asked_for_with_its_knob(trained, capsys, flags):
     sample.main(['--out_dir=out-m', '--start=To', *flags])
@@ -195,19 +205,16 @@ def test_no_knob_means_two_things():
         assert not names(train.Config) & names(common.concept(objective).Config)
 
 
-def test_the_knobs_of_the_rules_have_the_same_defaults_in_the_scripts_and_in_the_functions():
-    for rule, function in unmask.RULES.items():
-        for name, p in inspect.signature(function).parameters.items():
-            if name in {f.name for f in dataclasses.fields(unmask.Config)} and p.default is not p.empty:
-                assert getattr(unmask.Config(), name) in (p.default, -1), (rule, name)  # -1: the rule's own
-    assert inspect.signature(score.Model.sample).parameters['stagger'].default == unmask.Config().stagger
-
-
 @pytest.mark.parametrize('flags, words', [
     (['--steps=0'], ['steps=0']),
     (['--rule=confidence', '--gamma=0.5'], ['gamma', 'confidence', 'grid']),
+    (['--rule=textbook', '--part_length=4'], ['part_length', 'textbook', 'grid']),
+    (['--first=left'], ['first', 'ancestral']),
+    (['--rule=threshold', '--threshold=2'], ['threshold=2', '[0, 1]']),
+    (['--gama=2'], ['--gamma']),
+    (['--weights=fast'], ['fast', 'ema, model']),
     (['--cfg=1'], ['cfg', '--start']),
-    (['--grid=sine', '--rule=random'], ['sine', 'cosine']),
+    (['--grid=sine', '--rule=random'], ['sine', 'linear, maskgit']),
     (['--min_entropy=-1'], ['min_entropy']),
     (['--stop=Ω'], ["'Ω'"]),
     (['--temperature=-1'], ['temperature']),
@@ -294,9 +301,31 @@ def test_runs_that_are_compared_differ_in_what_they_say_alone(name, other, own):
 
 @pytest.mark.parametrize('script', [sample, evaluation])
 def test_help_gives_every_knob_a_comment(script, capsys):
-    script.main(['--help'])
-    for line in capsys.readouterr().out.partition('knobs of')[2].splitlines()[1:]:
-        assert re.match(r'  --\w+=\S* +\S', line), line
+    with contextlib.suppress(SystemExit):
+        script.main(['--help'])
+    lines = capsys.readouterr().out.partition('knobs of')[2].splitlines()
+    knobs = [line for line in lines if line.lstrip().startswith('--')]
+    assert len(knobs) > 10
+    for line in knobs:
+        assert re.match(r' +--\w+=\S* +\S', line), line
+
+
+def test_the_knobs_of_sampling_are_few_and_every_rule_stands_in_the_help_with_its_own(capsys):
+    with contextlib.suppress(SystemExit):
+        sample.main(['--help'])
+    out = capsys.readouterr().out
+    mine, rules = out.split('knobs of sample.py:')[1].split('rules of unmask.py')
+    assert len(re.findall(r'^  --\w+=', mine, re.M)) == len(dataclasses.fields(sample.Config)) <= 25
+    parts = re.split(r'^  (\w+) +.+$', rules.split('\n\n')[0].split('  all of them:')[0], flags=re.M)[1:]
+    found = {name: re.findall(r'^      --(\w+)=', own, re.M) for name, own in zip(parts[::2], parts[1::2])}
+    assert found == {name: list(configurator.knobs_of(rule)) for name, rule in unmask.RULES.items()}
+    assert found['remdm_loop'] == ['eta', 'on', 'off', 'alpha_on'] and found['eb'][0] == 'gamma'
+    for objective in common.OBJECTIVES:
+        concept = common.concept(objective)
+        for name in concept.RULES:
+            assert re.search(rf'^  {name} +\w', out, re.M), name
+        for name in configurator.knobs_of(concept.Model.sample):
+            assert re.search(rf'^ +--{name}=', out, re.M), name
 
 
 def test_configs_that_build_on_each_other_fit_on_a_cpu_and_on_a_gpu():

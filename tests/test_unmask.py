@@ -1,6 +1,7 @@
-"""Samplers against enumerated joints. Chi-square tests fail by chance once in 10,000; their seeds are
+"""Samplers against enumerated joints. A chi-square test raises a false alarm once in 10,000; the seeds are
 fixed."""
 import itertools
+import math
 
 import pytest
 import torch
@@ -28,19 +29,46 @@ def test_one_token_a_step_with_exact_conditionals_draws_the_joint_in_any_order(j
     assert chi_square_p(x, joint.p, joint.V) > 1e-4
 
 
-def test_ancestral_in_two_steps_has_the_law_that_enumeration_gives(joint):
+def law_of_steps(joint, level):
+    """The law of the texts after steps down these levels, by enumeration: every position is revealed in one
+    of the steps, in that from t to s with probability t - s, whatever the others do."""
+    law, mask = torch.zeros_like(joint.p), torch.full_like(joint.x, joint.V)
+    width = [t - s for t, s in itertools.pairwise(level.tolist())]
+    for when in itertools.product(range(len(width)), repeat=joint.T):  # the step of each position
+        p, when = torch.ones_like(joint.p), torch.tensor(when)
+        for i in set(when.tolist()):
+            logp = joint.logp(torch.where(when < i, joint.x, mask))
+            p = p * torch.where(when == i, logp.gather(-1, joint.x[..., None])[..., 0].exp(), 1).prod(-1)
+        law += p * math.prod(width[i] for i in when.tolist())
+    return law
+
+
+@pytest.mark.parametrize('rule', ['textbook', 'ancestral'])
+@pytest.mark.parametrize('steps, grid', [(2, 'linear'), (3, 'linear'), (3, 'maskgit')])
+def test_textbook_and_ancestral_steps_have_the_law_that_enumeration_gives(joint, rule, steps, grid):
     torch.manual_seed(0)
-    expected = torch.zeros_like(joint.p)
-    for when in itertools.product([0, 1], repeat=joint.T):  # the step of each position, all equally likely
-        first = torch.tensor(when) == 0
-        blank = torch.full_like(joint.x, joint.V)
-        p0 = joint.logp(blank).exp().gather(-1, joint.x[..., None])[..., 0]
-        p1 = joint.logp(torch.where(first, joint.x, blank)).exp().gather(-1, joint.x[..., None])[..., 0]
-        expected += torch.where(first, p0, p1).prod(-1) / 2 ** joint.T
-    assert abs(expected.sum() - 1) < 1e-12 and (expected - joint.p).abs().max() > 1e-3
-    x = last(unmask.unmask(joint.denoise, torch.full((40000, joint.T), joint.V), joint.V, 2, 'ancestral'))
-    assert chi_square_p(x, expected, joint.V) > 1e-4
-    assert chi_square_p(x, joint.p, joint.V) < 1e-4  # the test can tell the two apart
+    law = law_of_steps(joint, unmask.noise_levels(steps, grid))
+    assert abs(law.sum() - 1) < 1e-12 and (law - joint.p).abs().max() > 1e-3
+    x = last(unmask.unmask(joint.denoise, torch.full((40000, 3), 3), 3, steps, rule, grid=grid))
+    assert chi_square_p(x, law, 3) > 1e-4
+    assert chi_square_p(x, joint.p, 3) < 1e-4  # the test can tell the two apart
+
+
+def test_the_textbook_asks_the_network_at_every_step_and_ancestral_where_something_is_revealed():
+    """In both every token's own level is crossed in the step that reveals it: 4 standard errors of the share
+    that each step reveals of 100,000 tokens."""
+    for rule, grid in itertools.product(('textbook', 'ancestral'), ('linear', 'maskgit')):
+        torch.manual_seed(0)
+        canvases, times = [torch.full((1, 100000), 1)], []
+        denoise = lambda xt, t: times.append(t.item()) or torch.zeros(*xt.shape, 1)
+        canvases += unmask.unmask(denoise, canvases[0], 1, 5, rule, grid=grid)
+        level = unmask.noise_levels(5, grid)
+        assert times == pytest.approx(level[:-1].tolist())
+        for (before, after), width in zip(itertools.pairwise(canvases), -level.diff(), strict=True):
+            assert abs((before != after).double().mean() - width) < 4 * 0.5 / 100000 ** 0.5
+    few = torch.full((1, 2), 1)
+    assert len(list(unmask.unmask(denoise, few, 1, 50, 'textbook'))) == 50
+    assert len(list(unmask.unmask(denoise, few, 1, 50, 'ancestral'))) <= 2
 
 
 def test_given_tokens_condition_the_joint_and_never_change(joint):
@@ -77,12 +105,14 @@ def test_a_thousand_steps_on_256_tokens_cost_at_most_256_calls_at_any_batch_size
     assert all((a > b)[b > 0].all() for a, b in zip(calls, calls[1:]))  # every row's own time falls
 
 
-def test_the_number_of_events_has_the_mean_that_theory_gives():
+def test_the_number_of_steps_of_a_row_that_reveal_something_has_the_mean_that_theory_gives():
     """T (1 - (1 - 1/T)^L) for a row of any batch (MDLM); 4 standard errors."""
     torch.manual_seed(0)
-    event, _ = unmask.events(torch.ones(4000, 20, dtype=torch.bool), unmask.grid_levels(30))
-    calls = event.amax(-1).double() + 1
-    assert abs(calls.mean() - 30 * (1 - (1 - 1 / 30) ** 20)) < 4 * calls.std() / 4000 ** 0.5
+    canvases = [torch.full((4000, 20), 2)]
+    denoise = lambda xt, t: torch.zeros(*xt.shape, 2).log_softmax(-1)
+    canvases += unmask.unmask(denoise, canvases[0], 2, 30)
+    own = sum((a != b).any(-1).double() for a, b in zip(canvases, canvases[1:]))
+    assert abs(own.mean() - 30 * (1 - (1 - 1 / 30) ** 20)) < 4 * own.std() / 4000 ** 0.5
 
 
 def test_a_single_sample_costs_the_calls_that_theory_gives_and_a_batch_the_most_of_its_rows():
@@ -104,17 +134,20 @@ def test_a_single_sample_costs_the_calls_that_theory_gives_and_a_batch_the_most_
         assert numbers.max() - 2 <= len(calls) <= 12  # 500 rows cost no more calls than their busiest
 
 
-def test_events_number_the_distinct_steps_of_each_row():
+def test_every_row_goes_from_one_of_its_own_steps_to_the_next():
     torch.manual_seed(0)
-    masked_ = torch.rand(50, 9) < 0.7
-    event, time = unmask.events(masked_, unmask.grid_levels(5))
-    assert (event[~masked_] == -1).all() and (event[masked_] >= 0).all()
-    for e, t, m in zip(event, time, masked_):
-        steps = sorted({round((1 - v) * 5) for v in t[m].tolist()})
-        assert e[m].tolist() == [steps.index(round((1 - v) * 5)) for v in t[m].tolist()]
+    xt, times = torch.where(torch.rand(50, 9) < 0.7, 4, 1), []
+    denoise = lambda xt, t: times.append(t) or torch.zeros(*xt.shape, 4).log_softmax(-1)
+    canvases = [xt, *unmask.unmask(denoise, xt, 4, 5)]
+    level = unmask.noise_levels(5).float()
+    for (before, after), t in zip(itertools.pairwise(canvases), times, strict=True):
+        done = (before < 4).all(-1)
+        assert torch.isin(t[~done], level[:-1]).all() and (t[done] == 0).all()
+        assert ((before != after).any(-1) == ~done).all()  # no call is in vain but for a row that is done
+    assert all((a > b)[b > 0].all() for a, b in zip(times, times[1:]))
 
 
-@pytest.mark.parametrize('rule', unmask.SCORES)
+@pytest.mark.parametrize('rule', unmask.ORDERS)
 @pytest.mark.parametrize('steps', [1, 3, 4, 10, 25])
 def test_ordered_rules_reveal_exact_counts_and_leave_no_mask(rule, steps):
     torch.manual_seed(0)
@@ -136,19 +169,20 @@ def test_ordered_rules_reveal_exact_counts_and_leave_no_mask(rule, steps):
 
 def test_ties_are_broken_at_random_not_left_to_right():
     torch.manual_seed(0)
-    first = unmask.best(torch.zeros(6000, 6), torch.ones(6000, 6, dtype=torch.bool),
-                        torch.ones(6000, dtype=torch.long))
+    first = unmask.ranks(torch.zeros(6000, 6), torch.ones(6000, 6, dtype=torch.bool)) == 0
     assert ((first.double().mean(0) - 1 / 6).abs() < 4 * (5 / 36 / 6000) ** 0.5).all()  # false alarm 4e-4
 
 
 def test_scores_prefer_the_surest_position():
     logp = torch.tensor([[0.4, 0.3, 0.3], [0.5, 0.45, 0.05], [0.45, 0.28, 0.27]]).log()[None]
     token = torch.tensor([[0, 2, 1]])
-    assert unmask.confidence(logp, token).argmax() == 1
-    assert unmask.margin(logp, token).argmax() == 2
-    assert unmask.entropy(logp, token).argmax() == 1
-    assert torch.allclose(unmask.llada(logp, token).exp(), torch.tensor([[0.4, 0.05, 0.28]]))
-    assert torch.allclose(unmask.entropy(torch.tensor([[[0.0, -torch.inf]]]), None), torch.zeros(1, 1))
+    score = lambda order, logp, token: unmask.ORDERS[order][1](logp, token)
+    assert score('confidence', logp, token).argmax() == 1
+    assert score('margin', logp, token).argmax() == 2
+    assert score('entropy', logp, token).argmax() == 1
+    assert torch.allclose(score('llada', logp, token).exp(), torch.tensor([[0.4, 0.05, 0.28]]))
+    assert torch.allclose(score('margin', logp, token), torch.tensor([[0.1, 0.05, 0.17]]))
+    assert torch.allclose(score('entropy', torch.tensor([[[0.0, -torch.inf]]]), None), torch.zeros(1, 1))
 
 
 def test_rows_of_a_batch_do_not_influence_each_other(joint):
@@ -160,10 +194,10 @@ def test_rows_of_a_batch_do_not_influence_each_other(joint):
     assert (x[::2] == joint.x[4]).all() and chi_square_p(x[1::2], joint.p, joint.V) > 1e-4
 
 
-def test_draw_is_categorical_down_to_the_rare_tokens():
+def test_sampling_a_token_is_categorical_down_to_the_rare_tokens():
     torch.manual_seed(0)
     p = torch.tensor([0.9, 0.0999, 1e-4]).double()
-    x = unmask.draw(p.log().float().expand(400000, 3))
+    x = unmask.sample_tokens(p.log().float().expand(400000, 3))
     assert chi_square_p(x[:, None], p, 3) > 1e-4
 
 
@@ -171,7 +205,7 @@ def test_drawing_in_parts_draws_each_from_its_own_row(monkeypatch):
     monkeypatch.setattr(unmask, 'LARGEST', 12)
     token = torch.randint(5, (7, 3))
     logp = torch.full((7, 3, 5), -torch.inf).scatter(-1, token[..., None], 0.0)
-    assert torch.equal(unmask.draw(logp), token)
+    assert torch.equal(unmask.sample_tokens(logp), token)
 
 
 def test_a_big_vocabulary_of_unlikely_tokens_stays_unlikely():
@@ -180,15 +214,15 @@ def test_a_big_vocabulary_of_unlikely_tokens_stays_unlikely():
     torch.manual_seed(0)
     logp = torch.full((50001,), 1e-11).log()
     logp[7] = 0.0
-    assert (unmask.draw(logp.expand(1000, -1)) == 7).all()
+    assert (unmask.sample_tokens(logp.expand(1000, -1)) == 7).all()
 
 
 def test_temperature_zero_is_the_best_token_and_temperature_sharpens():
     logp = torch.tensor([0.5, 0.3, 0.2]).log().expand(40000, 3)
-    assert (unmask.draw(logp, temperature=0) == 0).all()
+    assert (unmask.sample_tokens(logp, temperature=0) == 0).all()
     torch.manual_seed(0)
     sharp = torch.tensor([0.25, 0.09, 0.04]).double()
-    assert chi_square_p(unmask.draw(logp, temperature=0.5)[:, None], sharp / sharp.sum(), 3) > 1e-4
+    assert chi_square_p(unmask.sample_tokens(logp, temperature=0.5)[:, None], sharp / sharp.sum(), 3) > 1e-4
 
 
 def test_top_k_and_top_p_keep_what_they_say():
@@ -207,36 +241,43 @@ LOGP = torch.tensor([[0.97, 0.02, 0.01], [0.6, 0.3, 0.1], [0.9, 0.06, 0.04], [0.
 ALL = torch.ones(1, 4, dtype=torch.bool)
 
 
+def picked(rule, logp, candidates, **knobs):
+    """What a rule reveals in its first step where `candidates` (B, T) are masked: (B, T) bool."""
+    V = logp.size(-1)
+    xt = torch.zeros(candidates.shape, dtype=torch.long).masked_fill(candidates, V)
+    first = next(unmask.unmask(lambda xt, t: logp, xt, V, 1, rule, **knobs))
+    return candidates & (first < V)
+
+
 def test_threshold_takes_every_sure_position_and_at_least_one():
-    assert unmask.above(LOGP, ALL, 0.85).tolist() == [[True, False, True, False]]
-    assert unmask.above(LOGP, ALL, 0.99).tolist() == [[True, False, False, False]]
-    assert unmask.above(LOGP, torch.tensor([[False, True, False, True]]), 0.99).tolist() == [
-        [False, True, False, False]]
-    assert unmask.above(LOGP, ~ALL, 0.1).sum() == 0
+    assert picked('threshold', LOGP, ALL, threshold=0.85).tolist() == [[True, False, True, False]]
+    assert picked('threshold', LOGP, ALL, threshold=0.99).tolist() == [[True, False, False, False]]
+    some = torch.tensor([[False, True, False, True]])
+    assert picked('threshold', LOGP, some, threshold=0.99).tolist() == [[False, True, False, False]]
 
 
 def test_the_factor_rule_takes_the_largest_n_that_its_inequality_allows():
     """(n + 1) (1 - c_n): 2 * 0.03, 3 * 0.1, 4 * 0.4, 5 * 0.6."""
     for factor, n in ((0.05, 1), (0.29, 1), (0.31, 2), (1.59, 2), (1.61, 3), (2.9, 3), (3.1, 4)):
-        picked = unmask.by_factor(LOGP, ALL, factor)[0]
-        assert picked.tolist() == [n > rank for rank in (0, 2, 1, 3)], factor
+        revealed = picked('factor', LOGP, ALL, factor=factor)[0]
+        assert revealed.tolist() == [n > rank for rank in (0, 2, 1, 3)], factor
 
 
 def test_entropy_bounded_takes_the_prefix_whose_entropy_but_for_the_largest_is_within_gamma():
     a, b, c, _ = (-(LOGP.exp() * LOGP).sum(-1))[0].sort().values.tolist()
     for gamma, n in ((0.0, 1), (a - 1e-4, 1), (a + 1e-4, 2), (a + b + 1e-4, 3), (a + b + c + 1e-4, 4)):
-        assert unmask.entropy_bounded(LOGP, ALL, gamma).sum() == n
+        assert picked('eb', LOGP, ALL, gamma=gamma).sum() == n
 
 
-@pytest.mark.parametrize('pick, bound', [(unmask.above, 0.9), (unmask.by_factor, 1.0),
-                                         (unmask.entropy_bounded, 0.1)])
-def test_what_is_safe_in_a_row_does_not_depend_on_the_batch(pick, bound):
+@pytest.mark.parametrize('rule, knobs', [('threshold', dict(threshold=0.9)), ('factor', dict(factor=1.0)),
+                                         ('eb', dict(gamma=0.1))])
+def test_what_is_safe_in_a_row_does_not_depend_on_the_batch(rule, knobs):
     torch.manual_seed(0)
     logp, candidates = (torch.randn(50, 9, 4) * 4).log_softmax(-1), torch.rand(50, 9) < 0.6
-    together = pick(logp, candidates, bound)
-    alone = torch.cat([pick(a[None], b[None], bound) for a, b in zip(logp, candidates)])
-    assert (together & ~candidates).sum() == 0 and (together.any(-1) == candidates.any(-1)).all()
-    assert torch.equal(together, alone)
+    together = picked(rule, logp, candidates, **knobs)
+    alone = torch.cat([picked(rule, a[None], b[None], **knobs) if b.any() else b[None]
+                       for a, b in zip(logp, candidates)])
+    assert (together.any(-1) == candidates.any(-1)).all() and torch.equal(together, alone)
 
 
 def test_the_sure_rules_end_when_all_is_written_whatever_the_steps(joint):
@@ -254,11 +295,11 @@ def test_analytic_steps_reveal_by_the_sum_of_the_scores_and_a_call_more_writes_w
     for Z in (1.0, 0.5, 1.5):
         times = []
 
-        def logs(xt, t):
+        def scores(xt, t):
             times.append(t.item())
             return torch.full((*xt.shape, 4), Z / 4).log()
         left = [x.eq(4).double().mean() for x in
-                unmask.unmask(logs, torch.full((1, 40000), 4), 4, 4, 'analytic')]
+                unmask.unmask(scores, torch.full((1, 40000), 4), 4, 4, 'analytic')]
         expected = torch.tensor([1 - min(1, Z / k) for k in (4, 3, 2, 1)]).cumprod(0)
         assert all(abs(a - b) < 0.01 for a, b in zip(left, expected)) and left[-1] == 0
         assert times == [1.0, 0.75, 0.5, 0.25] + [0.0] * (Z < 1)
@@ -268,10 +309,10 @@ def test_what_the_last_call_of_the_analytic_sampler_writes_comes_from_the_canvas
     """A network that names the number of masks it sees: the tokens of the last call are of that canvas."""
     torch.manual_seed(0)
 
-    def logs(xt, t):
+    def scores(xt, t):
         n = (xt == 200).sum(-1).clamp(max=199)
         return torch.nn.functional.one_hot(n, 200)[:, None].expand(-1, xt.size(1), -1).float().mul(0.4).log()
-    *_, before, end = unmask.unmask(logs, torch.full((1, 150), 200), 200, 3, 'analytic')
+    *_, before, end = unmask.unmask(scores, torch.full((1, 150), 200), 200, 3, 'analytic')
     asked = before == 200
     assert asked.any() and (end[asked] == asked.sum()).all() and torch.equal(end[~asked], before[~asked])
 
@@ -354,14 +395,14 @@ def test_many_small_steps_of_remasking_draw_the_joint():
 
 
 def test_a_step_of_remasking_leaves_the_noise_level_where_the_grid_says():
-    torch.manual_seed(0)
-    t, s = torch.tensor(0.6), torch.tensor(0.5)
-    xt = torch.where(torch.rand(1, 200000) < t, 4, 1)
-    logp = torch.zeros(1, 200000, 4).log_softmax(-1)
-    for sigma in (0.0, 0.1, unmask.most_remasking(t, s).item()):
-        xs, _ = unmask.remasking(logp, xt, 4, xt >= 0, unmask.draw, t, s, torch.tensor(sigma))
+    denoise = lambda xt, t: torch.zeros(*xt.shape, 4).log_softmax(-1)
+    for sigma in (0.0, 0.1, 1.0):  # 1: as much as possible
+        torch.manual_seed(0)
+        before, xs = unmask.remdm(denoise, torch.full((1, 200000), 4), 4, unmask.sample_tokens,
+                                  torch.tensor([1.0, 0.6, 0.5]), lambda most, written: most.clamp(max=sigma))
+        assert abs((before == 4).double().mean() - 0.6) < 4 * (0.24 / 200000) ** 0.5
         assert abs((xs == 4).double().mean() - 0.5) < 4 * (0.25 / 200000) ** 0.5 * 2
-        went = ((xt == 1) & (xs == 4)).double().sum() / (xt == 1).sum()
+        went = ((before < 4) & (xs == 4)).double().sum() / (before < 4).sum()
         assert abs(went - sigma) < 4 * (0.25 / 80000) ** 0.5
 
 
@@ -378,21 +419,21 @@ def test_remasking_spares_given_tokens_and_leaves_no_mask(joint, rule):
 
 def test_remasking_knows_how_likely_each_token_was_when_it_was_written(joint):
     torch.manual_seed(0)
-    canvases, told, said = [torch.full((40, 3), 3)], [], []
+    canvases, seen, said = [torch.full((40, 3), 3)], [], []
 
-    def sigma(t, s, written):
-        told.append(written)
-        return unmask.most_remasking(t, s) * 0.5
+    def sigma(most, written):
+        seen.append(written)
+        return most * 0.5
 
     def denoise(xt, t):
         said.append(joint.denoise(xt, t))
         return said[-1]
-    path = unmask.down(8, 'linear', None)[:-1]  # masks are left, so every step asks the denoiser
-    canvases += unmask.remdm(denoise, canvases[0], 3, unmask.draw, path, sigma)
-    assert len(canvases) == len(told) + 1 and any(((a < 3) & (b == 3)).any()
+    level = unmask.noise_levels(8)[:-1]  # masks are left, so every step asks the denoiser
+    canvases += unmask.remdm(denoise, canvases[0], 3, unmask.sample_tokens, level, sigma)
+    assert len(canvases) == len(seen) + 1 and any(((a < 3) & (b == 3)).any()
                                                   for a, b in zip(canvases, canvases[1:]))
     expected = torch.full((40, 3), torch.inf)
-    for before, after, written, logp in zip(canvases, canvases[1:], told, said):
+    for before, after, written, logp in zip(canvases, canvases[1:], seen, said):
         assert torch.allclose(written, expected)
         p = logp.gather(-1, after.clamp(max=2)[..., None])[..., 0]
         expected = torch.where(after == 3, torch.inf, torch.where(before == 3, p, expected))
@@ -436,23 +477,12 @@ def test_guidance_of_scale_0_changes_nothing_and_more_moves_towards_the_given(jo
         unmask.unmask(joint.denoise, torch.full((1, 3), 3), 3, 5, cfg=1.0)
 
 
-def test_the_cosine_grid_reveals_few_tokens_first_and_ends_at_zero():
-    level = unmask.grid_levels(8, 'cosine')
+def test_the_grid_of_maskgit_reveals_few_tokens_first_and_ends_at_zero():
+    level = unmask.noise_levels(8, 'maskgit')
     assert level[0] == 1 and level[-1] == 0 and (level.diff() < 0).all()
     assert torch.allclose(level[:-1], torch.cos(torch.arange(8).double() * torch.pi / 16))
-    k = unmask.counts(torch.tensor([64]), level)[0]
+    k = unmask.tokens_a_step(torch.tensor([64]), level)[0]
     assert k.sum() == 64 and (k.diff() >= -1).all() and k[0] < k[-1] / 4
-    with pytest.raises(ValueError, match='cosine'):
-        unmask.Config(grid='sine')
-
-
-def test_ancestral_on_either_grid_reveals_what_the_levels_say():
-    torch.manual_seed(0)
-    for grid in ('linear', 'cosine'):
-        level = unmask.grid_levels(5, grid)
-        _, time = unmask.events(torch.ones(1, 100000, dtype=torch.bool), level)
-        for t, s in zip(level[:-1], level[1:]):
-            assert abs((time == t.float()).double().mean() - (t - s)) < 4 * 0.5 / 100000 ** 0.5
 
 
 @pytest.mark.parametrize('rule', ['llada', 'threshold', 'factor', 'eb', 'random'])
@@ -468,7 +498,7 @@ def test_blocks_are_written_one_after_the_other_behind_each_rows_prompt(rule):
             if row.any():
                 begun = block[row].min()  # blocks behind it are as they were
                 assert row[block > begun].all()
-    assert (frames[-1] < 5).all() and (rule not in unmask.SCORES or len(frames) == 11)
+    assert (frames[-1] < 5).all() and (rule not in unmask.ORDERS or len(frames) == 11)
 
 
 def llada_generate(logits_of, prompt, length, steps, block, mask):
@@ -532,11 +562,12 @@ def test_every_step_count_is_honoured():
     denoise = lambda xt, t: torch.zeros(*xt.shape, 2).log_softmax(-1)
     for steps in range(1, 129):
         assert len(list(unmask.unmask(denoise, torch.full((1, 128), 2), 2, steps, 'random'))) == steps
-        assert len(unmask.grid_levels(steps)) == steps + 1
+        assert len(unmask.noise_levels(steps)) == steps + 1
         n = torch.arange(130)
         after = torch.stack([n * (steps - i) // steps for i in range(steps + 1)], dim=-1)  # in integers
-        k = unmask.counts(n, unmask.grid_levels(steps))
-        assert torch.equal(k.sort(-1).values, -after.diff(dim=-1).sort(-1, descending=True).values)
+        k, own = unmask.tokens_a_step(n, unmask.noise_levels(steps)), -after.diff(dim=-1)
+        assert k.shape == (130, steps) and torch.equal(k.sort(-1).values, own.sort(-1).values)
+    assert unmask.tokens_a_step(torch.tensor([3, 2]), unmask.noise_levels(9)).shape == (2, 3)  # none in vain
 
 
 def test_a_full_canvas_needs_no_call():
@@ -557,8 +588,10 @@ def test_every_rule_fills_the_canvas_and_keeps_what_is_given(joint, rule):
 
 def test_a_knob_of_another_rule_is_refused_by_name():
     xt = torch.full((1, 3), 3)
-    for rule, knob in (('confidence', 'gamma'), ('eb', 'grid'), ('first_hitting', 'part_length')):
-        with pytest.raises(ValueError, match=knob):
+    for rule, knob, own in (('confidence', 'gamma', 'grid, part_length'), ('eb', 'grid', 'gamma'),
+                            ('first_hitting', 'part_length', 'none'), ('random', 'score', 'grid'),
+                            ('ancestral', 'choose', 'grid')):
+        with pytest.raises(ValueError, match=f'{knob} is not for rule={rule}, whose knobs are: {own}'):
             unmask.unmask(None, xt, 3, 4, rule, **{knob: 1})
 
 
