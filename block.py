@@ -156,7 +156,7 @@ class Model(nn.Module):
         return logp
 
     @torch.no_grad()
-    def sample(self, xt, steps, rule='', **how):
+    def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, **own):
         """Generator of canvases (B, T), one a network call but for the reading of clean blocks.
 
         xt starts with the given tokens; V is where to write. steps: of the whole text, shared out among the
@@ -164,8 +164,9 @@ class Model(nn.Module):
         unmask.py); by default random, with its even counts: ancestral steps often reveal several of a block's
         few tokens at once.
         """
-        if how.get('cfg'):
+        if own.get('cfg'):
             raise ValueError("cfg is not for block diffusion, whose prompt is in the cache")
+        how = dict(temperature=temperature, top_k=top_k, top_p=top_p, **own)
         n, cache = self.config.block_length, model.Cache(self.config.n_layer)
         first = prompt_length(xt, self.mask_id) // n * n
         if first:

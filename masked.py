@@ -188,8 +188,12 @@ class Model(nn.Module):
         itself = torch.full_like(logp, -torch.inf).scatter(-1, xt.clamp(max=self.mask_id - 1)[..., None], 0.0)
         return torch.where((xt == self.mask_id)[..., None], logp, itself)
 
+    scores = denoise  # what rule=analytic asks: here they add up to 1, in sedd.py they need not
+
     @torch.no_grad()
-    def sample(self, xt, steps, rule='', **how):
-        """Generator of canvases (B, T), one a network call; xt holds V where tokens are to be drawn. rule and
-        how: of unmask.py."""
-        yield from unmask(self.denoise, xt, self.mask_id, steps, rule or 'ancestral', **how)
+    def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, **own):
+        """Generator of canvases (B, T), one a network call; xt holds V where tokens are to be drawn. The rule
+        and its own knobs: of unmask.py."""
+        how = dict(temperature=temperature, top_k=top_k, top_p=top_p, **own)
+        ask = self.scores if rule == 'analytic' else self.denoise
+        yield from unmask(ask, xt, self.mask_id, steps, rule or 'ancestral', **how)

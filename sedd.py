@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 import masked
-from unmask import RULES, unmask  # noqa: F401  RULES belongs to the contract
+from unmask import RULES  # noqa: F401  RULES belongs to the contract
 
 
 @dataclass
@@ -49,8 +49,6 @@ class Model(masked.Model):
     def token_loss(self, out, x):
         return score_entropy(out, x)
 
-    @torch.no_grad()
-    def sample(self, xt, steps, rule='', **how):
-        """As masked.Model; rule=analytic takes the scores as they are, all others normalise them."""
-        ask = (lambda xt, t: log_scores(self.logits(xt, t))) if rule == 'analytic' else self.denoise
-        yield from unmask(ask, xt, self.mask_id, steps, rule or 'ancestral', **how)
+    def scores(self, xt, t=None):
+        """l, log p(x0 | xt) that is not normalised, (B, T, V): what rule=analytic asks."""
+        return log_scores(self.logits(xt, t))

@@ -219,7 +219,8 @@ def write_folder(checkpoint, folder):
     tensors, marks, shape = in_layout(checkpoint)
     meta, theirs, small = checkpoint['tokenizer'], layout.config_json(shape), {}
     own = {name: checkpoint[name] for name in ('objective', 'run', 'iter', 'tokens')}
-    own |= dict(config=checkpoint['config'] | {'lora_rank': 0}, rows=checkpoint.get('rows', {}), tokenizer=meta)
+    own |= dict(config=checkpoint['config'] | {'lora_rank': 0}, tokenizer=meta,
+                rows=checkpoint.get('rows', {}))
     if meta['kind'] == 'json':
         own['tokenizer'] = {k: v for k, v in meta.items() if k != 'json'}
         theirs |= dict(eos_token_id=meta['end'], bos_token_id=meta.get('bos'))
