@@ -139,7 +139,8 @@ def test_the_judge_scores_every_text_in_windows_none_dropped(trained):
 def test_a_text_is_judged_up_to_and_including_its_first_end_of_text(trained, monkeypatch):
     """With a vocabulary of bytes and one <|endoftext|>, id 256."""
     pieces = [bytes([i]) for i in range(256)] + [b'<|endoftext|>']
-    monkeypatch.setattr(vocabulary, 'gpt2_tokens', lambda: (pieces, lambda text: list(text.encode()), 256))
+    bytes_of = lambda text: list(text.encode())
+    monkeypatch.setattr(vocabulary, 'gpt2_tokens', lambda meta: (pieces, bytes_of, 256))
     tokenizer = vocabulary.Tokenizer(dict(kind='gpt2'))
     assert evaluation.until_end([97, 98, 256, 99], tokenizer) == ('ab', True)
     assert evaluation.until_end([97, 98], tokenizer) == ('ab', False)
