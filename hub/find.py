@@ -15,7 +15,6 @@ import os
 import re
 import time
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
 
 import requests
 
@@ -120,31 +119,15 @@ def download(repository, weights=True):
 def get_file(repository, folder, name, needed=False):
     """Download a file of a repository unless it is there -> is it there now? The script ends if it is needed
     and the hub has none."""
-    if (folder / name).exists():
-        return True
     url, token = web.address(repository, name, ''), os.environ.get('HF_TOKEN')
-    headers = {'Authorization': f'Bearer {token}'} if token else {}
     with web.reported(url, "offline, name a folder that holds the model"):
-        status, sha256 = published(url, headers)
-        if status in (401, 403):
-            fail(f"{repository} does not exist here nor on the hub, or is behind a consent, for which "
-                 f"HF_TOKEN must hold a token")
-        if status == 404:
-            return fail(f"{repository} on the hub has no {name}") if needed else False
-        web.download(url, folder / name, sha256, headers)
-    return True
-
-
-def published(url, headers):
-    """What the hub says of a file: (status 200, 401, 403 or 404; the sha256 of a large one, or ''). Raises
-    requests.RequestException."""
-    for _ in range(5):
-        response = requests.head(url, headers=headers, timeout=20)
-        there = urljoin(url, response.headers.get('location', ''))
-        if not response.is_redirect or urlsplit(there).netloc != urlsplit(url).netloc:
-            break  # large files lie elsewhere, but what is published about them is said here
-        url = there  # the repository has another name now, as gpt2 has
-    if response.status_code not in (401, 403, 404):
-        response.raise_for_status()
-    etag = response.headers.get('x-linked-etag', '').strip('"')
-    return response.status_code, etag if len(etag) == 64 else ''
+        try:
+            web.download(url, folder / name, headers={'Authorization': f'Bearer {token}'} if token else {})
+            return True
+        except requests.HTTPError as e:
+            if e.response.status_code in (401, 403):
+                fail(f"{repository} does not exist here nor on the hub, or is behind a consent, for which "
+                     f"HF_TOKEN must hold a token")
+            if e.response.status_code != 404:
+                raise
+    return fail(f"{repository} on the hub has no {name}") if needed else False

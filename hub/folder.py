@@ -7,6 +7,7 @@ is written into a tensor `unmask.marks` and into config.json under `unmask`; oth
 """
 import base64
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -51,66 +52,53 @@ def shards(folder):
     return ['model.safetensors'] if (folder / 'model.safetensors').is_file() else names
 
 
-class Tensors:
-    """The tensors of a folder by name, each read when it is taken."""
+def tensors_in(folder):
+    """{name: tensor} of a folder, or the script ends. safetensors reads a tensor when it is used."""
+    tensors, safetensors = {}, library(folder)
+    for path in (folder / name for name in shards(folder)):
+        if not path.is_file():
+            fail(f"{path} is missing" + (": weights in a pickle (pytorch_model.bin) are not read"
+                                         if (folder / 'pytorch_model.bin').is_file() else ""))
+        try:
+            file = safetensors.safe_open(path, 'pt')
+        except Exception as e:  # SafetensorError is no class of Python's own
+            fail(f"{path} is cut short or damaged ({e}): remove it and get it again")
+        for name in file.keys():
+            kind = file.get_slice(name).get_dtype()
+            if kind not in PLAIN and not name.endswith(CONSTANTS):
+                fail(f"the tensor {name} in {path} is of type {kind}: quantised weights are not read here, "
+                     f"take the model as it was before")
+            if name in tensors:
+                fail(f"the tensor {name} is in {path} and in another file of the same model")
+            tensors[name] = file.get_tensor(name)
+    return tensors
 
-    def __init__(self, folder):
-        self.where, safe_open = {}, library(folder).safe_open  # name -> (file, its name there)
-        for path in (folder / name for name in shards(folder)):
-            if not path.is_file():
-                fail(f"{path} is missing" + (": weights in a pickle (pytorch_model.bin) are not read"
-                                             if (folder / 'pytorch_model.bin').is_file() else ""))
-            try:
-                file = safe_open(path, 'pt')
-            except Exception as e:  # SafetensorError is no class of Python's own
-                fail(f"{path} is cut short or damaged ({e}): remove it and get it again")
-            for key in file.keys():
-                kind = str(file.get_slice(key).get_dtype())
-                if kind not in PLAIN and not key.endswith(CONSTANTS):
-                    fail(f"the tensor {key} in {path} is of type {kind}: quantised weights are not read "
-                         f"here, take the model as it was before")
-                if key in self.where:
-                    fail(f"the tensor {key} is in {path} and in another file of the same model")
-                self.where[key] = file, key
 
-    def read(self, name):
-        """A tensor in float32."""
-        file, key = self.where[name]
-        return file.get_tensor(key).float()
+def renamed(tensors, config):
+    """The tensors by the names of `layout.names_of`, however they are stored: with or without the prefix of
+    the body, and an embedding that is also the head under either name, or both."""
+    prefix, embed, head = 'model.', 'model.embed_tokens.weight', 'lm_head.weight'
+    if config.arch == 'gpt2':
+        tensors = {name.removeprefix('transformer.'): t for name, t in tensors.items()}
+        embed = 'wte.weight'
+    elif not any(name.startswith(prefix) for name in tensors):
+        tensors = {name if name in (head, 'unmask.marks') else prefix + name: t
+                   for name, t in tensors.items()}
+    if (config.tied or config.arch == 'gpt2') and head in tensors:
+        same = tensors.pop(head)
+        if not tensors.setdefault(embed, same).equal(same):
+            fail(f"{embed} and {head} differ, but config.json says that they are one (tie_word_embeddings)")
+    return tensors
 
-    def take(self, name, shape):
-        """A tensor of this shape in float32, or the script ends and names it."""
-        if name not in self.where:
-            fail(f"the tensor {name} is missing")
-        tensor, (_, key) = self.read(name), self.where.pop(name)
-        if list(tensor.shape) != list(shape):
-            fail(f"the tensor {key} is of shape {tuple(tensor.shape)} instead of {tuple(shape)}")
-        return tensor
 
-    def rename(self, config):
-        """Give the tensors the names of `layout.names_of`, however they are stored: with or without the
-        prefix of the body, and an embedding that is also the head under either name, or both."""
-        prefix, embed, head = 'model.', 'model.embed_tokens.weight', 'lm_head.weight'
-        if config.arch == 'gpt2':
-            self.where = {name.removeprefix('transformer.'): at for name, at in self.where.items()}
-            embed = 'wte.weight'
-        elif not any(name.startswith(prefix) for name in self.where):
-            self.where = {name if name in (head, 'unmask.marks') else prefix + name: at
-                          for name, at in self.where.items()}
-        if (config.tied or config.arch == 'gpt2') and head in self.where:
-            if embed in self.where and not self.read(embed).equal(self.read(head)):
-                fail(f"{embed} and {head} differ, but config.json says that they are one "
-                     f"(tie_word_embeddings)")
-            self.where[embed] = self.where.pop(head)
-
-    def check_rest(self):
-        """A tensor that was not taken ends the script: it may change what the others mean, as the scales of
-        quantised weights, biases and further layers do."""
-        rest = [name for name in self.where if not name.endswith(CONSTANTS)]
-        if rest:
-            more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
-            fail(f"the tensor {min(rest)}{more} has no place in this model: config.json and the weights do "
-                 f"not belong together, or they are quantised or of a kind that model.py does not do")
+def take(tensors, name, shape):
+    """Remove a tensor of this shape from the dict and return it in float32, or the script ends."""
+    if name not in tensors:
+        fail(f"the tensor {name} is missing")
+    tensor = tensors.pop(name)
+    if list(tensor.shape) != list(shape):
+        fail(f"the tensor {name} is of shape {tuple(tensor.shape)} instead of {tuple(shape)}")
+    return tensor.float()
 
 
 # ---- reading ----------------------------------------------------------------------------------------------
@@ -120,20 +108,24 @@ def read_folder(folder):
     others is an autoregressive model; its [BOS] is the row of their bos token."""
     folder = Path(folder)
     theirs = files.read_json(folder / 'config.json')
-    own, tensors = part_of_ours(theirs), Tensors(folder)
-    shape, shapes = shape_in(folder, theirs)
-    tensors.rename(shape)
-    weights = layout.to_ours(tensors.take, shape, shapes)
+    own, (shape, shapes) = part_of_ours(theirs), shape_in(folder, theirs)
+    tensors = renamed(tensors_in(folder), shape)
+    weights = layout.to_ours(functools.partial(take, tensors), shape, shapes)
     embed = weights['embed.weight']
     if own:
         check_ours(folder, own, shape, tensors)
         n = len(adapt.marks(own['objective'], own['config']))
-        marks = tensors.take('unmask.marks', (n, shape.n_embd))
+        marks = take(tensors, 'unmask.marks', (n, shape.n_embd))
     else:
         own = dict(objective='ar', config=asdict(shape), run={'dataset': ''}, iter=0, tokens=0)
         ids = [i for i in (special(theirs, 'bos'), special(theirs, 'eos')) if i is not None]
         marks = embed[ids[0]:ids[0] + 1] if ids else embed.mean(0, keepdim=True)
-    tensors.check_rest()
+    # what is left may change what the others mean, as the scales of quantised weights do, or biases
+    rest = [name for name in tensors if not name.endswith(CONSTANTS)]
+    if rest:
+        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        fail(f"the tensor {min(rest)}{more} has no place in this model: config.json and the weights do not "
+             f"belong together, or they are quantised or of a kind that model.py does not do")
     weights['embed.weight'] = torch.cat([embed, marks])
     weights = {f'gpt.{name}': p for name, p in weights.items()}
     return own | dict(tokenizer=tokenizer_of(folder, theirs), model=weights, ema=weights)
@@ -165,7 +157,7 @@ def check_ours(folder, own, shape, tensors):
         if own['config'][name] != getattr(shape, name):
             fail(f"{folder / 'config.json'} says {name}={getattr(shape, name)}, its part `unmask` "
                  f"{own['config'][name]}")
-    if 'unmask.marks' not in tensors.where:
+    if 'unmask.marks' not in tensors:
         fail(f"{folder} has lost the tensor unmask.marks, the rows of [MASK] and [BOS]; without the part "
              f"`unmask` of its config.json it is read as others' model")
 

@@ -1,35 +1,41 @@
 """
-Checkpoints that older versions of this repository wrote: their names -> today's.
+Checkpoints that earlier versions of this repository wrote, with today's names.
 """
+import re
 
-GONE = ('copy_weight', 'bell_center', 'bell_width', 'random_length', 'parameterization', 'law_mean',
-        'law_std')
+OBJECTIVES = dict(subs='masked', sedd='sedd', d3pm='d3pm')  # by `parameterization`, all once `masked`
+CONFIG_GONE = ('copy_weight', 'bell_center', 'bell_width', 'random_length', 'parameterization', 'law_mean',
+               'law_std')
+RUN_GONE = ('packed', 'expanded', 'inserted', 'slow_decay', 'base')
 
 
 def upgraded(checkpoint):
-    """A checkpoint dict (see common.load) as today's code would have written it; one of today's is left as it
-    is."""
+    """A checkpoint dict (see common.load) as today's code would have written it; one of today's, or of others
+    (hub/folder.py), is left as it is."""
     config, run = dict(checkpoint['config']), dict(checkpoint['run'])
-    if 'rows' in checkpoint or 'packed' not in run:  # of today, or of others (hub/folder.py)
+    objective, meta = checkpoint['objective'], checkpoint['tokenizer']
+    if 'packed' not in run:
         return checkpoint
-    objective = checkpoint['objective']
     if objective == 'masked':
-        objective = config['parameterization']
-        if objective == 'subs':
-            objective = 'd3pm' if config['T'] else 'masked'
-            config['carry_over'] = True
-        if objective != 'd3pm':
+        objective = OBJECTIVES[config['parameterization']]
+        if config['T']:  # SUBS in steps is d3pm's
+            config['carry_over'], objective = objective == 'masked', 'd3pm'
+        else:
             config.pop('T')
-            config.pop('carry_over', None)
-    rows = dict(random_length=config.get('random_length', 0.0))
-    if checkpoint['tokenizer']['kind'] == 'bpe':
-        rows = dict(packed=run['packed'], expanded=run['expanded'])
-    if 'sep' in checkpoint['tokenizer']:
-        rows = {}
     if objective in ('vae', 'latent'):
         config['base'] = run['base']
-    for name in GONE:
-        config.pop(name, None)
-    for name in ('packed', 'expanded', 'inserted', 'slow_decay', 'base'):
-        run.pop(name, None)
-    return {**checkpoint, 'objective': objective, 'config': config, 'run': run, 'rows': rows}
+    if 'given' in config:
+        config['given_share'] = config.pop('given')
+    rows = dict(random_length=config.get('random_length', 0.0))
+    if meta['kind'] == 'bpe' or 'sep' in meta:
+        rows = {} if 'sep' in meta else dict(packed=run['packed'], expanded=run['expanded'])
+    return {**checkpoint, 'objective': objective, 'rows': rows,
+            'config': {k: v for k, v in config.items() if k not in CONFIG_GONE},
+            'run': {k: v for k, v in run.items() if k not in RUN_GONE},
+            **{name: renamed(checkpoint[name]) for name in ('model', 'ema')}}
+
+
+def renamed(weights):
+    """A state dict with today's names of a VAE's tensors, its own or embedded in a latent diffusion."""
+    return {re.sub(r'^(vae\.)?told$', r'\1noise_embedding', name): tensor
+            for name, tensor in weights.items() if name not in ('steps', 'vae.steps')}

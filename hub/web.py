@@ -26,17 +26,20 @@ def address(repository, name, kind='datasets/'):
 
 
 def append(url, part, headers):
-    """One connection: ask for what the file `part` lacks and append it. Raises requests.RequestException;
-    what has come by then stays in `part`."""
+    """One connection: ask for what the file `part` lacks and append it -> what the hub says to be the file's
+    sha256, or ''. Raises requests.RequestException; what has come by then stays in `part`."""
     have = part.stat().st_size if part.exists() else 0
     asked = {**headers, 'Accept-Encoding': 'identity'}  # otherwise lengths would count compressed bytes
     if have:
         asked['Range'] = f'bytes={have}-'
     with requests.get(url, headers=asked, stream=True, timeout=20) as response:
+        # the hub redirects to where large files lie; the checksum stands in its own answer
+        tags = [r.headers.get('x-linked-etag', '').strip('"') for r in (*response.history, response)]
+        sha256 = next((tag for tag in tags if len(tag) == 64), '')
         size = response.headers.get('content-range', '').rpartition('/')[2]
         if response.status_code == 416 and have:  # nothing lies beyond `have`
             if size == str(have):
-                return
+                return sha256
             part.unlink()  # of another file, or of another version of this one
             return append(url, part, headers)
         response.raise_for_status()
@@ -55,6 +58,7 @@ def append(url, part, headers):
                 bar.update(len(chunk))
     if total is not None and part.stat().st_size != total:
         raise requests.ConnectionError(f"{part.stat().st_size} of {total} bytes came")
+    return sha256
 
 
 def download(url, path, sha256='', headers=()):
@@ -69,7 +73,7 @@ def download(url, path, sha256='', headers=()):
     part = path.with_name(path.name + '.part')
     for attempt in range(TRIES):
         try:
-            append(url, part, dict(headers))
+            sha256 = append(url, part, dict(headers)) or sha256
             break
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
             if attempt == TRIES - 1 or not part.exists():

