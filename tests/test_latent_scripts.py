@@ -10,6 +10,7 @@ import common
 import eval as evaluation
 import sample
 import train
+import vae as sentence_vae
 from conftest import TEXT, TINY
 from text.rows import load_tokens
 from tools import latents
@@ -52,10 +53,10 @@ def test_the_latents_of_held_out_windows_have_about_unit_variance(base):
     model, _ = common.load_model(common.load('out-vae/last.pt'), torch.device('cpu'))
     assert not torch.equal(model.std, torch.ones_like(model.std))  # train.py has measured
     model.w_e.weight *= 50  # so few steps leave dimensions that hardly vary, which `measure` keeps small
-    seen, held_out = (model.cut(common.load_tokens('tiny', split, 100, torch.device('cpu')), None)
+    seen, held_out = (model.cut(load_tokens('tiny', split, 100, torch.device('cpu')), None).all()['x']
                       for split in ('train', 'val'))
-    model.measure(seen.window(seen.spread(0)))
-    z = model.encode(held_out.window(held_out.spread(0)))
+    model.measure(seen)
+    z = model.encode(held_out)
     assert (z.std(0) > 0.7).all() and (z.std(0) < 1.4).all() and (z.mean(0).abs() < 0.3).all()
 
 
@@ -74,37 +75,40 @@ def test_a_latent_checkpoint_holds_its_vae_and_needs_neither_it_nor_the_latents_
     for path in (both / 'out-latent').glob('latents-*'):
         path.unlink()
     capsys.readouterr()
-    sample.main(['--out_dir=out-latent', '--steps=3', '--sentences=2', '--num_samples=1', '--start=To be'])
-    out = capsys.readouterr().out.rstrip('\n')
-    parts = out.split(' | ')
-    assert parts[0] == 'To be' and [len(part) for part in parts[1:]] == [16, 16]
+    sample.main(['--out_dir=out-latent', '--steps=3', '--windows=2', '--num_samples=1', '--start=To be'])
+    out = capsys.readouterr().out[:-1]
+    assert out.startswith('To be') and len(out) == 5 + 2 * 16
 
 
 @pytest.mark.parametrize('objective', ['vae', 'latent'])
-def test_a_run_that_is_resumed_ends_as_if_it_had_not_stopped(both, objective):
+def test_a_run_that_is_resumed_ends_as_if_it_had_not_stopped(both, monkeypatch, objective):
     whole = common.load(f'out-{objective}/last.pt')
     start = dict(vae=VAE, latent=LATENT)[objective]
     out = f'--out_dir=again-{objective}'
 
     class Stop(Exception):
         pass
-    step = train.State.step
+    step = train.step
 
     def stopping(state, *args):
         if state.iter == 2:
             raise Stop
         return step(state, *args)
-    train.State.step = stopping
-    try:
-        with pytest.raises(Stop):
-            train.main([*start, out])
-    finally:
-        train.State.step = step
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train, 'step', stopping)
+        train.main([*start, out])
     train.main(['--init_from=resume', out])
     again = common.load(f'again-{objective}/last.pt')
     for kind in ('model', 'ema'):
         assert all(torch.equal(p, again[kind][name]) for name, p in whole[kind].items()), kind
     assert again['iter'] == 4 and again['val'] == whole['val']
+
+
+def test_beta_counts_optimizer_steps_however_many_forwards_one_takes(base, monkeypatch):
+    seen, beta = [], sentence_vae.beta
+    monkeypatch.setattr(sentence_vae, 'beta', lambda steps, *x: seen.append(steps.item()) or beta(steps, *x))
+    train.main([*VAE, '--grad_accum=3', '--max_iters=2'])
+    assert seen == [0, 0, 0, 1, 1, 1]
 
 
 def test_the_average_of_latent_diffusion_warms_up_by_its_power():
@@ -155,35 +159,32 @@ def test_nearest_finds_a_training_window_itself(both, capsys):
     assert len(re.findall(r'^  -?\d\.\d{3}  ', out, re.M)) == 2
 
 
-def test_trace_prints_a_line_for_every_step_and_the_page_has_a_frame_for_each(both, capsys):
-    capsys.readouterr()
-    sample.main(['--out_dir=out-latent', '--trace', '--steps=4', '--sentences=2', '--num_samples=1',
-                 '--html=t.html'])
-    out = capsys.readouterr().out
-    assert [int(n) for n in re.findall(r'^ +(\d+)  ', out, re.M)] == list(range(1, 9))
-    frames = re.search(r'const frames = (\[.*?\]), text', (both / 't.html').read_text()).group(1)
-    assert len(json.loads(frames)) == 9
-
-
-def test_a_text_that_ended_before_others_has_no_empty_windows_behind_it():
-    assert sample.in_windows([1] * 20, [5, 21, 37], 99) == [[1] * 5, [1] * 15]
-    assert sample.in_windows([1] * 7 + [99], [2, 5], 99) == [[1] * 2, [1] * 3, [1] * 2]
+def test_the_page_of_a_trace_has_a_frame_for_every_step_and_the_text_is_the_same_without(both, capsys):
+    texts = []
+    for knobs, frames in ((['--trace'], 9), ([], 3)):
+        capsys.readouterr()
+        sample.main(['--out_dir=out-latent', '--steps=4', '--windows=2', '--num_samples=1', '--html=t.html',
+                     *knobs])
+        texts.append(capsys.readouterr().out)
+        found = re.search(r'const frames = (\[.*?\]), text', (both / 't.html').read_text()).group(1)
+        assert len(json.loads(found)) == frames
+    assert texts[0] == texts[1]
 
 
 def test_starts_of_different_lengths_get_as_many_windows_each(both, capsys):
     (both / 'starts.txt').write_text('To be\nor not to be\n')
     capsys.readouterr()
-    sample.main(['--out_dir=out-latent', '--steps=2', '--sentences=2', '--num_samples=1',
+    sample.main(['--out_dir=out-latent', '--steps=2', '--windows=2', '--num_samples=1',
                  '--start=FILE:starts.txt'])
-    texts = capsys.readouterr().out.rstrip('\n').split('\n' + '-' * 60 + '\n')
-    assert [[len(part) for part in text.split(' | ')] for text in texts] == [[5, 16, 16], [12, 16, 16]]
+    texts = capsys.readouterr().out[:-1].split('\n' + '-' * 60 + '\n')
+    assert [len(text) for text in texts] == [5 + 2 * 16, 12 + 2 * 16]
 
 
-def test_length_and_what_joins_the_windows_can_be_chosen(both, capsys):
+def test_the_length_of_a_text_can_be_chosen(both, capsys):
     for out in ('out-vae', 'out-latent'):
         capsys.readouterr()
-        sample.main([f'--out_dir={out}', '--steps=2', '--length=40', '--num_samples=1', '--joined=#'])
-        assert [len(part) for part in capsys.readouterr().out.rstrip('\n').split('#')] == [16, 16, 8]
+        sample.main([f'--out_dir={out}', '--steps=2', '--length=40', '--num_samples=1'])
+        assert len(capsys.readouterr().out[:-1]) == 40
 
 
 def test_windows_that_are_sentences_go_through_all_scripts(base, capsys):
@@ -193,8 +194,8 @@ def test_windows_that_are_sentences_go_through_all_scripts(base, capsys):
     model, tokenizer = common.load_model(checkpoint, torch.device('cpu'))
     assert [tokenizer.piece(i) for i in (model.vae.ends == 1).nonzero().flatten().tolist()] == ['\n', '.']
     capsys.readouterr()
-    sample.main(['--out_dir=out-latent', '--steps=2', '--sentences=2', '--num_samples=1', '--start=To be.'])
-    assert len(capsys.readouterr().out.split(' | ')) == 3
+    sample.main(['--out_dir=out-latent', '--steps=2', '--windows=2', '--num_samples=1', '--start=To be.'])
+    assert 6 + 2 <= len(capsys.readouterr().out[:-1]) <= 6 + 2 * 16
     evaluation.main(['--out_dir=out-latent', '--windows=20'])
     row = capsys.readouterr().out.rstrip('\n').split('\n')[-1]
     assert 'upper bound' in row and '20 of 16' in row
@@ -272,17 +273,17 @@ MISTAKES = [
     (train, [*LATENT, '--stride=5'], ['stride=5', '16']),
     (train, [*LATENT, '--block_size=8'], ['block_size', 'base']),
     (train, ['--init_from=resume', '--base=out-ar', '--out_dir=out-vae'], ['base', 'new run']),
-    (train, [*TINY, '--objective=masked', '--base=out-ar'], ['base', 'vae']),
-    (sample, ['--out_dir=out-ar', '--sentences=2'], ['sentences', 'vae']),
+    (train, [*TINY, '--objective=masked', '--base=out-ar'], ['unknown knob --base']),
+    (sample, ['--out_dir=out-ar', '--windows=2'], ['windows', 'takes steps']),
     (sample, ['--out_dir=out-ar', '--trace'], ['trace']),
-    (sample, ['--out_dir=out-vae', '--temperature=0.5'], ['temperature', '--tau']),
-    (sample, ['--out_dir=out-vae', '--steps=3', '--rule=euler'], ['rule', 'VAE']),
+    (sample, ['--out_dir=out-vae', '--temperature=0.5'], ['temperature', 'tau']),
+    (sample, ['--out_dir=out-vae', '--steps=3', '--rule=euler'], ['rule', 'takes steps, tau']),
     (sample, ['--out_dir=out-latent', '--context=17', '--start=To be'], ['context=17', '16']),
     (sample, ['--out_dir=out-latent', '--suffix=To be'], ['left to right']),
     (sample, ['--out_dir=out-latent', '--rule=confidence'], ['confidence', 'dpmpp_2m']),
     (sample, ['--out_dir=out-latent', '--cfg=1'], ['cfg', '--start']),
     (sample, ['--out_dir=out-latent', '--overlap=4'], ['overlap']),
-    (sample, ['--out_dir=out-ar', '--joined=#'], ['joined']),
+    (sample, ['--out_dir=out-latent', '--temperature=0.5'], ['temperature', 'tau']),
     (latents, ['--out_dir=out-ar'], ['ar', 'vae']),
     (latents, ['--out_dir=out-ar', '--reconstruct', '--start=To be'], ['ar', 'vae']),
     (latents, ['--out_dir=out-vae', '--reconstruct'], ['--start']),
