@@ -95,6 +95,9 @@ class Model(masked.Model):
             total = total + weight * self.step_nats(x, u < m[:, None], segment, m, m_next) / n
         return total
 
+    def scores(self, xt, t=None):
+        raise ValueError("rule=analytic takes scores: it is for sedd and masked, not for d3pm")
+
     def copy_nats(self, x, segment, given):
         """-log p(x0 | x0), (B,): zero where clean tokens are carried over."""
         if self.config.carry_over:

@@ -31,7 +31,7 @@ def upgraded(checkpoint):
         rows = {} if 'sep' in meta else dict(packed=run['packed'], expanded=run['expanded'])
     return {**checkpoint, 'objective': objective, 'rows': rows,
             'config': {k: v for k, v in config.items() if k not in CONFIG_GONE},
-            'run': {k: v for k, v in run.items() if k not in RUN_GONE},
+            'run': {k: v for k, v in run.items() if k not in RUN_GONE} | dict(objective=objective),
             **{name: renamed(checkpoint[name]) for name in ('model', 'ema')}}
 
 

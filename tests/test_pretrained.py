@@ -402,8 +402,7 @@ def test_an_index_that_names_no_files_beside_it_is_refused(theirs, names, refuse
 
 
 def test_what_a_checkpoint_has_and_the_run_no_place_for_is_named(workdir, mistake):
-    sedd = ['--objective=masked', '--parameterization=sedd', '--time_input=True']
-    train.main([*TINY, *sedd, '--out_dir=out-s'])
+    train.main([*TINY, '--objective=sedd', '--out_dir=out-s'])
     loop = [a for a in TINY if not a.startswith('--n_')]
     assert 'film' in mistake(train.main, *loop, '--objective=ar', '--init_from=out-s', '--out_dir=out-x')
     assert 'init_from' in mistake(train.main, *TINY, '--objective=ar', '--lora_rank=2', '--out_dir=out-x')

@@ -16,7 +16,7 @@ import masked
 import sample
 import train
 import unmask
-from text import vocabulary
+from text import vocabulary, windows
 from conftest import ROOT, TEXT, TINY
 
 
@@ -285,13 +285,13 @@ def test_every_config_file_builds_on_both_kinds_of_device(path):
     files, cpu, _ = configurator.read([str(path)])
     concept = common.concept(files['objective'])
     for knobs in (files, {**files, **cpu}):
-        configurator.build(knobs, train.Config, concept.Config)
+        configurator.build(knobs, train.Config, concept.Config, windows.Config)
 
 
 @pytest.mark.parametrize('name, other, own', [
     ('ar', 'mdlm', {'objective'}), ('score', 'mdlm', {'objective'}), ('gpt2_ar', 'gpt2_mdlm', {'objective'}),
-    ('block', 'mdlm', {'objective', 'block_length'}), ('d3pm', 'mdlm', {'parameterization', 'T'}),
-    ('sedd', 'mdlm', {'parameterization', 'time_input'}),
+    ('block', 'mdlm', {'objective', 'block_length'}), ('d3pm', 'mdlm', {'objective', 'T'}),
+    ('sedd', 'mdlm', {'objective'}),
     ('llada', 'mdlm', {'schedule', 't_law', 'loss_weight', 'random_length'})])
 def test_runs_that_are_compared_differ_in_what_they_say_alone(name, other, own):
     a, b = (configurator.read([str(ROOT / 'config' / f'train_{n}.py')]) for n in (name, other))

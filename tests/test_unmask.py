@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ar
-import masked
+import configurator
+import d3pm
 import unmask
 from conftest import Joint, chi_square_p
 
@@ -319,8 +320,7 @@ def test_what_the_last_call_of_the_analytic_sampler_writes_comes_from_the_canvas
 
 def test_scores_that_are_not_normalised_are_for_some_models_alone():
     with pytest.raises(ValueError, match='d3pm'):
-        model = masked.Model(masked.Config(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4,
-                                           parameterization='d3pm', T=10))
+        model = d3pm.Model(d3pm.Config(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4, T=10))
         next(model.sample(torch.full((1, 4), 3), 4, 'analytic'))
 
 
@@ -618,5 +618,5 @@ def test_an_autoregressive_model_refuses_what_it_cannot_do():
     for canvas in ([[3, 3, 1, 3]], [[1, 3, 3, 2]], [[1, 1, 3], [3, 1, 3]]):
         with pytest.raises(ValueError, match='left to right'):
             next(model.sample(torch.tensor(canvas)))
-    with pytest.raises(ValueError, match='rule'):
-        next(model.sample(torch.tensor([[3, 3]]), rule='margin'))
+    with pytest.raises(ValueError, match='rule is not for this model'):
+        configurator.arguments(model.sample, dict(rule='margin'), dict(temperature=1.0))

@@ -9,6 +9,7 @@ import ar
 import vae
 from configurator import arguments, settings
 from text.windows import END, SPACE, begins, sentences
+from tools import latents
 
 SIZES = dict(vocab_size=7, block_size=8, base_context=16, n_layer=2, n_head=2, n_embd=16, n_latent=2,
              d_latent=4, lora_rank=2)
@@ -548,3 +549,23 @@ def test_a_text_is_written_window_after_window_as_many_as_asked_for():
         assert [(row < V).sum() for row in canvases[-1]] == [full, full]
         assert len(canvases) == (2 if windows == 2 else 4)
         assert all(torch.equal(a[a < V], b[a < V]) for a, b in zip(canvases, canvases[1:]))
+
+
+def test_the_way_between_two_latents_starts_and_ends_at_them_and_keeps_their_norm():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 4), torch.randn(2, 4)
+    b = b / b.norm() * a.norm()
+    way = [latents.slerp(a, b, share) for share in (0, 0.25, 0.5, 1)]
+    assert torch.allclose(way[0], a, atol=1e-5) and torch.allclose(way[-1], b, atol=1e-5)
+    assert all(torch.allclose(z.norm(), a.norm()) for z in way)
+    cosine = lambda u, v: (u.flatten() @ v.flatten() / u.norm() / v.norm()).item()
+    assert cosine(way[2], a) == pytest.approx(cosine(way[2], b), abs=1e-5)
+    assert torch.allclose(latents.slerp(a, a, 0.3), a)
+
+
+def test_windows_come_back_greedily_without_noise_and_differently_with_it():
+    net, x = random_model().eval(), text(16)
+    again = lambda tau: tuple(latents.reconstruct(net, x, tau).flatten().tolist())
+    assert len({again(0.0) for _ in range(3)}) == 1 and len({again(0.5) for _ in range(3)}) == 3
+    nothing = torch.full((16, 8), V)
+    assert torch.equal(latents.reconstruct(net, x), net.write(net.posterior(x)[0], nothing, 8))
