@@ -236,7 +236,7 @@ def show_nearest(config, encoder, tokenizer, checkpoint, folder):
 
 def main(argv):
     config, given = settings(argv, __doc__, Config, functions=latent.RULES.values(),
-                             others=help_of_rules('rules of latent.py, with knobs of their own', latent.RULES))
+                             others=help_of_rules('rules of latent.py', latent.RULES))
     device = common.pick_device(config.device)
     path, checkpoint = find.find(config.out_dir, config.which)
     if checkpoint['objective'] not in ('vae', 'latent'):
