@@ -55,7 +55,8 @@ class Knob(NamedTuple):
     type: Any
     default: Any
     comment: str = ''
-    group: str = ''
+    group: str = ''  # title of its group in --help
+    depth: int = 0   # of its class: parents come first
 
 
 def kind_of(type):
@@ -73,21 +74,21 @@ def knobs_of(thing):
     """The knobs {name: Knob} of a dataclass, or of a function: its keyword-only arguments."""
     if dataclasses.is_dataclass(thing):
         parents = [c for c in reversed(thing.__mro__) if dataclasses.is_dataclass(c)]
-        source, found = ''.join(map(inspect.getsource, parents)), dataclasses.fields(thing)
+        sources, found = list(map(inspect.getsource, parents)), dataclasses.fields(thing)
     else:
         bound = thing.keywords if isinstance(thing, functools.partial) else {}
         thing = thing.func if isinstance(thing, functools.partial) else thing
         found = [p for name, p in inspect.signature(thing).parameters.items()
                  if p.kind is p.KEYWORD_ONLY and name not in bound]
-        source = inspect.getsource(thing).split('"""')[0]
-    comments, group = {}, ''
-    for line in source.splitlines():
-        if name := re.match(r'.*?\b(\w+): .*?#(.*)', line):
-            comments[name[1]] = name[2].strip(), group
-        elif title := re.match(r' +# (?:-+ )?(.+?)(?: -+)?$', line):
-            group = title[1]
-        elif line.startswith('class '):
-            group = ''
+        sources = [inspect.getsource(thing).split('"""')[0]]
+    comments = {}
+    for depth, source in enumerate(sources):
+        group = ''
+        for line in source.splitlines():
+            if name := re.match(r'.*?\b(\w+): .*?#(.*)', line):
+                comments[name[1]] = name[2].strip(), group, depth
+            elif title := re.match(r' +# (.+)$', line):
+                group = title[1]
     return {f.name: Knob(f.name, getattr(f, 'annotation', None) or f.type, f.default,
                          *comments.get(f.name, ())) for f in found}
 
@@ -244,16 +245,20 @@ def arguments(function, given, defaults):
 
 
 def help_lines(thing, indent='  '):
-    """A line for every knob: its default and its comment; the dataclass's groups have titles."""
+    """A line for every knob: its default, what it may be, its comment; a dataclass's groups have titles, and
+    those of its own come before those of its parents."""
     group = ''
-    for knob in knobs_of(thing).values():
+    for knob in sorted(knobs_of(thing).values(), key=lambda knob: -knob.depth):
         if is_fixed(knob):
             continue
         if knob.group != group:
             group = knob.group
             yield f"{indent}{group}" if group else ''
         default = str(knob.default).replace('\n', '\\n')
-        yield f"{indent}--{f'{knob.name}={default}':<26} {knob.comment}".rstrip()
+        choices = [c for c in get_args(knob.type) if c] if get_origin(knob.type) is Literal else []
+        said = all(choice in knob.comment for choice in choices)
+        comment = knob.comment if said else f"{' | '.join(choices)}: {knob.comment}"
+        yield f"{indent}--{f'{knob.name}={default}':<26} {comment}".rstrip()
 
 
 def help_text(doc, *classes):

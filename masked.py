@@ -47,7 +47,7 @@ from unmask import RULES, unmask  # noqa: F401  RULES: what sample.py may ask fo
 @dataclass
 class Config(adapted.Config):
     # masked diffusion
-    schedule: Literal[tuple(SCHEDULES)] = 'linear'  # m(t): see parts/schedules.py
+    schedule: Literal[tuple(SCHEDULES)] = 'linear'  # of m(t), parts/schedules.py
     time_input: bool = False  # tell the network the noise level
     # masked diffusion, training only
     t_law: Literal['bell', 'uniform'] = 'bell'  # of t: uniform | bell, m = sigmoid(N(-0.5, 0.4^2))

@@ -42,7 +42,7 @@ from tools.machine import say
 @dataclass
 class Config:
     # what to train, on what
-    objective: Literal[common.OBJECTIVES] = 'masked'  # the concept file: ar, masked, sedd, d3pm, block ...
+    objective: Literal[common.OBJECTIVES] = 'masked'  # a file of that name
     dataset: str = 'shakespeare_char'   # a folder of data/
     out_dir: Filename = 'out'           # where the checkpoints go
     init_from: Filename = 'scratch'     # scratch | resume | a model to start from: folder, gpt2, owner/name

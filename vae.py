@@ -53,9 +53,9 @@ class Config(model.Config):
     base_context: Fixed[Count] = 128  # its block_size, at least 2 W
     whole: bool = False          # train two copies of the base instead of adapters
     lora_rank: Count = 32        # of the adapters
-    lora_alpha: NonNegative = 32.0  # their scale is lora_alpha / lora_rank
-    lora_dropout: ShareBelow1 = 0.0  # on what enters them
-    lora_targets: str = 'qkv,proj,fc'  # the matrices that have one
+    lora_alpha: NonNegative = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    lora_dropout: ShareBelow1 = 0.0  # dropout on what enters the adapters
+    lora_targets: str = 'qkv,proj,fc'  # the matrices that have an adapter
     # sentence VAE
     sentences: bool = False      # windows end where sentences do; False: all have W tokens
     n_latent: Count = 8          # n, vectors of a window
