@@ -9,9 +9,9 @@ Bound. The negative ELBO of a batch in nats per token (MDLM arXiv 2406.07524, MD
 
     E_t [ sum over masked tokens of m'(t) / m(t) * -log p(x0_i | xt) ] / (B T),  m'/m = -alpha' / (1 - alpha)
 
-B T counts all tokens (but padding and prompts, which are not scored). Divided by the number of masked tokens
-it would be no bound: with t uniform half of the tokens are masked, so the figure would about double, and row
-by row it would also weigh a text with one mask as much as a text with T.
+The weighted sum is divided by B T, all tokens but padding and prompts, which are not scored. Divided by the
+number of masked tokens it is another quantity: with t uniform half of the tokens are masked, so the figure
+about doubles. (Weight and masks together are the mean: T / k times a sum over k masks, divided by T.)
 
 Training loss. What is trained differs from the bound in two ways, because it then learns faster (NOTES.md,
 "The recipe of masked diffusion"). Every masked token counts alike (`loss_weight='flat'`): with m(t) = t the

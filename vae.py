@@ -16,9 +16,9 @@ Of n equal segments of the window, query k has the position of the middle of the
 The loss is E -log p(x | z, prefix) + beta KL(q(z | x) || N(0, I)). At beta = 1, with nothing hidden from the
 decoder and no noise added, it is the negative ELBO (1312.6114), an upper bound on -log p(x | prefix); n
 draws weighted by importance bound it more tightly (1509.00519). A decoder that is a language model can do
-without z, and then z says nothing (posterior collapse, 1511.06349). Against that: query k sits at its segment,
-any share of the window's tokens is hidden from the decoder (these two decide, NOTES.md), beta is small and
-rises slowly, the prefix is dropped in half of the rows, and there is no decoder noise before beta is full.
+without z, and then z says nothing (posterior collapse, 1511.06349). Against that: query k sits at its
+segment, any share of the window's tokens is hidden from the decoder (these two decide, NOTES.md), beta is
+small and rises slowly, the prefix is dropped in half of the rows, no decoder noise before beta is full.
 
 In half of the rows z gets further noise of standard deviation s, and the decoder is told s: the decoder
 noise. At s = 0 it spells out what z says; at a large s it writes what a language model would, with z as a
