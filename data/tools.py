@@ -5,19 +5,22 @@ import hashlib
 import inspect
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
-from configurator import Range, fail
+from configurator import Filename, fail
 from hub import find
 from text import files
 from text.vocabulary import Tokenizer, file_type
 
-Part = Annotated[float, Range(lambda v: 0 < v < 1, "must lie between 0 and 1")]
+
+@dataclass
+class Config:
+    out: Filename = ''  # where the files go; '': beside the preparer
 
 
 def settings(argv, doc, Config):
@@ -48,18 +51,11 @@ def meta_of(kind, text=''):
     that name, in a folder or on the hub."""
     if kind in ('byte', 'gpt2'):
         return dict(kind=kind)
-    if kind == 'char':
-        return dict(kind=kind, chars=sorted(set(text)))
-    return find.tokenizer(kind)
+    return dict(kind=kind, chars=sorted(set(text))) if kind == 'char' else find.tokenizer(kind)
 
 
 def as_json(meta):
     return json.dumps(meta, ensure_ascii=False, indent=1).encode()
-
-
-def write_meta(out, meta):
-    """Write meta.json, which says that the dataset is there: so it comes last."""
-    files.write(Path(out, 'meta.json'), as_json(meta))
 
 
 def write_splits(out, tokens, meta, source='', *data):

@@ -19,20 +19,18 @@ from typing import Annotated
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, Range, fail, script
+from configurator import Range, fail, script
 from data import tools
 from hub import web
 from text import files
 
 REPOSITORY = 'kjj0/fineweb10B-gpt2'
 MAGIC, VERSION = 20240520, 1  # llm.c, dev/data/data_common.py
-Shards = Annotated[int, Range(lambda n: 0 <= n <= 103, "must be in 0 to 103")]
 
 
 @dataclass
-class Config:
-    shards: Shards = 10  # training shards, 0 to 103; 0: only to evaluate
-    out: Filename = ''  # where the files go; '': beside this file
+class Config(tools.Config):
+    shards: Annotated[int, Range(range(104).__contains__, "must be in 0 to 103")] = 10  # training shards
 
 
 def shard_tokens(path):
@@ -57,7 +55,7 @@ def main(argv):
             raw.unlink()
             print(f"{name}: {len(tokens):,} tokens", flush=True)
         if not (out / 'meta.json').exists():  # early: one can train on the shards that have come
-            tools.write_meta(out, dict(kind='gpt2', source=REPOSITORY, sha256=''))
+            files.write(out / 'meta.json', tools.as_json(dict(kind='gpt2', source=REPOSITORY, sha256='')))
 
 
 if __name__ == '__main__':

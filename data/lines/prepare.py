@@ -27,11 +27,9 @@ Size = Annotated[int, Range(lambda n: n <= 2 ** 16, f"is more than uint16 can te
 
 
 @dataclass
-class Config:
+class Config(tools.Config):
     input: Filename = ''  # the text
     vocab_size: Size = 512  # marks, bytes and byte pairs together, at most
-    val_share: tools.Part = 0.1  # of the lines, the last ones, for validation
-    out: Filename = ''  # where the files go; '': beside this file
 
 
 def join(word, pair, new):
@@ -97,7 +95,7 @@ def main(argv):
     lines = [line for line in tools.decode(data, source).split('\n') if line.strip()]
     if len(lines) < 10:
         fail(f"{source} has {len(lines)} lines that are not empty: too few, 10 are the least")
-    n = len(lines) - max(1, int(config.val_share * len(lines)))
+    n = len(lines) - len(lines) // 10
     pieces = train_bpe(lines[:n], config.vocab_size)
     meta = dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces])
     tokenizer = Tokenizer(meta)
@@ -105,13 +103,11 @@ def main(argv):
     tokens = {split: [i for example in part for i in example]
               for split, part in (('train', examples[:n]), ('val', examples[n:]))}
     tools.write_splits(config.out, tokens, meta, source, data)
-    longest, mean = max(map(len, examples)), sum(map(len, examples)) / len(lines)
-    short = f" instead of {config.vocab_size:,}, no pair is left that occurs twice"
+    mean = sum(map(len, examples)) / len(lines)
     print(f"{source}: {len(lines):,} lines, "
           f"{sum(map(len, lines)) / len(lines) / (mean - 2):.2f} characters per token, "
-          f"a vocabulary of {tokenizer.vocab_size:,}{short * (tokenizer.vocab_size < config.vocab_size)}; "
-          f"{tools.sizes(tokens, 'tokens')}; the longest line has {longest:,}, the mean {mean:.1f}, "
-          f"<bos> and <eos> included")
+          f"a vocabulary of {tokenizer.vocab_size:,}; {tools.sizes(tokens, 'tokens')}; the longest line has "
+          f"{max(map(len, examples)):,}, the mean {mean:.1f}, <bos> and <eos> included")
 
 
 if __name__ == '__main__':

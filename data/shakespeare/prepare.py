@@ -20,12 +20,11 @@ from data.shakespeare_char import prepare as characters
 @dataclass
 class Config(characters.Config):
     tokenizer: Filename = 'gpt2'  # gpt2 | byte | char
-    out: Filename = ''  # where the files go; '': beside this file
 
 
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
-    data, source = characters.find_text(config)
+    data, source = characters.find_text(config.input)
     tools.prepare_bytes(data, config.tokenizer, config.out, source)
 
 

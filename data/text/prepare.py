@@ -22,10 +22,9 @@ from data import tools
 
 
 @dataclass
-class Config:
+class Config(tools.Config):
     input: Filename = ''  # the text
     tokenizer: Filename = 'byte'  # byte | char | gpt2 | a model (hub/find.py), whose tokenizer it is
-    out: Filename = ''  # where the files go; '': beside this file
 
 
 def main(argv):

@@ -3,7 +3,7 @@ text8: the first 100,000,000 characters of a cleaned Wikipedia, a-z and space, o
 writes train.bin, val.bin, test.bin (uint16; 90, 5 and 5 million, the split that published figures use)
 and meta.json beside this file.
 
-    python data/text8/prepare.py                       # downloads 31 MB
+    python data/text8/prepare.py                       # downloads 31 MB, kept as text8.zip
     python data/text8/prepare.py --input=text8.zip     # or the unpacked text8, or another text of its kind
 
 Source: Matt Mahoney, mattmahoney.net/dc/textdata.html
@@ -22,30 +22,23 @@ from data import tools
 from hub import web
 from text import files
 
+URL = 'http://mattmahoney.net/dc/text8.zip'
 CHARS = ' ' + string.ascii_lowercase
 LENGTH = 100_000_000
 
 
 @dataclass
-class Config:
+class Config(tools.Config):
     input: Filename = ''  # text8 or text8.zip at hand, of any length
-    url: str = 'http://mattmahoney.net/dc/text8.zip'  # the download, kept as text8.zip in the folder --out
-    out: Filename = ''  # where the files go; '': beside this file
-
-
-def find_text(config):
-    """The bytes of text8, unzipped."""
-    path = Path(config.input or Path(config.out, 'text8.zip'))
-    if not config.input:
-        web.fetch(config.url, path, otherwise="give the file with --input=text8.zip")
-    if zipfile.is_zipfile(path) or not config.input:
-        return web.unzip(path, 'text8')
-    return files.read_text(path, 'input').encode()
 
 
 def main(argv):
     config = tools.settings(argv, __doc__, Config)
-    data, source = find_text(config), Path(config.input).name or config.url
+    path, source = Path(config.input or Path(config.out, 'text8.zip')), Path(config.input).name or URL
+    if not config.input:
+        web.fetch(URL, path, otherwise="give the file with --input=text8.zip")
+    zipped = not config.input or zipfile.is_zipfile(path)
+    data = web.unzip(path, 'text8') if zipped else files.read_text(path, 'input').encode()
     table = np.full(256, len(CHARS), np.uint16)
     table[list(CHARS.encode())] = np.arange(len(CHARS))
     tokens = table[np.frombuffer(data, np.uint8)]
