@@ -39,9 +39,8 @@ def shape_of(theirs):
     kind = theirs.get('model_type')
     for name in ('quantization_config', 'quantization', 'compression_config'):
         if theirs.get(name):
-            how = theirs[name].get('quant_method', '') if isinstance(theirs[name], dict) else theirs[name]
-            raise ValueError(f"its weights are quantised ({name}{f': {how}' if how else ''}), which is not "
-                             f"read here: take the model as it was before")
+            raise ValueError(f"its weights are quantised ({name}: {theirs[name]}), which is not read here: "
+                             f"take the model as it was before")
     if kind not in ('gpt2', 'llama'):
         raise ValueError(f"model_type={kind} is not one of: gpt2, llama")
     for name, known in DONE[kind].items():

@@ -37,7 +37,9 @@ def begin(argv, doc, Config):
     device = common.pick_device(*peek({**given, **flags}, Config, 'device'))
     knobs = {**given, **(cpu if device.type == 'cpu' else {})}
     source, out_dir = peek({**knobs, **flags}, Config, 'init_from', 'out_dir')
-    check_folder(out_dir)
+    if not out_dir or Path(out_dir, 'config.json').exists():
+        fail(f"out_dir={out_dir} is no place for a run: it must not be empty, nor hold a model in Hugging "
+             f"Face's layout")
     checkpoint = None
     if source == 'resume':
         checkpoint = older.upgraded(common.load(Path(out_dir, 'last.pt')))
@@ -72,43 +74,34 @@ def begin(argv, doc, Config):
     return run, config, row_knobs, origin
 
 
-def check_folder(out_dir):
-    if not out_dir:
-        fail("where to? --out_dir=FOLDER")
-    if Path(out_dir, 'config.json').exists():
-        fail(f"out_dir={out_dir} holds a model in Hugging Face's layout: take another folder")
-
-
 def check(run, config, tokenizer, origin):
     """Does what a run begins with fit its config and its dataset? Or the script ends."""
     for split in ('train', 'val') if rows.kind_of(tokenizer) == 'windows' else ():
         n = rows.count_tokens(run.dataset, split, tokenizer.vocab_size)
         if 0 < n < config.block_size:
             fail(f"data/{run.dataset}/{split}.bin has {n} tokens, fewer than block_size={config.block_size}")
+    if origin.resumed:
+        return check_resumed(run, config, origin)
     other = origin.base or origin.checkpoint
-    same_tokens = other is None or Tokenizer(other['tokenizer']).pieces == tokenizer.pieces
-    if origin.base and not same_tokens:
-        fail(f"dataset={run.dataset} has another vocabulary than base={config.base}")
     if other is None and getattr(config, 'lora_rank', 0):
         fail(f"lora_rank={config.lora_rank} is for a run with init_from=: adapters change a model that has "
              f"been trained")
-    if origin.resumed:
-        return check_resumed(run, config, origin)
-    if origin.checkpoint and not same_tokens:
-        fail(f"dataset={run.dataset} has another vocabulary than init_from={run.init_from}: prepare it with "
-             f"that model's, as by data/text/prepare.py --tokenizer={run.init_from}")
+    if other and Tokenizer(other['tokenizer']).pieces != tokenizer.pieces:
+        source = f"base={config.base}" if origin.base else f"init_from={run.init_from}"
+        fail(f"dataset={run.dataset} has another vocabulary than {source}: prepare it with that model's, as "
+             f"by data/text/prepare.py --tokenizer={source.partition('=')[2]}")
     if origin.checkpoint:
         adapt.check_shape(config, origin.checkpoint, run.init_from)
 
 
 def check_resumed(run, config, origin):
+    """May the run to resume go on with this config and this dataset? Or the script ends."""
     theirs, muon = origin.checkpoint['config'], origin.checkpoint['run'].get('muon_lr', run.muon_lr)
     for name, value in asdict(config).items():
         if theirs.get(name, value) != value:
             fail(f"{name}={value} but the run to resume has {theirs[name]}: it cannot change")
     if bool(muon) != bool(run.muon_lr):
-        fail(f"muon_lr={run.muon_lr} but the run to resume has {muon}: which optimizers there are cannot "
-             f"change")
+        fail(f"muon_lr={run.muon_lr} but the run to resume has {muon}: it cannot go on with other optimizers")
     if origin.checkpoint['tokenizer'] != origin.meta:
         fail(f"dataset={run.dataset} has another vocabulary or source than the run to resume")
 

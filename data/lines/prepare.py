@@ -50,7 +50,7 @@ def train_bpe(lines, vocab_size):
 
     Neighbours are counted within WORDS, and a merge recounts only the words that hold its pair.
     """
-    library('tiktoken', 'bpe')
+    library('tiktoken', "a vocabulary of byte pairs")
     import regex  # tiktoken depends on it
     counts = collections.Counter(word for line in lines for word in regex.findall(WORDS, line))
     pieces = [bytes([b]) for b in sorted({b for word in counts for b in word.encode()})]
