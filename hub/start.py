@@ -52,7 +52,9 @@ def begin(argv, doc, Config):
     objective, dataset = peek(knobs, Config, 'objective', 'dataset')
     if source == 'resume' and objective != checkpoint['objective']:
         fail(f"objective={objective}: the run to resume is of {checkpoint['objective']}, that cannot change")
-    concept, meta = common.concept(objective), rows.load_meta(dataset)
+    concept = common.concept(objective)
+    check_names(knobs, Config, concept.Config, *(kind.Config for kind in rows.KINDS.values()))
+    meta = rows.load_meta(dataset)
     tokenizer = Tokenizer(meta)
     kind = rows.KINDS[rows.kind_of(tokenizer)]
     known = check_names(knobs, Config, concept.Config, kind.Config)

@@ -210,7 +210,7 @@ def test_a_missing_empty_or_foreign_shard_is_named_with_the_command_that_makes_i
     assert 'train_001.bin is empty' in mistake(load)
     np.array([3, 10], np.uint16).tofile(folder / 'train_001.bin')
     message = mistake(load)
-    assert 'train_001.bin' in message and 'token 10' in message
+    assert 'train_001.bin' in message and 'beyond the vocabulary of 10' in message
     assert 'python data/shards/prepare.py' in message
 
 

@@ -13,10 +13,10 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from configurator import fail
+from text.vocabulary import library
 
 
-def same_word(text, item):
+def same(text, item):
     return {'accuracy': float(text.strip() == item.answers[0].strip())}
 
 
@@ -42,17 +42,10 @@ def em_f1(text, item):
 
 def rouge(text, item):
     """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, by the library rouge_score, without stemming."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        fail("task=rocstories_infill needs the library rouge_score: pip install rouge-score")
     kinds = dict(rouge1='ROUGE-1', rouge2='ROUGE-2', rougeL='ROUGE-L')
-    scores = RougeScorer(list(kinds)).score(item.answers[0], text)
+    scorer = library('rouge_score.rouge_scorer', "task=rocstories_infill").RougeScorer(list(kinds))
+    scores = scorer.score(item.answers[0], text)
     return {name: scores[kind].fmeasure for kind, name in kinds.items()}
-
-
-def same_line(text, item):
-    return {'exact': float(text.strip() == item.answers[0].strip())}
 
 
 def last_number(text):

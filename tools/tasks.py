@@ -93,11 +93,6 @@ def cut_to(ids, start, end, T):
 
 # ---- what a continuation costs ----------------------------------------------------------------------------
 
-def exact_cost(model, x, given):
-    """-log p of the tokens of x (1, T) that are not given, in nats."""
-    return model.nats(x=x, given=given).item()
-
-
 def in_parts(cost, model, x, *rows):
     """The mean of cost(*rows) over the draws, as many at once as memory has room for."""
     at_once = common.rows_at_once(x.size(1), model.config.vocab_size)
@@ -105,7 +100,8 @@ def in_parts(cost, model, x, *rows):
 
 
 def bound_cost(model, x, given, noise, v):
-    """The denoiser's bound on it, from one draw a row: noise (n, T), v (n,) in [0, 1), stratified."""
+    """The denoiser's bound on -log p of the tokens of x (1, T) that are not given, in nats, from one draw a
+    row: noise (n, T), v (n,) in [0, 1), stratified."""
     def cost(noise, v):
         n = len(v)
         return model.count_nats(x.expand(n, -1), v, given=given.expand(n, -1), u=noise)
@@ -140,7 +136,7 @@ def costs(model, tokenizer, item, draws, seed, device):
         x, n = torch.tensor([ids], device=device), end - begin
         given = torch.arange(len(ids), device=device)[None] < begin
         if model.bound == 'exact':
-            figures = {'nats': exact_cost(model, x, given)}
+            figures = {'nats': model.nats(x=x, given=given).item()}
         else:
             u = torch.nn.functional.pad(noise[:, :n], (begin, 0)).to(device)
             figures = {'nats': bound_cost(model, x, given, u[:draws], v.to(device)),
@@ -190,16 +186,14 @@ def until(tokenizer, ids):
 def measure(name, items, model, tokenizer, device, draws, seed, how, execute=False, show=0):
     """({figure: (mean over the items, standard error)}, how many items there were room for); a function of
     its arguments alone. how: what `Model.sample` takes. show: print so many of the texts."""
-    figures = []
+    figures, write = [], answer if TASKS[name].pairs else fill
     for number, item in enumerate(tqdm(items, desc=name, disable=not sys.stderr.isatty())):
         try:
             if isinstance(item, Choice):
                 cost = costs(model, tokenizer, item, draws, seed + number, device)
-                figures.append({rule: float(min(range(len(c)), key=c.__getitem__) == item.gold)
-                                for rule, c in cost.items()})
+                figures.append({rule: float(c.index(min(c)) == item.gold) for rule, c in cost.items()})
                 continue
             common.seed_everything(seed, number)
-            write = answer if TASKS[name].pairs else fill
             text = write(model, tokenizer, item, device, **how)
         except TooLong as e:
             why = e
@@ -227,18 +221,15 @@ def main(argv):
         checkpoint = source.shortened(checkpoint, config.block_size)
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
-    found = {}
-    for name in config.task.split(','):
-        if TASKS[name].pairs and tokenizer.sep is None:
-            fail(f"task={name} is for a model that was fine-tuned on pairs (config/sft_gsm8k.py)")
-        items = load(name, config.data)
-        if 0 < config.items < len(items):
-            items = [items[i] for i in np.linspace(0, len(items) - 1, config.items).astype(int)]
-        found[name] = items
+    found = {name: load(name, config.data) for name in config.task.split(',')}
+    if tokenizer.sep is None and any(TASKS[name].pairs for name in found):
+        fail("task=gsm8k is for a model that was fine-tuned on pairs (config/sft_gsm8k.py)")
     try:
         how = judge.how_to_write(model.sample, config, judge.said(config, given))
         print(f"| {checkpoint['objective']} | items | figures |\n|---|---|---|", flush=True)
         for name, items in found.items():
+            if 0 < config.items < len(items):
+                items = [items[i] for i in np.linspace(0, len(items) - 1, config.items).astype(int)]
             with amp:
                 figures, n = measure(name, items, model, tokenizer, device, config.draws, config.seed, how,
                                      config.execute, config.show)
