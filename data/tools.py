@@ -5,30 +5,32 @@ import hashlib
 import inspect
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-from configurator import Filename, fail
+from configurator import Filename, fail, help_lines, settings
 from hub import find
 from text import files
 from text.vocabulary import Tokenizer, file_type
 
 
-@dataclass
-class Config:
-    out: Filename = ''  # where the files go; '': beside the preparer
+def place(prepare, *,
+          out: Filename = ''):  # where the files go; '': beside the preparer
+    """The folder of a preparer, which can be written; or the script ends."""
+    out = out or str(Path(inspect.getsourcefile(prepare)).parent)
+    files.folder(out, 'out')
+    return out
 
 
-def settings(argv, doc, Config):
-    """The Config that the flags ask for. Its folder `out`, the preparer's own by default, can be written."""
-    config, _ = configurator.settings(argv, doc, Config)
-    config.out = config.out or str(Path(inspect.getsourcefile(Config)).parent)
-    files.folder(config.out, 'out')
-    return config
+def script_of(prepare, doc):
+    """The script main(argv) of a preparer, prepare(folder, **knobs): what stands behind its `*` are knobs."""
+    def main(argv):
+        lines = [line for function in (prepare, place) for line in help_lines(function)]
+        given, = settings(argv, doc, functions=(prepare, place), others='\n\nknobs:\n' + '\n'.join(lines))
+        prepare(place(prepare, out=given.pop('out', '')), **given)
+    return main
 
 
 def given(path):
@@ -74,7 +76,7 @@ def sizes(splits, unit):
     return ', '.join(f"{split} {len(part):,} {unit}" for split, part in splits.items())
 
 
-def prepare_bytes(data, kind, out, source):
+def prepare_bytes(data, source, kind, out):
     """A text as UTF-8 bytes -> train.bin, val.bin (90/10 of its characters) and meta.json."""
     text = decode(data, source)
     n = int(0.9 * len(text))

@@ -387,7 +387,7 @@ def test_help_gives_every_knob_of_a_preparer_a_comment(name, capsys):
         preparer(name).main(['--help'])
     out = capsys.readouterr().out
     assert exit.value.code == 0 and f'python data/{name}/prepare.py' in out and '--out=' in out
-    for line in out.partition('knobs of')[2].splitlines()[1:]:
+    for line in out.partition('\nknobs:')[2].splitlines()[1:]:
         assert re.match(r'  --\w+=\S* +\S', line), line
 
 

@@ -67,7 +67,7 @@ def test_every_input_may_begin_with_a_byte_order_mark(trained, capsys):
     line = json.dumps(dict(question='a', answer='b', text='To be')).encode()
     jsonl = BOM + b'\n'.join([line] * 4)
     Path('p.jsonl').write_bytes(jsonl)
-    read = pairs.read_pairs(jsonl, 'p', pairs.Config())
+    read = pairs.read_pairs(jsonl, 'p')
     assert len(read) == 4 and list(documents.file_documents(Path('p.jsonl')))[:2] == ['To be'] * 2
     meta = Path('data/tiny/meta.json')
     meta.write_bytes(BOM + meta.read_bytes())
@@ -277,7 +277,7 @@ def test_a_name_that_is_too_long_is_told_at_the_start(trained, mistake, monkeypa
 
 
 def test_preparing_anew_on_a_disk_that_is_full_leaves_what_was_there(workdir, mistake, monkeypatch):
-    tools.prepare_bytes(TEXT.encode(), 'char', 'data/t', 't')
+    tools.prepare_bytes(TEXT.encode(), 't', 'char', 'data/t')
     before = {p.name: p.read_bytes() for p in Path('data/t').iterdir()}
     written, real = [], files.os.fsync
 
@@ -287,7 +287,7 @@ def test_preparing_anew_on_a_disk_that_is_full_leaves_what_was_there(workdir, mi
             raise OSError(28, 'No space left on device')
         real(number)
     monkeypatch.setattr(files.os, 'fsync', full)
-    assert 'make room' in mistake(lambda argv: tools.prepare_bytes(TEXT.encode() * 2, 'byte', 'data/t', 't'))
+    assert 'make room' in mistake(lambda argv: tools.prepare_bytes(TEXT.encode() * 2, 't', 'byte', 'data/t'))
     assert {p.name: p.read_bytes() for p in Path('data/t').iterdir()} == before
 
 
@@ -446,7 +446,7 @@ def test_the_length_of_a_text_is_checked_before_a_model_is_made(workdir, mistake
 
 @pytest.mark.parametrize('objective', ['ar', 'masked', 'block'])
 def test_a_vocabulary_of_one_trains_samples_and_is_measured(workdir, objective, capsys):
-    tools.prepare_bytes(b'a' * 1000, 'char', 'data/one', 'one.txt')
+    tools.prepare_bytes(b'a' * 1000, 'one.txt', 'char', 'data/one')
     train.main([*TINY, '--dataset=one', f'--objective={objective}'])
     for rule in ('', 'margin', 'entropy', 'analytic')[:4 if objective == 'masked' else 1]:
         sample.main(['--steps=3', '--num_samples=1', *[f'--rule={rule}'] * bool(rule)])

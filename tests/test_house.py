@@ -128,8 +128,8 @@ def programs():
     found = {name: {'help'} | {knob for thing in group for knob in configurator.knobs_of(thing)}
              for name, group in things.items()}
     for name in [path.parent.name for path in ROOT.glob('data/*/prepare.py')]:
-        Config = importlib.import_module(f'data.{name}.prepare').Config
-        found[f'data/{name}/prepare.py'] = {'help', *configurator.knobs_of(Config)}
+        prepare = importlib.import_module(f'data.{name}.prepare').prepare
+        found[f'data/{name}/prepare.py'] = {'help', 'out', *configurator.knobs_of(prepare)}
     return found
 
 

@@ -167,9 +167,8 @@ def test_fine_tuning_learns_answers_and_sample_answers_and_stops(sums, capsys, k
 
 
 def test_only_the_calculator_is_taken_out_of_an_answer():
-    config = prepare.Config()
     read = lambda answer: prepare.read_pairs(json.dumps(dict(question='q' * 100, answer=answer)).encode()
-                                             + b'\n{"question": "q", "answer": "a"}', 'f', config)
+                                             + b'\n{"question": "q", "answer": "a"}', 'f')
     assert read('cin>>a; cout<<a; cin>>b;')[0][1] == ' cin>>a; cout<<a; cin>>b;'
     assert read('<<1+1=2>>2')[0][1] == ' 2'
 

