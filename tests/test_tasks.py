@@ -13,8 +13,8 @@ import common
 import masked
 from text import vocabulary
 from theirs import make_folder, tokenizer_json
-from tools import grades, items, tasks
-from tools.tasks import Blank, Choice
+from tools import items, tasks
+from tools.items import Blank, Choice
 
 TOKENIZER = vocabulary.Tokenizer(dict(kind='json', json=tokenizer_json(), vocab_size=300, end=299))
 CPU = torch.device('cpu')
@@ -272,13 +272,13 @@ def test_how_texts_are_graded(name, text, want):
 
 
 def test_numbers_behind_the_marks_lose_their_commas():
-    assert grades.last_number('#### 1,200') == '1200' and grades.last_number('#### 1 #### 7.') == '7'
-    assert grades.last_number('12') is None
+    assert items.last_number('#### 1,200') == '1200' and items.last_number('#### 1 #### 7.') == '7'
+    assert items.last_number('12') is None
 
 
 def test_rouge_is_that_of_the_library():
     pytest.importorskip('rouge_score')
-    found = grades.rouge(' It rained again.', Blank('', [' It rained.']))
+    found = items.rouge(' It rained again.', Blank('', [' It rained.']))
     assert found['ROUGE-1'] == pytest.approx(0.8) and found['ROUGE-2'] == pytest.approx(2 / 3)
 
 
@@ -312,8 +312,8 @@ def test_what_a_program_has_started_ends_with_it(tmp_path):
 def test_a_system_without_process_groups_runs_programs_too(monkeypatch):
     """Windows, as far as it can be had here: no os.killpg, no SIGKILL."""
     item = tasks.TASKS['humaneval_infill'].read(FILES['humaneval_infill'])[1]
-    monkeypatch.delattr(grades.os, 'killpg', raising=False)
-    monkeypatch.delattr(grades.signal, 'SIGKILL', raising=False)
+    monkeypatch.delattr(items.os, 'killpg', raising=False)
+    monkeypatch.delattr(items.signal, 'SIGKILL', raising=False)
     assert tasks.passes('    y = 1 + x\n', item)
     assert not tasks.passes('    while True: pass\n', item, seconds=0.5)
 

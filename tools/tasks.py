@@ -30,8 +30,7 @@ import common
 from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, fail, script, settings
 from hub import find
 from tools import judge, source
-from tools.grades import passes
-from tools.items import TASKS, Blank, Choice, load  # noqa: F401  Blank: for who makes items
+from tools.items import TASKS, Choice, load, passes
 
 LEVELS = 32  # of the published score
 
