@@ -58,17 +58,15 @@ def begin(argv, doc, Config):
     tokenizer = Tokenizer(meta)
     kind = rows.KINDS[rows.kind_of(tokenizer)]
     known = check_names(knobs, Config, concept.Config, kind.Config)
-    for name in {**given, **cpu, **flags}:
-        if is_fixed(known[name]):
-            fail(f"{name} is set by the dataset, or by the weights that the run begins with: leave it out")
     if checkpoint and 'base' in flags:
         fail(f"base is for a new run: init_from={source} holds all it needs")
     base = None if checkpoint else built_on(concept, knobs.get('base', ''))
-    if base:
-        own = concept.knobs_of_base(base['config'])
-        for name in own.keys() & knobs.keys():
-            fail(f"{name} is that of the base: leave it out")
-        knobs |= own
+    own = concept.knobs_of_base(base['config']) if base else {}
+    for name in {**given, **cpu, **flags}:
+        if is_fixed(known[name]) or name in own:
+            fail(f"{name} is set by the dataset, by the base, or by the weights that the run begins with: "
+                 f"leave it out")
+    knobs |= own
     run, config, row_knobs, _ = build({**knobs, 'vocab_size': tokenizer.vocab_size}, Config, concept.Config,
                                       kind.Config)
     origin = Origin(meta, checkpoint, base, source == 'resume')
@@ -144,15 +142,12 @@ def weights(net, run, config, origin):
 def resume_optimizers(optimizers, run, origin):
     """Go on with the momenta of the run to resume; their weight decay is this run's."""
     states = origin.checkpoint.get('optimizers', [])
-    if len(states) != len(optimizers):
-        fail(f"the run to resume has {len(states)} optimizers instead of {len(optimizers)}: a best.pt has "
-             f"none (--init_from={run.out_dir} starts a new run from its weights), and which parameters are "
-             f"trained cannot change")
-    for optimizer, state in zip(optimizers, states):
-        decay = [group['weight_decay'] for group in optimizer.param_groups]
-        try:
+    try:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            decay = [group['weight_decay'] for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
-        except ValueError as e:
-            fail(f"the optimizers of the run to resume are others: {e}")
-        for group, own in zip(optimizer.param_groups, decay):
-            group['weight_decay'] = own
+            for group, own in zip(optimizer.param_groups, decay):
+                group['weight_decay'] = own
+    except ValueError as e:
+        fail(f"the optimizers of the run to resume are others ({e}); a best.pt has none: "
+             f"--init_from={run.out_dir} starts a new run from its weights")

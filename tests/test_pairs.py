@@ -54,7 +54,7 @@ def test_a_stream_falls_into_its_pairs_and_batches_are_a_function_of_the_seed():
     text = stream(([1, 2], [3]), ([], [4, 5, 6]), ([6], [7]))
     pairs = pairs_of(text, 7)
     assert [pairs.pair(i) for i in range(len(pairs))] == [[[1, 2], [3]], [[], [4, 5, 6]], [[6], [7]]]
-    assert pairs_of(text, 6).longer() == 0 and pairs_of(text, 5).longer() == 2
+    assert ', 0 longer' in pairs_of(text, 6).report(1) and ', 2 longer' in pairs_of(text, 5).report(1)
     torch.manual_seed(3)
     x, given = pairs.batch(50)[0].values()
     torch.manual_seed(3)

@@ -19,6 +19,7 @@ A context and a choice are cut into tokens together: the choice begins where the
 those of the context. The text before a blank and the text behind it are cut each by itself, so nothing that
 is given has to be written again; the blank has as many tokens as the answer has behind the text before.
 """
+import itertools
 import sys
 from dataclasses import dataclass
 
@@ -69,10 +70,9 @@ class TooLong(ValueError):
 def locate(tokenizer, context, choice):
     """(ids of the whole text, where the choice begins): at the first id that is not one of the context, so a
     token across the border belongs to the choice."""
-    ids, left, start = tokenizer.encode(context + choice), tokenizer.encode(context), 0
-    while start < min(len(left), len(ids) - 1) and left[start] == ids[start]:
-        start += 1
-    return ids, start
+    ids, left = tokenizer.encode(context + choice), tokenizer.encode(context)
+    same = [a == b for a, b in zip(left, ids[:-1])]
+    return ids, (same + [False]).index(False)
 
 
 def count_behind(tokenizer, context, text):
@@ -176,8 +176,8 @@ def answer(model, tokenizer, item, device, **how):
 
 def until(tokenizer, ids):
     """The text of ids up to the end token or the first blank."""
-    stop = [i for i, t in enumerate(ids) if t == tokenizer.end or t >= tokenizer.vocab_size]
-    return tokenizer.decode(ids[:stop[0]] if stop else ids)
+    text = itertools.takewhile(lambda i: i != tokenizer.end and i < tokenizer.vocab_size, ids)
+    return tokenizer.decode(text)
 
 
 # ---- a table ----------------------------------------------------------------------------------------------
@@ -204,9 +204,9 @@ def measure(name, items, model, tokenizer, device, draws, seed, how, execute=Fal
             print(f"{item.before[-60:]!r} [{text!r}] {item.after[:60]!r}; right: {item.answers[0]!r}")
     if not figures:
         raise why
-    table = {key: torch.tensor([f[key] for f in figures]).double() for key in figures[0]}
-    return {key: (t.mean().item(), t.std(correction=min(1, len(t) - 1)).item() / len(t) ** 0.5)
-            for key, t in table.items()}, len(figures)
+    table = {key: np.array([f[key] for f in figures]) for key in figures[0]}
+    n = len(figures)
+    return {key: (t.mean(), t.std(ddof=min(1, n - 1)) / n ** 0.5) for key, t in table.items()}, n
 
 
 def main(argv):
