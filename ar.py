@@ -4,7 +4,7 @@ The autoregressive objective: the baseline of every table.
     log p(x) = sum_i log p(x_i | x_<i),   x_<1 = [BOS]
 
 One forward scores all T positions at once, exactly. Row V of the embedding, [MASK] in the twin, is [BOS]
-here. The class data of Model below say what every objective tells the scripts about itself.
+here. Every objective is a file with a Config, RULES and a Model whose class attributes are those below.
 """
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Config(lora.Config):
     pass
 
 
-RULES = {}  # of sampling: there is one way
+RULES = {}  # rules of sampling, {name: function}: here there is one way
 
 
 def token_nats(logits, x):
@@ -81,10 +81,10 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, xt, steps=0, temperature=1.0, top_k=0, top_p=1.0):
-        """Generator of canvases, a token each. xt (B, T) starts with the prompt; V is where to write.
+        """Generator of canvases, one per token. xt (B, T) starts with the prompt; V is where to write.
 
         The same canvas as for a denoiser, so the same scripts serve both. steps is not used: it takes one for
-        each token. Raises ValueError if something is given behind a V.
+        each token. Raises ValueError if something is given after a V.
         """
         start, cache = prompt_length(xt, self.mask_id), model.Cache(self.config.n_layer)
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()

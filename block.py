@@ -27,7 +27,7 @@ import model
 from ar import prompt_length, token_nats
 from configurator import Count, Share
 from masked import exactly, low_discrepancy
-from unmask import RULES, shares, unmask  # noqa: F401  RULES belongs to the contract
+from unmask import RULES, shares, unmask  # noqa: F401
 
 
 @dataclass
@@ -157,7 +157,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, **own):
-        """Generator of canvases (B, T), one a network call but for the reading of clean blocks.
+        """Generator of canvases (B, T), one per network call but for the reading of clean blocks.
 
         xt starts with the given tokens; V is where to write. steps: of the whole text, shared out among the
         blocks by what is to be written there, at least one each. The rule works inside a block (see

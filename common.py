@@ -1,9 +1,9 @@
 """
 What the scripts share: device and precision, evaluation, checkpoints.
 
-A checkpoint is self-contained: objective, config, tokenizer, weights, their average, optimizers, iteration,
-seed, data source. Random numbers need no saving: the noise of iteration i is a function of (seed, i) alone
-(`seed_everything`).
+A checkpoint is self-contained: objective, config, tokenizer, weights, their average, iteration, seed, data
+source; last.pt has the optimizers, too. Random numbers need no saving: the noise of iteration i is a function
+of (seed, i) alone (`seed_everything`).
 """
 import contextlib
 import importlib
@@ -69,25 +69,25 @@ def rows_at_once(T, V):
     return max(1, min(64, 2 ** 28 // (T * V)))
 
 
-def text_of(batch, mask_id):
+def scored_tokens(batch, mask_id):
     """The tokens of a batch that are scored: no padding and no prompt, (N, T) bool. Places without a token
     hold mask_id in the windows of vae.py."""
     return counted(batch['x'], batch.get('segment'), batch.get('given')) & (batch['x'] != mask_id)
 
 
 @torch.no_grad()
-def evaluate(nats, batch, text, rows, seed=0):
+def evaluate(nats, batch, scored, at_once, seed=0):
     """Mean of nats(**batch) per token, and its standard error over windows; a function of the seed and of
-    rows, the number of windows scored at once.
+    at_once, the number of windows of one forward.
 
-    batch: named tensors of N rows each, see text/rows.py; text (N, T) bool: which tokens are scored. nats:
-    the same of B rows -> (B,), a likelihood or a bound in nats, called under the caller's autocast.
+    batch: named tensors of N rows each, see text/rows.py; scored (N, T) bool: which tokens count. nats: the
+    same of B rows -> (B,), a likelihood or a bound in nats, called under the caller's autocast.
     """
     with torch.random.fork_rng():
         seed_everything(seed)
-        parts = zip(*(tensor.split(rows) for tensor in batch.values()))
+        parts = zip(*(tensor.split(at_once) for tensor in batch.values()))
         values = torch.cat([nats(**dict(zip(batch, part))) for part in parts]).cpu().double()
-    count = text.sum(-1).cpu()
+    count = scored.sum(-1).cpu()
     mean = values.sum() / count.sum()
     if len(count) < 2:
         return mean.item(), float('nan')
@@ -98,7 +98,7 @@ def evaluate(nats, batch, text, rows, seed=0):
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 def save(checkpoint, path):
-    """Write a checkpoint; whenever we are killed, `path` is whole. Or the script ends: there is no room."""
+    """Write a checkpoint as a whole file or not at all; a full disk ends the script."""
     whole = Path(path).with_name('last.pt')
     then = "and start again"
     if whole.exists():
@@ -106,7 +106,7 @@ def save(checkpoint, path):
     with files.writing(path, then) as f:
         try:
             torch.save(checkpoint, f)
-        except RuntimeError as e:  # so torch puts what the disk said, which stands in the chain
+        except RuntimeError as e:  # torch hides what the disk said in the chain
             while not isinstance(e, OSError) and e.__context__:
                 e = e.__context__
             raise e if isinstance(e, OSError) else OSError(str(e).splitlines()[0])
@@ -173,7 +173,7 @@ def concept(objective):
 
 
 def load_model(checkpoint, device, weights='ema', **changes):
-    """(model in eval mode, tokenizer) of a checkpoint dict; changes: of its config, where weights allow.
+    """(model in eval mode, tokenizer) of a checkpoint dict; changes: config values to override.
     weights: ema | model, not averaged."""
     module = concept(checkpoint['objective'])
     try:

@@ -1,11 +1,11 @@
 """
-Knobs, nanoGPT's way: config files, then --key=value; the last one wins.
+Knobs, nanoGPT's way: config files in order, then --key=value. A flag always wins.
 
     python train.py config/train_mdlm.py --n_layer=2
 
 A config file is Python whose names are knobs. Its `cpu = dict(...)`, if any, holds the values that replace
-them on a CPU. A knob is a field of a dataclass, or an argument of a function behind its `*`. Its type says
-what it may be, the comment behind it what it means:
+them on a CPU. A knob is a field of a dataclass, or a keyword-only argument of a function. Its type
+says what it may be, the comment on its line what it means:
 
     n_layer: Count = 6      # blocks
 
@@ -55,7 +55,8 @@ class Knob(NamedTuple):
     type: Any
     default: Any
     comment: str = ''
-    group: str = ''
+    group: str = ''  # title of its group in --help
+    depth: int = 0   # of its class: parents come first
 
 
 def kind_of(type):
@@ -70,24 +71,24 @@ def is_fixed(knob):
 
 
 def knobs_of(thing):
-    """The knobs {name: Knob} of a dataclass, or of a function: its arguments behind the `*`."""
+    """The knobs {name: Knob} of a dataclass, or of a function: its keyword-only arguments."""
     if dataclasses.is_dataclass(thing):
         parents = [c for c in reversed(thing.__mro__) if dataclasses.is_dataclass(c)]
-        source, found = ''.join(map(inspect.getsource, parents)), dataclasses.fields(thing)
+        sources, found = list(map(inspect.getsource, parents)), dataclasses.fields(thing)
     else:
         bound = thing.keywords if isinstance(thing, functools.partial) else {}
         thing = thing.func if isinstance(thing, functools.partial) else thing
         found = [p for name, p in inspect.signature(thing).parameters.items()
                  if p.kind is p.KEYWORD_ONLY and name not in bound]
-        source = inspect.getsource(thing).split('"""')[0]
-    comments, group = {}, ''
-    for line in source.splitlines():
-        if name := re.match(r'.*?\b(\w+): .*?#(.*)', line):
-            comments[name[1]] = name[2].strip(), group
-        elif title := re.match(r' +# (?:-+ )?(.+?)(?: -+)?$', line):
-            group = title[1]
-        elif line.startswith('class '):
-            group = ''
+        sources = [inspect.getsource(thing).split('"""')[0]]
+    comments = {}
+    for depth, source in enumerate(sources):
+        group = ''
+        for line in source.splitlines():
+            if name := re.match(r'.*?\b(\w+): .*?#(.*)', line):
+                comments[name[1]] = name[2].strip(), group, depth
+            elif title := re.match(r' +# (.+)$', line):
+                group = title[1]
     return {f.name: Knob(f.name, getattr(f, 'annotation', None) or f.type, f.default,
                          *comments.get(f.name, ())) for f in found}
 
@@ -95,8 +96,8 @@ def knobs_of(thing):
 # ---- scripts ----------------------------------------------------------------------------------------------
 
 def script(main):
-    """Run main(argv) as a script. What it prints, every output can hold: UTF-8 where that is no terminal, and
-    '?' for what a terminal has no letter for; an output that is closed is as if it were nowhere. Ctrl-C, a
+    """Run main(argv) as a script. Its output is UTF-8 unless it is a terminal, where '?' stands for what it
+    has no letter for; a closed output is ignored. Ctrl-C, a
     reader that has left (`| head`), a full output and too little memory end it without a traceback."""
     sys.stdout = sys.stdout or open(os.devnull, 'w')
     sys.stderr = sys.stderr or open(os.devnull, 'w')
@@ -125,8 +126,7 @@ def script(main):
 
 
 def fail(message):
-    """End the script as a person's mistake deserves:
-    what is wrong and the way out, one line, exit code 2."""
+    """Exit with code 2 and one line on stderr: what is wrong and how to fix it."""
     with contextlib.suppress(OSError):
         print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
@@ -245,20 +245,24 @@ def arguments(function, given, defaults):
 
 
 def help_lines(thing, indent='  '):
-    """A line for every knob: its default and its comment; the dataclass's groups have titles."""
+    """A line for every knob: its default, what it may be, its comment; a dataclass's groups have titles, and
+    those of its own come before those of its parents."""
     group = ''
-    for knob in knobs_of(thing).values():
+    for knob in sorted(knobs_of(thing).values(), key=lambda knob: -knob.depth):
         if is_fixed(knob):
             continue
         if knob.group != group:
             group = knob.group
             yield f"{indent}{group}" if group else ''
         default = str(knob.default).replace('\n', '\\n')
-        yield f"{indent}--{f'{knob.name}={default}':<26} {knob.comment}".rstrip()
+        choices = [c for c in get_args(knob.type) if c] if get_origin(knob.type) is Literal else []
+        said = all(choice in knob.comment for choice in choices)
+        comment = knob.comment if said else f"{' | '.join(choices)}: {knob.comment}"
+        yield f"{indent}--{f'{knob.name}={default}':<26} {comment}".rstrip()
 
 
 def help_text(doc, *classes):
-    """The script's docstring and, for every knob, its default and the comment behind it in the source."""
+    """The script's docstring and, for every knob, its default and the comment on its line in the source."""
     lines = [textwrap.dedent(doc).strip()]
     for cls in classes:
         lines += [f"\nknobs of {Path(inspect.getsourcefile(cls)).name}:", *help_lines(cls)]

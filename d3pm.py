@@ -86,7 +86,7 @@ class Model(masked.Model):
             'loss_per_masked': nats.detach().sum() / masked.sum().clamp(min=1)}
 
     def nats(self, x, n=1, segment=None, given=None):
-        """As masked.Model: the bound of T steps, each draw from another n-th of them."""
+        """As masked.Model: the bound of T steps; draw i takes a step from the i-th of n equal strata."""
         total = self.copy_nats(x, segment, given)
         for i in range(n):
             v = (i + torch.rand(len(x), device=x.device)) / n

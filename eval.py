@@ -33,7 +33,7 @@ from tools.frontier import label_of
 @dataclass
 class Config(judge.Config, source.Config):
     # their sampler
-    steps: Count = 64        # for a block of the denoiser; an autoregressive model takes one a token
+    steps: Count = 64        # for a block of the denoiser; an autoregressive model takes one per token
     rule: str = ''           # its rule, which may have knobs of its own; '': the model's default
     # likelihood
     windows: Natural = 0     # how many windows, evenly spread; 0: all
@@ -63,7 +63,7 @@ def likelihood(config, checkpoint, model, tokenizer, device, amp):
     tokens, reader = source.load_text(config, checkpoint, tokenizer, device)
     batch = source.rows_of(tokens, reader, model, checkpoint, config.windows)
     x = batch['x']
-    kept = common.text_of(batch, model.mask_id)
+    scored = common.scored_tokens(batch, model.mask_id)
     nats = functools.partial(model.nats, n=config.draws)
     label = {'exact': 'exact', 'upper': 'upper bound'}[model.bound]
     if config.order and model.bound != 'exact':  # an autoregressive model's own order is left
@@ -74,8 +74,8 @@ def likelihood(config, checkpoint, model, tokenizer, device, amp):
         nats, label = model.nats_left, 'exact, left to right'
     at_once = common.rows_at_once(x.size(1), tokenizer.vocab_size)
     with amp:
-        mean, error = common.evaluate(nats, batch, kept, at_once, config.seed)
-    text = x[kept].cpu()
+        mean, error = common.evaluate(nats, batch, scored, at_once, config.seed)
+    text = x[scored].cpu()
     whole = as_ids(tokens) if kind_of(reader) == 'windows' else text
     n_words = len(tokenizer.decode(whole.tolist()).split())
     word_perplexity = math.exp(min(700, mean * len(whole) / max(1, n_words)))

@@ -202,7 +202,7 @@ class Model(nn.Module):
         return self.denoise(sigma[:, None, None] * noise, sigma, before, there)
 
     def sample_latents(self, before, there, steps, rule='', cfg=0.0, **knobs):
-        """Generator of denoised latents D (B, n, d), one a network call (with cfg: two); the last is a draw
+        """Generator of denoised latents D (B, n, d), one per network call (with cfg: two); the last is a draw
         of the next window's. before, there: as in `denoise`; knobs: the rule's own. Raises ValueError."""
         rule = rule or 'dpmpp_2m_sde'
         if rule not in RULES:
@@ -235,7 +235,7 @@ class Model(nn.Module):
                windows: Natural = 0,    # at most so many; 0: until the canvas is full
                trace: bool = False,     # a canvas for every step: what the latents so far decode to
                **knobs):
-        """Generator of canvases (B, T), one a window, with trace one a step: the latents of every window are
+        """Generator of canvases (B, T), one per window, with trace one per step: latents of every window are
         sampled given those of the windows before, then decoded with the text so far as prefix. xt (B, T) as
         for ar.Model, any T. rule: one of RULES ('': dpmpp_2m_sde); knobs: its own. Raises ValueError."""
         W, k = self.config.block_size, self.config.n_prev

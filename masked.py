@@ -5,26 +5,30 @@ them back.
 Forward process, t in [0, 1]. Each token of x0 is still itself with probability alpha(t), else it is [MASK];
 alpha(0) = 1, alpha(1) = 0; below, m(t) = 1 - alpha(t). The network sees xt and predicts x0 at every position.
 
-Loss. The negative ELBO in nats per token (MDLM arXiv 2406.07524, MD4 2406.04329):
+Bound. The negative ELBO of a batch in nats per token (MDLM arXiv 2406.07524, MD4 2406.04329):
 
-    E_t [ m'(t) / m(t) * sum over masked i of -log p(x0_i | xt) ] / (B T),     m' / m = -alpha' / (1 - alpha)
+    E_t [ sum over masked tokens of m'(t) / m(t) * -log p(x0_i | xt) ] / (B T),  m'/m = -alpha' / (1 - alpha)
 
-The sum is divided by B T, all tokens. Divided by the number of masked tokens it is no bound: a text with one
-mask would count as much as a text with T.
+The weighted sum is divided by B T, all tokens but padding and prompts, which are not scored. Divided by the
+number of masked tokens it is another quantity: with t uniform half of the tokens are masked, so the figure
+about doubles. (Weight and masks together are the mean: T / k times a sum over k masks, divided by T.)
 
-What is trained differs from the bound in two ways, because it then learns faster (NOTES.md): every masked
-token counts alike (`loss_weight='flat'`; with m(t) = t the bound's weight is 1 / t, so a few nearly clean
-texts drown all others), and t comes from a bell around m = 0.4 (`t_law='bell'`). The optimum is the same
-network. Validation always prints the bound, `Model.nats`; `--loss_weight=elbo --t_law=uniform` trains on it.
+Training loss. What is trained differs from the bound in two ways, because it then learns faster (NOTES.md,
+"The recipe of masked diffusion"). Every masked token counts alike (`loss_weight='flat'`): with m(t) = t the
+bound's weight is 1 / t, so a few nearly clean texts drown all others. And t comes from a bell around m = 0.4
+(`t_law='bell'`). The best network is the same. Validation always prints the bound, `Model.nats`;
+`--loss_weight=elbo --t_law=uniform` trains on it.
 
-Bound. With m in place of t the weight is 1 / m and the schedule is gone: schedules differ in how often
-training visits a noise level, not in the bound. The integral over m can be done by hand, too: mask exactly k
-of T tokens, k uniform on 1..T, and weigh by T / k (LLaDA 2502.09992, 2409.02908). `nats` does that; its
-variance is far lower.
+Estimating the bound. With m in place of t the weight is 1 / m and the schedule is gone: a schedule decides
+how often training visits a noise level, not what the bound is. The integral over m can be done by hand, too:
+mask exactly k of T tokens, k uniform on 1..T, and weigh by T / k (LLaDA 2502.09992, 2409.02908). `nats` does
+that; its variance is far lower.
 
-SUBS, MDLM's parameterization, is two substitutions in the network's answer: [MASK] is never predicted (the
-head has no row for it), and clean tokens are carried over (`denoise`). sedd.py and d3pm.py do without.
-The number of masks tells the network what t is, so it needs no time input (RADD 2406.03736).
+SUBS, MDLM's parameterization, is two substitutions in the network's output: [MASK] is never predicted (the
+head has no row for it), and clean tokens are carried over (`denoise`). sedd.py keeps both and changes the
+loss. d3pm.py gives up both in its loss and its bound, but not in sampling.
+Given xt, the distribution of the hidden tokens does not depend on t, so the network needs no time input
+(RADD 2406.03736).
 """
 import math
 from dataclasses import dataclass
@@ -37,13 +41,13 @@ from ar import token_nats
 from parts import adapted
 from parts.schedules import SCHEDULES, noise
 from text.packing import counted, keep_apart
-from unmask import RULES, unmask  # noqa: F401  RULES belongs to the contract
+from unmask import RULES, unmask  # noqa: F401  RULES: what sample.py may ask for, see ar.py
 
 
 @dataclass
 class Config(adapted.Config):
     # masked diffusion
-    schedule: Literal[tuple(SCHEDULES)] = 'linear'  # m(t): see parts/schedules.py
+    schedule: Literal[tuple(SCHEDULES)] = 'linear'  # of m(t), parts/schedules.py
     time_input: bool = False  # tell the network the noise level
     # masked diffusion, training only
     t_law: Literal['bell', 'uniform'] = 'bell'  # of t: uniform | bell, m = sigmoid(N(-0.5, 0.4^2))
@@ -53,8 +57,8 @@ class Config(adapted.Config):
     def __post_init__(self):
         super().__post_init__()
         if self.t_law == 'bell' and (self.schedule != 'linear' or self.loss_weight == 'elbo'):
-            raise ValueError(f"schedule={self.schedule}, loss_weight={self.loss_weight}: the bell says "
-                             f"itself which noise levels training visits; take t_law=uniform")
+            raise ValueError(f"t_law=bell decides which noise levels training visits: with "
+                             f"schedule={self.schedule}, loss_weight={self.loss_weight} take t_law=uniform")
 
 
 # ---- the forward process ----------------------------------------------------------------------------------
@@ -112,7 +116,7 @@ class Model(nn.Module):
         t, u, scored = self.draw_noise(x, segment, given, t, u)
         m, slope = noise(self.config.schedule, t)
         masked, weight = u < m[:, None], slope / m
-        if self.config.masking == 'count':  # as many as the level says, and the weight of their number
+        if self.config.masking == 'count':  # mask exactly ceil(m T) tokens, and correct the weight
             length = scored.sum(-1)
             k = (m * length).ceil().long().clamp(min=1)
             masked, weight = exactly(k, u) & scored, weight * (m * length / k)
@@ -136,7 +140,7 @@ class Model(nn.Module):
         """Sum over the masked positions of -log p(x0_i | xt) in nats, (B,). x (B, T), masked (B, T) bool,
         segment (B, T): of packed texts; m (B,): the noise level, if the network is told."""
         out = self.network(x.where(~masked, self.mask_id), m, segment)
-        return (self.token_loss(out, x) * masked).sum(-1)
+        return (self.token_loss(out, x) * masked).sum(-1)  # clean tokens cost nothing: they are carried over
 
     def token_loss(self, out, x):
         """-log p(x0_i | xt) of every token, (B, T), from the network's output (B, T, V)."""
@@ -149,8 +153,8 @@ class Model(nn.Module):
     # ---- the bound ----
 
     def nats(self, x, n=1, segment=None, given=None):
-        """An estimate, with n draws, of the upper bound on -log p(x | given) in nats: (B,). Draw i has a
-        noise level from the i-th n-th of all: together they are stratified. Arguments as of `forward`."""
+        """An estimate, with n draws, of the upper bound on -log p(x | given) in nats: (B,). Draw i takes its
+        level from the i-th of n equal strata. Arguments: see `forward`."""
         total = 0
         for i in range(n):
             v = (i + torch.rand(len(x), device=x.device)) / n
@@ -177,10 +181,9 @@ class Model(nn.Module):
     # ---- for samplers ----
 
     def logits(self, xt, t=None):
-        """Unnormalised log p(x0 | xt), (B, T, V), without [MASK]. t (B,): the noise level, by default the
-        share of masks."""
+        """Unnormalised log p(x0 | xt), (B, T, V). t (B,): the noise level m, or None, the share of masks."""
         t = (xt == self.mask_id).float().mean(-1) if t is None else t
-        return self.network(xt, t)[..., :self.mask_id]
+        return self.network(xt, t)[..., :self.mask_id]  # d3pm's head has a row for [MASK], left out here
 
     def denoise(self, xt, t=None):
         """log p(x0 | xt), (B, T, V) float32, normalised. Carry-over: a clean token is itself."""
@@ -188,12 +191,12 @@ class Model(nn.Module):
         itself = torch.full_like(logp, -torch.inf).scatter(-1, xt.clamp(max=self.mask_id - 1)[..., None], 0.0)
         return torch.where((xt == self.mask_id)[..., None], logp, itself)
 
-    scores = denoise  # what rule=analytic asks: here they add up to 1, in sedd.py they need not
+    scores = denoise  # for rule=analytic; normalised here, not in sedd.py
 
     @torch.no_grad()
     def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, **own):
-        """Generator of canvases (B, T), one a network call; xt holds V where tokens are to be drawn. The rule
-        and its own knobs: of unmask.py."""
+        """Generator of canvases (B, T), one per network call; xt holds V where tokens are to be drawn. The
+        rules and their own knobs are those of unmask.py."""
         how = dict(temperature=temperature, top_k=top_k, top_p=top_p, **own)
         ask = self.scores if rule == 'analytic' else self.denoise
         yield from unmask(ask, xt, self.mask_id, steps, rule or 'ancestral', **how)

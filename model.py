@@ -46,7 +46,7 @@ class Config:
     # set by the weights of others
     rope_base: Fixed[Positive] = 10000.0  # of the rotary positions
     rope_factor: Fixed[Positive] = 1.0    # slows the slow rotations, for a longer context (LLaMA 3.2: 32)
-    rope_trained: Fixed[Natural] = 0      # slow are those of fewer than 4 turns in so many tokens; 0: all
+    rope_trained: Fixed[Natural] = 0      # slow are those of fewer than 4 turns in this many tokens; 0: all
     norm_eps: Fixed[NonNegative] = 1e-5   # of the norms of gpt2 and llama
     tied: Fixed[bool] = False             # llama: is the head the embedding? gpt2: always
 
@@ -84,7 +84,7 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
-TIME_WAVES = 32  # cosines that a block gets for the time
+TIME_WAVES = 32  # cosine features of the time, per block
 
 
 def cosines(t):
@@ -259,7 +259,7 @@ class GPT(nn.Module):
         ours = self.config.arch == 'ours'
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                continue  # norms and biases keep ones and zeros; below, the biases of Linear
+                continue  # norms keep their initial values; the biases of Linear are zeroed below
             into_residual = name.endswith('proj.weight')
             if ours and (into_residual or name == 'head.weight') or 'film.' in name:
                 nn.init.zeros_(p)
@@ -279,7 +279,7 @@ class GPT(nn.Module):
         """Embeddings h (B, T, C) -> normalised hidden states (B, T, C).
 
         mask: bool, broadcast to (B, H, T, T), True where a query may see a key. With a cache, h continues
-        what was read before. time: (B,), or (B, T) a token, in [0, 1], if the model is timed. where: the
+        what was read before. time: (B,), or (B, T) one per token, in [0, 1], if it is timed. where: the
         positions (T,) or (B, T) of the tokens, if not one after the other. Raises ValueError beyond
         block_size.
         """

@@ -7,8 +7,8 @@ Write text with any checkpoint: unmasking, infilling, left to right, and texts l
     python sample.py --watch                                      # the text as it denoises, in the terminal
     python sample.py --html=sample.html                           # the same as a page with a slider
 
-The samplers are in unmask.py; an objective that has its own keeps them in its file. Here is what they need
-around them: a prompt becomes a canvas, (num_samples, length) tokens with the id V where text is to be
+The samplers are in unmask.py; score and latent have others (parts/gaussian.py). Here is what they need around
+them: a prompt becomes a canvas, (num_samples, length) tokens with the id V where text is to be
 written, and `model.sample(canvas, ...)` yields it again and again, with more and more text on it. What is
 printed, watched or saved as a page is that one sequence of canvases.
 """
@@ -41,11 +41,11 @@ class Config:
     seed: Natural = 1337         # equal seeds, equal texts
 
     # the sampler
-    steps: Count = 64            # of the denoiser for a block; an autoregressive model takes one a token
-    rule: str = ''               # how to sample, see below; '': the objective's own choice
-    temperature: NonNegative = 0.7  # 1: the model's law; below: likely tokens more often; 0: the likeliest
+    steps: Count = 64            # of the denoiser for a block; an autoregressive model takes one per token
+    rule: str = ''               # how to sample, see below; '': the objective's default (masked: ancestral)
+    temperature: NonNegative = 0.7  # 1: the model's distribution; lower: likelier tokens; 0: argmax
     top_k: Natural = 0           # draw from the k likeliest tokens; 0: all
-    top_p: ShareAbove0 = 1.0     # draw from the fewest tokens with this probability together
+    top_p: ShareAbove0 = 1.0     # draw from the fewest tokens that hold this probability
 
     # the text
     num_samples: Count = 2       # texts, side by side in one batch
@@ -55,10 +55,10 @@ class Config:
     suffix: str = ''             # given text at the end; FILE:path reads it from a file, as for template
     template: str = ''           # given text with ___ for each hole, instead of start and suffix
     hole: Count = 8              # tokens of a hole
-    stop: str = ''               # end a text behind this one; <|endoftext|>: the model's own end
-    min_entropy: NonNegative = 0.0  # end a text at 256 tokens of less unigram entropy in nats (BD3-LM: 4)
+    stop: str = ''               # end a text after this string; <|endoftext|>: the model's own end
+    min_entropy: NonNegative = 0.0  # stop when 256 tokens have less unigram entropy, nats (BD3-LM: 4)
 
-    # to look at
+    # display
     watch: bool = False          # show the denoising in the terminal
     html: Filename = ''          # write the denoising to this file, a page that needs nothing else
 
@@ -69,7 +69,7 @@ class Config:
 
 SAMPLER = [name for name, knob in knobs_of(Config).items() if knob.group == 'the sampler']
 ENDS = ('<|endoftext|>', '</s>', '<eos>')  # --stop, by the name of a model's own end
-WINDOWS = 5   # to write behind the start, if a model takes a canvas of any length and --length is not given
+WINDOWS = 5   # to write after the start, if a model takes a canvas of any length and --length is not given
 PAUSE = 0.05  # seconds between the pictures of --watch
 
 
@@ -77,14 +77,14 @@ def write(model, tokenizer, config, canvas, how):
     """From a canvas (B, L) to texts: (B of them, the canvases on the way if --html asks for them, network
     calls, seconds). how: what model.sample is called with."""
     V, stops = tokenizer.vocab_size, stop_ids(config, tokenizer)
-    given = (canvas != V).long().cumprod(-1).sum(-1).tolist()  # tokens at the start of every text
+    n_given = (canvas != V).long().cumprod(-1).sum(-1).tolist()  # tokens at the start of every text
     block_size = canvas.size(1) if model.any_length else model.config.block_size
     overlap = config.overlap or block_size // 2
 
     def ended(canvas, ends):
         """Where each text ends, 0: nowhere yet; those of `ends` stay."""
         return [end or ending(row, start, V, stops, config.min_entropy)
-                for row, start, end in zip(canvas.tolist(), given, ends)]
+                for row, start, end in zip(canvas.tolist(), n_given, ends)]
 
     canvases, ends, calls, began = [canvas], [0] * len(canvas), [], time.time()
     counter = model.gpt.norm.register_forward_pre_hook(lambda *_: calls.append(1))  # once a network call
@@ -141,7 +141,7 @@ def make_canvas(config, start, tokenizer, block_size, any_length=False):
             row += [V] * config.hole + ids_of(tokenizer, text, rest=True)
     else:
         suffix = ids_of(tokenizer, prompt_of(config.suffix), rest=True)
-        if start and tokenizer.sep:  # of a model that answers: behind the prompt, also if it stands there
+        if start and tokenizer.sep:  # models of pairs: append the separator, once
             start = bos + ids_of(tokenizer, start.removesuffix(tokenizer.meta['sep'])) + tokenizer.sep
         else:
             start = bos + ids_of(tokenizer, start)
@@ -155,16 +155,16 @@ def make_canvas(config, start, tokenizer, block_size, any_length=False):
             fail(f"start and suffix fill all {length} tokens: raise --length")
         row = start + [V] * (length - len(start) - len(suffix)) + suffix
     if len(row) > block_size and (config.template or config.suffix):
-        fail(f"infilling sees one block: {len(row)} tokens are more than block_size={block_size}")
+        fail(f"infilling sees one context: {len(row)} tokens are more than block_size={block_size}")
     return torch.tensor(row)
 
 
 # ---- where a text ends ------------------------------------------------------------------------------------
 
 def stop_ids(config, tokenizer):
-    """Where a text ends, as functions (ids, how many of them are given) -> how many it has then, 0: it goes
-    on. Behind the text --stop, however it was cut into tokens; and behind the end of a line or an answer,
-    where a dataset is made of these."""
+    """Functions (ids, how many of them are given) -> the length at which the text ends, 0: not yet. It ends
+    after the string --stop, however that was cut into tokens, and after the end of a line or an answer, where
+    the dataset is made of these."""
     def at_end(ids, start):
         return ids.index(tokenizer.end, start) + 1 if tokenizer.end in ids[start:] else 0
     stops, marked = [], (tokenizer.bos, tokenizer.sep) != (None, None)
@@ -173,13 +173,13 @@ def stop_ids(config, tokenizer):
     elif config.stop:
         ids_of(tokenizer, config.stop)  # a character that cannot be written ends the script
     if config.stop:
-        stops.append(lambda ids, start: behind(tokenizer, ids, start, config.stop.encode(errors='replace')))
+        stops.append(lambda ids, start: after(tokenizer, ids, start, config.stop.encode(errors='replace')))
     if marked and not (config.suffix or config.template):
         stops.append(at_end)
     return stops
 
 
-def behind(tokenizer, ids, start, text):
+def after(tokenizer, ids, start, text):
     """How many ids it takes until those from `start` on hold the bytes `text`, 0: they do not."""
     pieces = [tokenizer.pieces[i] for i in ids[start:]]
     if start == 0 and pieces:  # a space that is not shown
@@ -209,7 +209,7 @@ def ending(row, start, mask_id, stops, min_entropy, last=256):
 
 
 def up_to(text, stop, before):
-    """A text without what its last token holds behind the first --stop that ends in it; before: the text
+    """Cut off what the last token of a text adds after the first --stop that ends in it; before: the text
     without that token."""
     at = text.find(stop, max(0, len(before) - len(stop) + 1)) if stop else -1
     return text[:at + len(stop)] if at >= 0 else text
@@ -218,7 +218,7 @@ def up_to(text, stop, before):
 # ---- from the command line --------------------------------------------------------------------------------
 
 def samplers():
-    """All functions whose arguments behind the `*` are flags, and what --help says of them."""
+    """All functions whose keyword-only arguments are flags, and what --help says of them."""
     functions = [unmask.unmask, *unmask.RULES.values()]
     lines = ['', help_of_rules("rules of unmask.py and their own knobs", unmask.RULES), "  all of them:",
              *help_lines(unmask.unmask, '      ')]

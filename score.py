@@ -117,12 +117,12 @@ def spans(B, T, device=None):
 
 RULES = {f.__name__: f for f in (euler, heun, dpmpp_2m, renoise)}
 
-# Which tokens lose their noise first: (log p (B, T, V), u (B, T) drawn once) -> score, the highest is first.
+# Which tokens lose their noise first: (log p (B, T, V), a uniform number per token) -> score, highest first.
 ORDERS = {
-    'sure': lambda logp, u: logp.amax(-1),  # the likeliest first; the path then depends on log p: not exact
-    'random': lambda logp, u: u,
-    'left': lambda logp, u: -torch.ones_like(u).cumsum(-1),  # AR-Diffusion 2305.09515
-    'together': lambda logp, u: u,          # all at once, see `sample`
+    'sure': lambda logp, chance: logp.amax(-1),  # the path depends on log p: not exact
+    'random': lambda logp, chance: chance,
+    'left': lambda logp, chance: -torch.ones_like(chance).cumsum(-1),  # AR-Diffusion 2305.09515
+    'together': lambda logp, chance: chance,  # all at once, see `sample`
 }
 
 
@@ -232,7 +232,7 @@ class Model(nn.Module):
 
     def nats_left(self, x):
         """-log p(x) in nats of the same network writing left to right, exact, (B,); T forwards. The tokens
-        before i are given; 0, the mean of noise, stands for i and those behind it."""
+        before i are given; 0, the mean of noise, stands for i and those after it."""
         E = on_sphere(self.embed.weight)
         e, place, total = E[x], torch.arange(x.size(1), device=x.device), 0
         for i in range(x.size(1)):
@@ -247,7 +247,7 @@ class Model(nn.Module):
     def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, *,
                first: Literal[tuple(ORDERS)] = 'sure',  # to lose its noise: sure | random | left | together
                stagger: NonNegative = 3.0):  # how far apart: each token takes 1 / (1 + stagger) of the steps
-        """Generator of canvases (B, T), one a network call: the likeliest tokens so far. xt (B, T) holds V
+        """Generator of canvases (B, T), one per network call: the likeliest tokens so far. xt (B, T) holds V
         where tokens are to be written; the given ones are clean points all along. rule: one of RULES ('':
         renoise). temperature, top_k, top_p change p(v | x), of which D is the mean. Raises ValueError."""
         rule = rule or 'renoise'
@@ -257,7 +257,8 @@ class Model(nn.Module):
         E, free = on_sphere(self.embed.weight), xt == self.mask_id
         if not free.any():
             return
-        once, last = torch.rand(xt.shape, device=xt.device), (free.sum(-1, keepdim=True) - 1).clamp(min=1)
+        tie_break = torch.rand(xt.shape, device=xt.device)
+        top_rank = (free.sum(-1, keepdim=True) - 1).clamp(min=1)
         stagger, guess = stagger if first != 'together' else 0.0, None
 
         def denoise(x, sigma):
@@ -269,7 +270,7 @@ class Model(nn.Module):
         def path(k, logp, sigma):
             if k == steps:
                 return torch.zeros_like(sigma)
-            order = ranks(ORDERS[first](logp, once), free) / last
+            order = ranks(ORDERS[first](logp, tie_break), free) / top_rank
             level, _, _ = self.level(staggered(1 - k / (steps - 1), order, stagger))
             return torch.minimum(sigma, level)
 

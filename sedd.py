@@ -13,7 +13,8 @@ entropy, divided by (1 - m) / m and without what no network can change, is for t
 
 If Z = 1 that is the cross-entropy of masked.py; for any other Z it is worse by Z - 1 - log Z >= 0: what SEDD
 pays for learning to normalise. Its weights, its bound and its samplers are masked.py's; `analytic` in
-unmask.py is its own step, by scores as they are. The published network is told the noise level, so this is.
+unmask.py is its own step, from scores that nothing normalises. As in the published code, the network has a
+time input; by the formula above it could do without.
 """
 import math
 from dataclasses import dataclass
@@ -21,17 +22,17 @@ from dataclasses import dataclass
 import torch
 
 import masked
-from unmask import RULES  # noqa: F401  RULES belongs to the contract
+from unmask import RULES  # noqa: F401
 
 
 @dataclass
 class Config(masked.Config):
-    time_input: bool = True  # tell the network the noise level, as the score depends on it
+    time_input: bool = True  # tell the network the noise level, as published
 
     def __post_init__(self):
         super().__post_init__()
         if not self.time_input:
-            raise ValueError("sedd needs time_input=True: a score depends on the time")
+            raise ValueError("sedd keeps the time input of the published network: time_input=True")
 
 
 def log_scores(out):
@@ -41,8 +42,8 @@ def log_scores(out):
 
 def score_entropy(out, x):
     """Z - 1 - l_v, in nats, (B, T). out (B, T, V): of the network; x (B, T): the true tokens."""
-    l = log_scores(out)
-    return l.exp().sum(-1) - 1 - l.gather(-1, x[..., None])[..., 0]
+    log_s = log_scores(out)
+    return log_s.exp().sum(-1) - 1 - log_s.gather(-1, x[..., None])[..., 0]
 
 
 class Model(masked.Model):

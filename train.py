@@ -1,5 +1,5 @@
 """
-Train any objective of this repository: one loop, the objective is a file.
+Train any objective of this repository: one training loop, each objective is one file.
 
     python train.py config/train_mdlm.py                       # CUDA, MPS or CPU, whatever is there
     python train.py config/train_mdlm.py --max_iters=100 --n_layer=2
@@ -8,8 +8,11 @@ Train any objective of this repository: one loop, the objective is a file.
     torchrun --nproc_per_node=8 train.py config/train_mdlm.py  # several GPUs
 
 Writes out_dir/last.pt (everything a resume needs) and out_dir/best.pt (the weights with the lowest validation
-figure). The checkpoints of an earlier run in out_dir are moved to out_dir/old-1. Ctrl-C, SIGTERM or a
-terminal that hangs up: saves, then ends.
+figure). The checkpoints of an earlier run in out_dir are moved to out_dir/old-1. On Ctrl-C, SIGTERM or a
+closed terminal it saves and exits.
+
+From top to bottom: knobs, model and optimizer, data, a step, the loop. hub/start.py finds what a run begins
+with, tools/machine.py has processes, signals and the compiler.
 """
 import copy
 import math
@@ -39,10 +42,10 @@ from tools.machine import say
 @dataclass
 class Config:
     # what to train, on what
-    objective: Literal[common.OBJECTIVES] = 'masked'  # the concept file: ar, masked, sedd, d3pm, block ...
+    objective: Literal[common.OBJECTIVES] = 'masked'  # a file of that name
     dataset: str = 'shakespeare_char'   # a folder of data/
     out_dir: Filename = 'out'           # where the checkpoints go
-    init_from: Filename = 'scratch'     # scratch | resume | whose weights to take: a folder, gpt2, owner/name
+    init_from: Filename = 'scratch'     # scratch | resume | a model to start from: folder, gpt2, owner/name
     # the machine
     device: str = 'auto'                # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the networks
@@ -60,7 +63,7 @@ class Config:
     cooldown: Share = 0.5               # linear: the share of max_iters spent going to 0
     grad_clip: NonNegative = 1.0        # norm of the gradient; 0: off
     ema_decay: ShareBelow1 = 0.999      # of the averaged weights, float32, that are evaluated and sampled
-    ema_power: NonNegative = 0.0        # its warm-up over steps n: 0: (1 + n) / (10 + n) | p: 1 - (1 + n)^-p
+    ema_power: NonNegative = 0.0        # EMA warm-up; 0: decay (1+n)/(10+n) at step n; p > 0: 1-(1+n)^-p
     # evaluation
     eval_interval: Count = 500          # iterations between evaluations, each followed by a checkpoint
     eval_windows: Natural = 200         # validation windows (or lines), the same every time; 0: all
@@ -68,27 +71,10 @@ class Config:
     log_interval: Count = 50            # iterations between log lines
 
 
-def main(argv):
-    run, config, row_knobs, origin = start.begin(argv, __doc__, Config)
-    rank, world, device = machine.join(run.device)
-    state = State(run, config, row_knobs, origin, device)
-    if state.iter >= run.max_iters:
-        say(f"{run.out_dir}/ holds a run that is finished: it has done {state.iter:,} iterations, max_iters "
-            f"is {run.max_iters:,}; with a larger --max_iters= it goes on")
-    elif rank == 0:
-        there = files.folder(run.out_dir, 'out_dir')
-        machine.check_room(run.out_dir, (state.model, state.ema), state.optimizers, there, origin.resumed)
-        with files.occupied(run.out_dir):
-            train(state, origin, rank, world)
-    else:
-        train(state, origin, rank, world)
-    machine.leave(world)
-
-
 # ---- model and optimizer ----------------------------------------------------------------------------------
 
 class State:
-    """All that changes while training: weights, averaged weights, optimizers, iteration, best figure."""
+    """A run and all that changes in it: weights, averaged weights, optimizers, iteration, best figure."""
 
     def __init__(self, run, config, row_knobs, origin, device):
         common.seed_everything(run.seed)
@@ -115,23 +101,24 @@ class State:
             start.resume_optimizers(self.optimizers, run, origin)
             self.iter, self.tokens = old['iter'], old['tokens']
             if all(old['run'][name] == getattr(run, name) for name in ('eval_windows', 'eval_draws')):
-                self.best = old['best']  # else it is the figure of another text
+                self.best = old['best']  # only comparable on the same windows and draws
 
-    def evaluate(self, batch, text, amp):
+    def evaluate(self, batch, scored, amp):
         """Set `val`, the validation figure of the averaged weights in nats per token, and its standard error;
         arguments as of common.evaluate."""
-        rows = common.rows_at_once(self.config.block_size, self.config.vocab_size)
+        at_once = common.rows_at_once(self.config.block_size, self.config.vocab_size)
         nats = lambda **part: self.ema.nats(n=self.run.eval_draws, **part)
         with amp:
-            self.val = common.evaluate(nats, batch, text, rows)
+            self.val = common.evaluate(nats, batch, scored, at_once)
 
-    def save(self, new_figure, measured):
-        """Write last.pt with everything, and best.pt when `val` is the best so far. measured: training
-        windows for models that measure something on them, or None."""
+    def save(self, just_evaluated, calibration):
+        """Write last.pt with everything, and best.pt when `val` is the best so far (vae: at every
+        evaluation). calibration: training windows for models that measure something on them, or None."""
         if self.model.measures:
-            self.model.measure(measured)
-            self.ema.measure(measured)
-        improved = self.val is not None and (self.val[0] < self.best or new_figure and not self.model.selects)
+            self.model.measure(calibration)
+            self.ema.measure(calibration)
+        always = just_evaluated and not self.model.selects
+        improved = self.val is not None and (self.val[0] < self.best or always)
         self.best = min(self.best, self.val[0]) if self.val else self.best
         state = dict(objective=self.run.objective, config=asdict(self.config), run=asdict(self.run),
                      rows=asdict(self.row_knobs), tokenizer=self.meta, iter=self.iter, tokens=self.tokens,
@@ -142,7 +129,23 @@ class State:
         common.save(state, Path(self.run.out_dir, 'last.pt'))
 
 
-# ---- the loop ---------------------------------------------------------------------------------------------
+# ---- data -------------------------------------------------------------------------------------------------
+
+def open_data(state):
+    """(rows of training, validation rows as one batch, which of its tokens are scored, windows of training on
+    which the model measures something, or None). A model may cut the text itself, so it comes first."""
+    run, V, tokenizer = state.run, state.config.vocab_size, Tokenizer(state.meta)
+    tokens = [load_tokens(run.dataset, split, V, state.device) for split in ('train', 'val')]
+    rows = open_rows(tokens[0], tokenizer, state.model, state.row_knobs, run.out_dir)
+    val = open_rows(tokens[1], tokenizer, state.model, state.row_knobs).all(run.eval_windows)
+    calibration = None
+    if state.model.measures:
+        batches = range(-(-1024 // run.batch_size))
+        calibration = torch.cat([rows.batch(run.batch_size)[0]['x'] for _ in batches])
+    return rows, val, common.scored_tokens(val, state.model.mask_id), calibration
+
+
+# ---- a step -----------------------------------------------------------------------------------------------
 
 def lr_share(it, run):
     """The learning rate of iteration `it` (from 0) as a share of its peak."""
@@ -187,22 +190,13 @@ def step(state, loss_fn, rows, rank, world, amp):
     return dict(loss=total, **metrics)
 
 
+# ---- the loop ---------------------------------------------------------------------------------------------
+
 def train(state, origin, rank, world):
     """From state.iter to max_iters, or until a signal comes."""
     run, config, device = state.run, state.config, state.device
     amp = common.autocast(device, state.dtype)
-
-    # data: rows of training, and those of validation, always the same
-    tokenizer = Tokenizer(state.meta)
-    tokens = [load_tokens(run.dataset, split, config.vocab_size, device) for split in ('train', 'val')]
-    rows = open_rows(tokens[0], tokenizer, state.model, state.row_knobs, run.out_dir)
-    val = open_rows(tokens[1], tokenizer, state.model, state.row_knobs).all(run.eval_windows)
-    text = common.text_of(val, state.model.mask_id)
-    measured = None
-    if state.model.measures:
-        batches = range(-(-1024 // run.batch_size))
-        measured = torch.cat([rows.batch(run.batch_size)[0]['x'] for _ in batches])
-
+    rows, val, scored, calibration = open_data(state)
     if rank == 0:
         if report := rows.report(run.batch_size):
             say(report)
@@ -216,50 +210,67 @@ def train(state, origin, rank, world):
     if run.compile:
         loss_fn = machine.compiled(state.model, rows.batch(run.batch_size)[0], amp)
 
-    never = torch.tensor(2 ** 62, device=device)
-    first_bad, figures, tick, tick_iter, stopping = never, [], time.time(), state.iter, False
+    bad_iter = never = torch.tensor(2 ** 62, device=device)  # the first iteration whose loss is not finite
+    logged, tick, tick_iter, stopping = [], time.time(), state.iter, False
     bar = tqdm(total=run.max_iters, initial=state.iter, unit='it',
                disable=rank > 0 or not sys.stderr.isatty())
     while state.iter < run.max_iters and not stopping:
-        figures.append(step(state, loss_fn, rows, rank, world, amp))
-        first_bad = torch.minimum(first_bad, torch.where(figures[-1]['loss'].isfinite(), never, state.iter))
+        logged.append(step(state, loss_fn, rows, rank, world, amp))
+        bad_iter = torch.minimum(bad_iter, torch.where(logged[-1]['loss'].isfinite(), never, state.iter))
         bar.update()
         evaluating = state.iter % run.eval_interval == 0 or state.iter == run.max_iters
         stopping = stop(state.iter)
         if not (evaluating or stopping or state.iter % run.log_interval == 0):
             continue
-        check_finite(state, first_bad, never, evaluating or stopping)
+        check_finite(state, bad_iter, never, evaluating or stopping)
         seconds = (time.time() - tick) / (state.iter - tick_iter)
         rate = run.batch_size * run.grad_accum * world * config.block_size / seconds
-        means = {name: torch.stack([f[name] for f in figures]).mean() for name in figures[0]}
+        means = {name: torch.stack([m[name] for m in logged]).mean() for name in logged[0]}
         line = ', '.join(f"{name} {mean:.4f}" for name, mean in means.items()) + f", {rate:,.0f} tokens/s"
         bar.set_postfix_str(line)
         if rank == 0 and bar.disable:
             say(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left")
         if rank == 0 and evaluating:
-            state.evaluate(val, text, amp)
+            state.evaluate(val, scored, amp)
         if rank == 0 and (evaluating or stopping):
-            state.save(evaluating, measured)
+            state.save(evaluating, calibration)
         if rank == 0 and evaluating:
             (value, error), kind = state.val, dict(exact='exact', upper='upper bound')[state.model.bound]
             say(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}", bar)
-        figures, tick, tick_iter = [], time.time(), state.iter
+        logged, tick, tick_iter = [], time.time(), state.iter
     bar.close()
     if stopping and rank == 0:
         say(f"stopped by a signal at iteration {state.iter}: saved; "
             f"go on with --init_from=resume --out_dir={run.out_dir}")
 
 
-def check_finite(state, first_bad, never, saving):
+def check_finite(state, bad_iter, never, saving):
     """A loss, or weights about to be saved, that are no numbers end the script. Called now and then only: on
     a GPU every look waits for the device."""
     before = f"{state.run.out_dir}/last.pt, if there is one, is from before"
-    if int(first_bad) < int(never):
-        sys.exit(f"error: the loss of iteration {int(first_bad)} is not finite; {before}; a smaller --lr or "
+    if int(bad_iter) < int(never):
+        sys.exit(f"error: the loss of iteration {int(bad_iter)} is not finite; {before}; a smaller --lr or "
                  f"--muon_lr may help")
     if saving and not all(p.isfinite().all() for p in state.params):
         sys.exit(f"error: iteration {state.iter - 1} made weights that are not finite; {before}; a smaller "
                  f"--lr may help")
+
+
+def main(argv):
+    run, config, row_knobs, origin = start.begin(argv, __doc__, Config)
+    rank, world, device = machine.join(run.device)
+    state = State(run, config, row_knobs, origin, device)
+    if state.iter >= run.max_iters:
+        say(f"{run.out_dir}/ holds a run that is finished: it has done {state.iter:,} iterations, max_iters "
+            f"is {run.max_iters:,}; with a larger --max_iters= it goes on")
+    elif rank == 0:
+        there = files.folder(run.out_dir, 'out_dir')
+        machine.check_room(run.out_dir, (state.model, state.ema), state.optimizers, there, origin.resumed)
+        with files.occupied(run.out_dir):
+            train(state, origin, rank, world)
+    else:
+        train(state, origin, rank, world)
+    machine.leave(world)
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
 """
-The reverse process of every denoiser: from [MASK]s to text. `textbook` is the sampler to begin with.
+The reverse process of masked diffusion: from [MASK]s to text. `textbook` is the sampler to begin with.
 
 A denoiser is one function, `denoise(xt, t) -> log p(x0 | xt)` (B, T, V), float32 and normalised. A canvas xt
-(B, T) holds tokens and, where text is to be written, the mask id V. The noise level t (B,), the probability
-of a mask, falls from 1 to 0. A sampler is a generator of canvases, one a network call; `choose` draws its
-tokens, log p (..., V) -> ids (...). From `textbook` to ReMDM they are exact for a perfect denoiser, if the
-steps are many; the others write the surest tokens first: a fixed number a step, or as many as are safe.
+(B, T) holds tokens and, where text is to be written, the mask id V. t (B,) is the noise level here, the
+probability of a mask (m in masked.py); it falls from 1 to 0. A sampler is a generator of canvases, one per
+network call; `choose` draws its tokens, log p (..., V) -> ids (...). From `textbook` to ReMDM they are exact
+for a perfect denoiser and many steps. The others reveal a fixed number per step, or as many as are safe.
 """
 import functools
 import itertools
@@ -35,18 +35,18 @@ def textbook(denoise, xt, mask_id, steps, choose, *,
         yield xt
 
 
-# If there are many steps, most reveal nothing and their network calls are in vain. They can be left out, for
+# If there are many steps, most reveal nothing and their calls are wasted. They can be left out, because
 # *when* a token is revealed does not depend on *which* token it is. Give each position a level u of its own,
 # uniform on [0, 1], and let it be masked while t > u. That is so with probability t, and the step from t to
 # s reveals a position that is masked at t with probability P(s <= u < t | u < t) = (t - s) / t, as above.
 #
-# So draw every u first. Now it is known which steps reveal something: there alone is the denoiser asked, of
-# the same canvas at the same t as above. Each row of a batch has a level of its own and goes from one of its
-# own steps that reveal something to the next: at most T network calls for T tokens, whatever the steps.
+# So draw every u first. Then it is known which steps reveal something, and the denoiser is called only there,
+# on the same canvas and at the same t as above. Each row of a batch goes from one of its own steps that
+# reveal something to the next: at most T network calls for T tokens, whatever the steps.
 
 def ancestral(denoise, xt, mask_id, steps, choose, *,
               grid: Grid = 'linear'):  # noise levels of the steps: linear | maskgit, few tokens first
-    """The law of textbook without the steps that reveal nothing, at most a network call a token."""
+    """Samples exactly as textbook, without the steps that reveal nothing: at most one call per token."""
     level = noise_levels(steps, grid, xt.device).flip(0).float()  # 0 ... 1
     u = torch.rand(xt.shape, device=xt.device)
     reveal_at = level[torch.bucketize(u, level, right=True).clamp(max=steps)]  # t of the step that crosses u
@@ -58,7 +58,7 @@ def ancestral(denoise, xt, mask_id, steps, choose, *,
 
 
 def first_hitting(denoise, xt, mask_id, steps, choose):
-    """One token a call, ancestral in infinitely many steps (arXiv 2409.02908)."""
+    """One token per call: ancestral in infinitely many steps (arXiv 2409.02908)."""
     u, place = torch.rand(xt.shape, device=xt.device), torch.arange(xt.size(1), device=xt.device)
     while (masked := xt == mask_id).any():
         t, next_place = u.where(masked, -1).max(-1)
@@ -69,9 +69,9 @@ def first_hitting(denoise, xt, mask_id, steps, choose):
 
 def analytic(scores, xt, mask_id, steps, choose, *,
              grid: Grid = 'linear'):  # noise levels of the steps: linear | maskgit, few tokens first
-    """SEDD's step by scores (arXiv 2310.16834). They are e^l (1 - t) / t, l = scores(xt, t) is log p but not
-    normalised: with Z the sum of e^l a token is revealed with probability Z (t - s) / t, as above if Z = 1.
-    Where Z < 1 masks are left at the end; one call more writes them, as in SEDD's code."""
+    """SEDD's own step, from scores that are not normalised (arXiv 2310.16834). l = scores(xt, t) is log p up
+    to a constant, Z the sum of e^l. A token is revealed with probability Z (t - s) / t, as above if Z = 1.
+    Where Z < 1, masks are left at the end; one more call writes them, as in SEDD's code."""
     level = noise_levels(steps, grid, xt.device)
     for t, s in zip(level, [*level[1:], None]):
         reveal = xt == mask_id
@@ -122,8 +122,8 @@ def truncate(logp, top_k=0, top_p=1.0):
 # ---- ReMDM (arXiv 2503.00307): ancestral, but written tokens go back to [MASK] now and then ---------------
 
 def remdm(denoise, xt, mask_id, choose, level, sigma, remasks=itertools.repeat(True)):
-    """A written token goes back to [MASK] with probability sigma(most, written), in steps of which `remasks`
-    is true; a masked one is revealed with probability (t - s + sigma (1 - t)) / t, so that the levels are t
+    """In steps where `remasks` is true a written token goes back to [MASK] with probability sigma(most,
+    written). A masked one is revealed with probability (t - s + sigma (1 - t)) / t, so that the levels are t
     and s as before. most: the largest sigma that is possible; written (B, T): log p of each token when it
     was written, inf where it is masked."""
     free, written = xt == mask_id, torch.full(xt.shape, torch.inf, device=xt.device)
@@ -171,7 +171,7 @@ def remdm_loop(denoise, xt, mask_id, steps, choose, *,
                on: ShareBelow1 = 0.55,   # time, from 1 down to 0, at which remasking begins
                off: ShareAbove0 = 0.05,  # time at which it ends
                alpha_on: Share = 0.9):   # share of tokens that are written from on to off
-    """ReMDM in a loop: down to the level 1 - alpha_on without remasking, stay there and remask from time on
+    """ReMDM at a constant level: down to 1 - alpha_on without remasking, stay there and remask from time on
     to off, sigma as in remdm_cap, then down to 0 without."""
     time = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
     level = torch.where(time > on, 1 - (1 - time) * alpha_on / (1 - on),
@@ -180,7 +180,7 @@ def remdm_loop(denoise, xt, mask_id, steps, choose, *,
                  remasks=(time[:-1] <= on) & (time[1:] >= off))
 
 
-# ---- a fixed number of tokens a step, the best first ------------------------------------------------------
+# ---- a fixed number of tokens per step ------------------------------------------------------------------
 # rule: (which tokens are first, (log p (B, T, V) before temperature, drawn tokens (B, T)) -> score (B, T))
 ORDERS = {
     'random': ("in a random order", lambda logp, token: torch.zeros_like(logp[..., 0])),
@@ -220,7 +220,7 @@ def parts(masked, part_length):
 
 def shares(steps, sizes):
     """The steps shared out among parts of these many tokens to write: one each, the others in proportion to
-    the tokens beyond the first. A step a token where there are as many, and equal parts get equal shares."""
+    the tokens beyond the first. One step per token where there are as many; equal parts get equal shares."""
     spare, beyond = max(0, steps - len(sizes)), max(1, sum(sizes) - len(sizes))
     upto = [0, *itertools.accumulate(size - 1 for size in sizes)]
     upto = [(2 * spare * tokens + beyond) // (2 * beyond) for tokens in upto]  # rounded to the nearest
@@ -228,10 +228,10 @@ def shares(steps, sizes):
 
 
 def best_first(denoise, xt, mask_id, steps, choose, *, score,
-               grid: Grid = 'linear',      # tokens of a step: linear, equally many | maskgit, few first
-               part_length: Natural = 0):  # a part of so many tokens after the other; 0: all at once
-    """As many tokens a step as the grid says, those with the highest scores; part after part with its share
-    of the steps (LLaDA's generate.py: of equal parts, steps / parts each)."""
+               grid: Grid = 'linear',      # tokens per step: linear, equal | maskgit, few first
+               part_length: Natural = 0):  # fill one part of this many tokens at a time; 0: all
+    """As many tokens per step as the grid says, those with the highest scores; part after part with its
+    share of the steps (LLaDA's generate.py: of equal parts, steps / parts each)."""
     in_turn = list(parts(xt == mask_id, part_length))
     for part, share in zip(in_turn, shares(steps, [int(part.sum(-1).max()) for part in in_turn])):
         for k in tokens_a_step(part.sum(-1), noise_levels(share, grid, xt.device)).T:
@@ -243,7 +243,7 @@ def best_first(denoise, xt, mask_id, steps, choose, *, score,
             yield xt
 
 
-# ---- as many tokens a step as are safe, at least one ------------------------------------------------------
+# ---- as many tokens per step as are safe, at least one ----------------------------------------------------
 
 def safest(denoise, xt, mask_id, choose, part_length, order, safe):
     """The first tokens of each row in this order, up to the last that is safe, as often as it takes. safe:
@@ -261,24 +261,24 @@ def safest(denoise, xt, mask_id, choose, part_length, order, safe):
 
 
 def threshold(denoise, xt, mask_id, steps, choose, *,
-              threshold: Share = 0.9,     # probability from which a token is safe
-              part_length: Natural = 0):  # a part of so many tokens after the other; 0: all at once
-    """All tokens of more than a probability, in as many steps as it takes (Fast-dLLM arXiv 2505.22618)."""
+              threshold: Share = 0.9,     # reveal tokens above this probability
+              part_length: Natural = 0):  # fill one part of this many tokens at a time; 0: all
+    """Reveal all tokens above a probability, at least one (Fast-dLLM arXiv 2505.22618)."""
     return safest(denoise, xt, mask_id, choose, part_length, 'confidence', lambda c, n: c.exp() > threshold)
 
 
 def factor(denoise, xt, mask_id, steps, choose, *,
-           factor: NonNegative = 1.0,  # the more, the more tokens a step
-           part_length: Natural = 0):  # a part of so many tokens after the other; 0: all at once
-    """The n surest, n the largest with (n + 1) (1 - probability of the n-th) < factor (arXiv 2505.22618)."""
+           factor: NonNegative = 1.0,  # larger: more tokens per step
+           part_length: Natural = 0):  # fill one part of this many tokens at a time; 0: all
+    """Reveal the n surest tokens, n the largest with (n + 1) (1 - p_n) < factor (arXiv 2505.22618)."""
     return safest(denoise, xt, mask_id, choose, part_length, 'confidence',
                     lambda c, n: (n + 1) * (1 - c.exp()) < factor)
 
 
 def eb(denoise, xt, mask_id, steps, choose, *,
-       gamma: NonNegative = 0.1,   # nats that the draws of a step may tell about each other
-       part_length: Natural = 0):  # a part of so many tokens after the other; 0: all at once
-    """The positions of least entropy whose entropies but the largest add up to gamma (arXiv 2505.24857)."""
+       gamma: NonNegative = 0.1,   # bound in nats on the entropies of tokens drawn together
+       part_length: Natural = 0):  # fill one part of this many tokens at a time; 0: all
+    """Entropy-bounded: the positions of least entropy whose sum without the largest is gamma (2505.24857)."""
     return safest(denoise, xt, mask_id, choose, part_length, 'entropy',
                     lambda score, n: (H := -score).cumsum(-1) - H <= gamma)
 
@@ -287,13 +287,13 @@ RULES = {f.__name__: f for f in (textbook, ancestral, first_hitting, analytic, r
                                  remdm_conf, remdm_loop, threshold, factor, eb)}
 for name, (words, score) in ORDERS.items():
     RULES[name] = functools.partial(best_first, score=score)
-    RULES[name].__doc__ = f"A fixed number of tokens a step, {words}."
+    RULES[name].__doc__ = f"A fixed number of tokens per step, {words}."
 
 
 def unmask(denoise, xt, mask_id, steps, rule='ancestral', temperature=1.0, top_k=0, top_p=1.0, *,
            cfg: NonNegative = 0.0,  # guidance towards the given text; 0: none
            **knobs):
-    """Generator of canvases (B, T), one a network call; the last holds no mask id, given tokens stay. rule:
+    """Generator of canvases (B, T), one per network call; the last holds no mask id, given tokens stay. rule:
     one of RULES, knobs: its own; cfg: see `guided`, others: see `sample_tokens`. Raises ValueError."""
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not one of: {', '.join(RULES)}")
@@ -321,8 +321,8 @@ def guided(denoise, given, mask_id, scale):
 
 
 def generate(model, canvas, block_size, overlap, **knobs):
-    """Generator of canvases (B, L), one a network call, for any L: block after block, each with the last
-    `overlap` tokens of the one before as given context; the last ends at L."""
+    """Generator of canvases (B, L), one per network call, for any L: in pieces of block_size, each with the
+    last `overlap` tokens of the one before as given context; the last ends at L."""
     last = max(0, canvas.size(1) - block_size)
     for start in [*range(0, last, block_size - overlap), last]:
         for window in model.sample(canvas[:, start:start + block_size], **knobs):

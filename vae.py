@@ -7,7 +7,7 @@ attend to the window in every layer. From the last hidden state h_k of query k c
 
     mu_k = w_e h_k,    z = mu + b eps ~ q(z | x),    (n, d): the latents of the window,
 
-where b is 1 or learned. The decoder writes the window behind its latents and the text before it, the prefix:
+where b is 1 or learned. The decoder writes the window after its latents and the text before it, the prefix:
 
     p(x | z, prefix) = prod_i p(x_i | [w_d z_1 ... w_d z_n] prefix [BOS] x_<i).
 
@@ -16,8 +16,9 @@ Of n equal segments of the window, query k has the position of the middle of the
 The loss is E -log p(x | z, prefix) + beta KL(q(z | x) || N(0, I)). At beta = 1, with nothing hidden from the
 decoder and no noise added, it is the negative ELBO (1312.6114), an upper bound on -log p(x | prefix); n
 draws weighted by importance bound it more tightly (1509.00519). A decoder that is a language model can do
-without z, and then z says nothing (posterior collapse, 1511.06349). So beta is small, the prefix is dropped
-in half of the rows, and tokens are hidden.
+without z, and then z says nothing (posterior collapse, 1511.06349). Against that: query k sits at its
+segment, any share of the window's tokens is hidden from the decoder (these two decide, NOTES.md), beta is
+small and rises slowly, the prefix is dropped in half of the rows, no decoder noise before beta is full.
 
 In half of the rows z gets further noise of standard deviation s, and the decoder is told s: the decoder
 noise. At s = 0 it spells out what z says; at a large s it writes what a language model would, with z as a
@@ -52,9 +53,9 @@ class Config(model.Config):
     base_context: Fixed[Count] = 128  # its block_size, at least 2 W
     whole: bool = False          # train two copies of the base instead of adapters
     lora_rank: Count = 32        # of the adapters
-    lora_alpha: NonNegative = 32.0  # their scale is lora_alpha / lora_rank
-    lora_dropout: ShareBelow1 = 0.0  # on what enters them
-    lora_targets: str = 'qkv,proj,fc'  # the matrices that have one
+    lora_alpha: NonNegative = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    lora_dropout: ShareBelow1 = 0.0  # dropout on what enters the adapters
+    lora_targets: str = 'qkv,proj,fc'  # the matrices that have an adapter
     # sentence VAE
     sentences: bool = False      # windows end where sentences do; False: all have W tokens
     n_latent: Count = 8          # n, vectors of a window
@@ -107,7 +108,7 @@ def active_units(mu):
 
 class Model(nn.Module):
     bound, takes, revises, any_length = 'upper', (), False, True
-    orders, base, selects, measures = (), 'ar', False, True  # at beta < 1 the best has not the lowest bound
+    orders, base, selects, measures = (), 'ar', False, True  # best at beta < 1 is not the lowest bound
     gpt = property(lambda self: self.decoder)  # the network whose calls are counted
 
     def __init__(self, config):
@@ -237,7 +238,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def write(self, z, prefix, length, tau=0.0, decoder_noise=0.0):
-        """A window of `length` tokens for z (B, n, d) behind prefix (B, P): (B, length) int64, V behind the
+        """A window of `length` tokens for z (B, n, d) after prefix (B, P): (B, length) int64, V after the
         end of a sentence if windows are sentences. tau: see `sample`."""
         if tau:  # without, no random number is drawn: what is only shown must not change what follows
             z = z + tau ** 0.5 * self.blur * torch.randn_like(z)
@@ -306,7 +307,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def write_windows(self, xt, latents, tau=0.0, decoder_noise=0.0, windows=0):
-        """Generator of canvases (B, T): window after window behind each row's prompt. latents(): a generator
+        """Generator of canvases (B, T): window after window, after each row's prompt. latents(): a generator
         of z (B, n, d), called for each window; each z is written out, the last one stays."""
         prompt_length(xt, self.mask_id)
         W, k = self.config.block_size, 0

@@ -3,7 +3,7 @@ How a denoiser that was an autoregressive model reads its input (DiffuGPT and Di
 
 Two things may ease the change. `shift`: the network reads [BOS] xt, and what it says at position i is about
 token i + 1, as before; what it says at the last position is dropped. `anneal_iters`: in training a query sees
-the past and, with probability r, each later token, one draw a step; r rises to 1 in so many steps. Outside
+the past and, with probability r, each later token, one draw per step; r rises to 1 in so many steps. Outside
 of training every query sees everything. hub/adapt.py moves the weights.
 """
 from dataclasses import dataclass, replace

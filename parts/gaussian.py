@@ -75,7 +75,7 @@ def euler(denoise, x, sigma, path, steps):
 
 
 def heun(denoise, x, sigma, path, steps):
-    """euler with the mean slope of both ends (EDM): two calls a step but the last."""
+    """euler with the mean slope of both ends (EDM): two calls per step but the last."""
     for k in range(1, steps + 1):
         prediction, D = denoise(x, sigma)
         yield prediction

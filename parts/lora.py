@@ -23,10 +23,10 @@ from configurator import Natural, NonNegative, ShareBelow1
 @dataclass
 class Config(model.Config):
     # adapters on a frozen network
-    lora_rank: Natural = 0             # of the adapters; 0: none, all is trained
-    lora_alpha: NonNegative = 32.0     # their scale is lora_alpha / lora_rank
-    lora_dropout: ShareBelow1 = 0.0    # on what enters them
-    lora_targets: str = 'qkv,proj,fc'  # the matrices that have one
+    lora_rank: Natural = 0             # of the adapters; 0: none, all weights are trained
+    lora_alpha: NonNegative = 32.0     # adapters are scaled by lora_alpha / lora_rank
+    lora_dropout: ShareBelow1 = 0.0    # dropout on what enters the adapters
+    lora_targets: str = 'qkv,proj,fc'  # the matrices that have an adapter
     lora_embed: bool = True            # train the embedding too; a tied head goes with it
 
     def __post_init__(self):

@@ -3,7 +3,9 @@ Noise schedules of masked diffusion: how fast tokens turn into [MASK].
 
 A schedule is a rising function f of t with f(0) = 0, and its derivative; m(t) = f(t) / f(1) is the
 probability of a mask and reaches 0 and 1 exactly. The bound does not depend on the schedule (masked.py);
-training does: the schedule says how often it visits a noise level.
+training does: the schedule says how often it visits a noise level. With loss_weight=elbo that changes only
+the variance of the loss, with flat also which levels count. Samplers never use it: their noise levels are
+spaced by `grid` (unmask.py).
 """
 import math
 
