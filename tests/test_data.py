@@ -18,10 +18,10 @@ import pytest
 import requests
 import torch
 
-import common
 from conftest import ROOT, TEXT
 from hub import web
-from text import files
+from text import files, windows
+from text.rows import load_meta, load_tokens
 from text.vocabulary import Tokenizer
 
 AWKWARD = ['', '\n\n\t  \n', 'To be, or not to be', 'e\u0301 ä ß', '👩\u200d👧 🇩🇪 🤷🏽', '漢字かな 한국어',
@@ -190,11 +190,12 @@ def test_shards_are_read_as_one_stream_in_the_order_of_their_names(workdir):
     for name, part in (('train_002', stream[700:]), ('train_000', stream[:1]), ('train_001', stream[1:700])):
         part.tofile(folder / f'{name}.bin')
     stream[:30].tofile(folder / 'val.bin')
-    tokens = common.load_tokens('shards', 'train', 50257, 'cpu')
+    tokens = load_tokens('shards', 'train', 50257, 'cpu')
     assert tokens.dtype == torch.int16
-    assert common.windows(tokens, 1000)[0].tolist() == stream.tolist()
-    assert common.batch(tokens, 2, 1000).tolist() == [stream.tolist()] * 2
-    assert len(common.load_tokens('shards', 'val', 50257, 'cpu')) == 30
+    whole = windows.Rows(tokens, None, 1000)
+    assert whole.all()['x'].tolist() == [stream.tolist()]
+    assert whole.batch(2)[0]['x'].tolist() == [stream.tolist()] * 2
+    assert len(load_tokens('shards', 'val', 50257, 'cpu')) == 30
 
 
 def test_a_missing_empty_or_foreign_shard_is_named_with_the_command_that_makes_it(workdir, mistake):
@@ -202,7 +203,7 @@ def test_a_missing_empty_or_foreign_shard_is_named_with_the_command_that_makes_i
     folder.mkdir()
 
     def load(argv):
-        return common.load_tokens('shards', 'train', 10, 'cpu')
+        return load_tokens('shards', 'train', 10, 'cpu')
     assert 'train.bin is missing' in mistake(load)
     np.arange(10, dtype=np.uint16).tofile(folder / 'train_000.bin')
     assert len(load([])) == 10
@@ -480,10 +481,10 @@ def test_fineweb_shards_lose_their_header_and_are_one_stream(site, workdir, caps
     assert len(site.asked) == 4, "one was cut and went on, none was fetched twice"
     assert sorted(p.name for p in (workdir / 'data/fineweb').iterdir()) == \
         ['meta.json', 'train_000001.bin', 'train_000002.bin', 'val_000000.bin']
-    assert common.load_meta('fineweb') == dict(kind='gpt2', source='kjj0/fineweb10B-gpt2', sha256='')
-    train, val = (common.load_tokens('fineweb', split, 50257, 'cpu') for split in ('train', 'val'))
-    assert common.windows(train, 1000).tolist() == parts[1:].tolist()
-    assert common.windows(val, 1000).tolist() == parts[:1].tolist()
+    assert load_meta('fineweb') == dict(kind='gpt2', source='kjj0/fineweb10B-gpt2', sha256='')
+    for split, expected in (('train', parts[1:]), ('val', parts[:1])):
+        tokens = load_tokens('fineweb', split, 50257, 'cpu')
+        assert windows.Rows(tokens, None, 1000).all()['x'].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize('wrong', [dict(magic=1), dict(version=2), dict(more=5)])

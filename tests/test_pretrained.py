@@ -20,7 +20,8 @@ from conftest import TEXT, TINY
 from data import tools
 from data.text import prepare
 from hub import export, find, folder
-from text import vocabulary
+from text import vocabulary, windows
+from text.rows import load_tokens
 from theirs import BYTE_LEVEL, LETTERS, SHAPES, make_folder, tokenizer_json
 
 safetensors = pytest.importorskip('safetensors.torch')
@@ -329,9 +330,9 @@ def test_a_vocabulary_beyond_uint16_is_written_in_uint32_and_read_back(workdir):
     source['model']['merges'].append(['the', 'the'])
     meta = dict(kind='json', json=source, vocab_size=70001, end=299)
     tools.write_splits('data/big', dict(train=[70000, 5] * 50, val=[1] * 20), meta)
-    tokens = common.load_tokens('big', 'train', 70001, 'cpu')
-    assert common.windows(tokens, 4)[0].tolist() == [70000, 5, 70000, 5]
-    assert set(common.batch(tokens, 3, 4).flatten().tolist()) == {70000, 5}
+    rows = windows.Rows(load_tokens('big', 'train', 70001, 'cpu'), None, 4)
+    assert rows.all()['x'][0].tolist() == [70000, 5, 70000, 5]
+    assert set(rows.batch(3)[0]['x'].flatten().tolist()) == {70000, 5}
     assert vocabulary.Tokenizer(meta).encode('thethe') == [70000]
 
 
