@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configurator import Filename, fail, help_lines, settings
+from configurator import Filename, fail, help_lines, script, settings
 from hub import find
 from text import files
 from text.vocabulary import Tokenizer, file_type
@@ -24,12 +24,15 @@ def place(prepare, *,
     return out
 
 
-def script_of(prepare, doc):
-    """The script main(argv) of a preparer, prepare(folder, **knobs): what stands behind its `*` are knobs."""
+def script_of(prepare, doc, name):
+    """The script main(argv) of a preparer, prepare(folder, **knobs): what stands behind its `*` are knobs. It
+    runs if that is what Python was called with, as __name__ tells."""
     def main(argv):
         lines = [line for function in (prepare, place) for line in help_lines(function)]
         given, = settings(argv, doc, functions=(prepare, place), others='\n\nknobs:\n' + '\n'.join(lines))
         prepare(place(prepare, out=given.pop('out', '')), **given)
+    if name == '__main__':
+        script(main)
     return main
 
 

@@ -148,6 +148,6 @@ def resume_optimizers(optimizers, run, origin):
             optimizer.load_state_dict(state)
             for group, own in zip(optimizer.param_groups, decay):
                 group['weight_decay'] = own
-    except ValueError as e:
-        fail(f"the optimizers of the run to resume are others ({e}); a best.pt has none: "
-             f"--init_from={run.out_dir} starts a new run from its weights")
+    except ValueError:
+        fail(f"the run to resume has {len(states)} optimizers, this one {len(optimizers)}, or they are of other "
+             f"parameters; a best.pt has none: --init_from={run.out_dir} starts a new run from its weights")

@@ -2,10 +2,9 @@
 Text <-> token ids: characters, bytes, byte pairs.
 
 The meta.json of a dataset says what its ids mean, a checkpoint carries that along, and `Tokenizer` reads it.
-Byte pairs run in tiktoken, which takes the id of a piece for its rank: of all neighbours that make a known
-piece it joins those of the lowest rank first. A list of merges (arXiv 1508.07909, GPT-2) says the same if
-every piece comes from one merge and the merges stand in the order of their ids, as in the tokenizer.json of
-GPT-2, SmolLM2 and LLaMA-3. Others are refused.
+Byte pairs run in tiktoken: of all neighbours that make a known piece it joins those of the lowest id first. A
+list of merges (arXiv 1508.07909) says the same if the merges stand in the order of their ids, as in the
+tokenizer.json of GPT-2, SmolLM2 and LLaMA-3. Others are refused.
 """
 import base64
 import importlib
@@ -87,9 +86,8 @@ class Tokenizer:
         return self.decode([i])
 
     def n_bytes(self, ids):
-        """How many bytes of UTF-8 the ids (any shape, all below vocab_size) stand for, token by token: a
-        window that cuts a character counts its part. <|endoftext|> counts 0, since it is no text; <eos> 1,
-        the end of a line; an unknown character 1, the fewest it can have."""
+        """How many bytes of UTF-8 the ids (any shape, all below vocab_size) stand for: <|endoftext|> 0, since
+        it is no text; <eos> 1, the end of a line; an unknown character 1, the fewest it can have."""
         return int(self.lengths[np.asarray(ids, np.int64)].sum())
 
 
@@ -110,17 +108,18 @@ def as_ids(tokens):
 
 # ---- every kind: meta -> (bytes of every id, function text -> ids, id of the end of a text) -------------
 
+def unknown_characters(characters):
+    fail(f"not in the vocabulary of this model: {' '.join(map(repr, sorted(characters)[:10]))}")
+
+
 def char_tokens(meta):
     """One id a character. A character outside the vocabulary ends the script, which names it."""
-    chars = meta['chars']
-    ids = {c: i for i, c in enumerate(chars)}
+    ids = {c: i for i, c in enumerate(meta['chars'])}
 
     def encode(text):
-        unknown = sorted(set(text) - ids.keys())
-        if unknown:
-            fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
-        return [ids[c] for c in text]
-    return [c.encode() for c in chars], encode, None
+        unknown = set(text) - ids.keys()
+        return unknown_characters(unknown) if unknown else [ids[c] for c in text]
+    return [c.encode() for c in meta['chars']], encode, None
 
 
 def byte_tokens(meta):

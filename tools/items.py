@@ -244,11 +244,9 @@ def load(name, path=''):
 
 def limit(process, memory):
     """Bound the memory of a process, in bytes, where the system can (Linux)."""
-    try:
+    with contextlib.suppress(ImportError, AttributeError, ProcessLookupError):
         import resource
         resource.prlimit(process.pid, resource.RLIMIT_AS, (memory, memory))
-    except (ImportError, AttributeError, ProcessLookupError):
-        pass
 
 
 def end(process):

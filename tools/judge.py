@@ -6,8 +6,7 @@ tokens (with the judge's <|endoftext|> behind it, if it ended) and scored in win
 size, each on its own. No text is left out.
 
 Sure but dull texts have a low perplexity. So beside it stand, in the judge's tokens, the unigram entropy of a
-text (nats, mean over texts), the share of different n-grams among all (distinct) and the share of a text's
-4-grams that it had before (repetition). The first row is the validation text's.
+text (nats, mean over texts), distinct n-grams and repetition. The first row is the validation text's.
 """
 import itertools
 import math

@@ -16,8 +16,7 @@ longest right answer has tokens: the length is given away. A language model cont
 not see the text behind.
 
 A context and a choice are cut into tokens together: the choice begins where the ids of the whole differ from
-those of the context. The text before a blank and the text behind it are cut each by itself, so nothing that
-is given has to be written again; the blank has as many tokens as the answer has behind the text before.
+those of the context. The text before a blank and the text behind it are cut each by itself.
 """
 import itertools
 import sys

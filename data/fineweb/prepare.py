@@ -18,7 +18,7 @@ from typing import Annotated
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Range, fail, script
+from configurator import Range, fail
 from data import tools
 from hub import web
 from text import files
@@ -53,6 +53,4 @@ def prepare(out, *,
             files.write(out / 'meta.json', tools.as_json(dict(kind='gpt2', source=REPOSITORY, sha256='')))
 
 
-main = tools.script_of(prepare, __doc__)
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, Range, fail, script
+from configurator import Filename, Range, fail
 from data import tools
 from hub import web
 from text import files
@@ -93,6 +93,4 @@ def prepare(out, *,
           f"has {sum(lengths) / n:.0f} tokens in the mean, {lengths[-1]} the longest")
 
 
-main = tools.script_of(prepare, __doc__)
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, Range, fail, script
+from configurator import Filename, Range, fail
 from data import tools
 from text.vocabulary import MARKS, WORDS, Tokenizer, library
 
@@ -94,6 +94,4 @@ def prepare(out, *,
           f"{max(map(len, examples)):,}, the mean {mean:.1f}, <bos> and <eos> included")
 
 
-main = tools.script_of(prepare, __doc__)
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, fail, script
+from configurator import Filename, fail
 from data import tools
 from text import files
 from text.vocabulary import Tokenizer
@@ -111,6 +111,4 @@ def prepare(out, *,
     print(f"{source}: train {counts['train']:,} tokens, val {counts['val']:,} tokens")
 
 
-main = tools.script_of(prepare, __doc__)
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

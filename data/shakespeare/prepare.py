@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, script
+from configurator import Filename
 from data import tools
 from data.shakespeare_char import prepare as characters
 
@@ -22,6 +22,4 @@ def prepare(out, *,
     tools.prepare_bytes(*characters.find_text(input), tokenizer, out)
 
 
-main = tools.script_of(prepare, __doc__)
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

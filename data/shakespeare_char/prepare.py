@@ -19,7 +19,7 @@ from pathlib import Path
 import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, fail, script
+from configurator import Filename, fail
 from data import tools
 from hub import web
 from text import files
@@ -79,6 +79,4 @@ def prepare(out, *,
     tools.prepare_bytes(*find_text(input), 'char', out)
 
 
-main = tools.script_of(prepare, __doc__)
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, script
+from configurator import Filename
 from data import tools
 
 
@@ -26,6 +26,4 @@ def prepare(out, *,
     tools.prepare_bytes(*tools.given(input), tokenizer, out)
 
 
-main = tools.script_of(prepare, __doc__)
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, fail, script
+from configurator import Filename, fail
 from data import tools
 from hub import web
 from text import files
@@ -47,6 +47,4 @@ def prepare(out, *,
     print(f"{source}: {tools.sizes(splits, 'characters')}")
 
 
-main = tools.script_of(prepare, __doc__)
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

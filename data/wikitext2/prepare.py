@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, script
+from configurator import Filename
 from data import tools
 from hub import web
 from text import files
@@ -43,6 +43,4 @@ def prepare(out, *,
     tools.prepare_text(texts, tokenizer, out, source, *data.values())
 
 
-main = tools.script_of(prepare, __doc__)
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)
