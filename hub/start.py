@@ -149,5 +149,5 @@ def resume_optimizers(optimizers, run, origin):
             for group, own in zip(optimizer.param_groups, decay):
                 group['weight_decay'] = own
     except ValueError:
-        fail(f"the run to resume has {len(states)} optimizers, this one {len(optimizers)}, or they are of other "
+        fail(f"the run to resume has {len(states)} optimizers, this one {len(optimizers)}, or of other "
              f"parameters; a best.pt has none: --init_from={run.out_dir} starts a new run from its weights")

@@ -83,7 +83,8 @@ def load_tokens(dataset, split, vocab_size, device):
     tokens = np.empty(sum(lengths), dtype)  # filled shard by shard, so that memory holds them once
     for path, length, shard in zip(paths, lengths, np.split(tokens, np.cumsum(lengths)[:-1])):
         shard[:] = np.fromfile(path, dtype, length)
-        if length == 0 or shard.max() >= vocab_size or path.stat().st_size % dtype.itemsize:
-            fail(f"{path} is empty, cut short, or holds a token beyond the vocabulary of {vocab_size}: run "
-                 f"`python data/{dataset}/prepare.py` again")
+        most = shard.max(initial=0)
+        if length == 0 or most >= vocab_size or path.stat().st_size % dtype.itemsize:
+            fail(f"{path} is empty, cut short, or beyond the vocabulary of {vocab_size} (it holds token {most}): "
+                 f"run `python data/{dataset}/prepare.py` again")
     return torch.from_numpy(tokens.view(f'i{dtype.itemsize}')).to(device)
