@@ -85,6 +85,6 @@ def load_tokens(dataset, split, vocab_size, device):
         shard[:] = np.fromfile(path, dtype, length)
         most = shard.max(initial=0)
         if length == 0 or most >= vocab_size or path.stat().st_size % dtype.itemsize:
-            fail(f"{path} is empty, cut short, or beyond the vocabulary of {vocab_size} (it holds token {most}): "
-                 f"run `python data/{dataset}/prepare.py` again")
+            fail(f"{path} is empty, cut short, or beyond the vocabulary of {vocab_size} (token {most}): run "
+                 f"`python data/{dataset}/prepare.py` again")
     return torch.from_numpy(tokens.view(f'i{dtype.itemsize}')).to(device)
