@@ -6,26 +6,34 @@ import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-from configurator import Range, fail
+from configurator import Filename, fail, help_lines, script, settings
 from hub import find
 from text import files
 from text.vocabulary import Tokenizer, file_type
 
-Part = Annotated[float, Range(lambda v: 0 < v < 1, "must lie between 0 and 1")]
+
+def place(prepare, *,
+          out: Filename = ''):  # where the files go; '': beside the preparer
+    """The folder of a preparer, which can be written; or the script ends."""
+    out = out or str(Path(inspect.getsourcefile(prepare)).parent)
+    files.folder(out, 'out')
+    return out
 
 
-def settings(argv, doc, Config):
-    """The Config that the flags ask for. Its folder `out`, the preparer's own by default, can be written."""
-    config, _ = configurator.settings(argv, doc, Config)
-    config.out = config.out or str(Path(inspect.getsourcefile(Config)).parent)
-    files.folder(config.out, 'out')
-    return config
+def script_of(prepare, doc, name):
+    """The script main(argv) of a preparer, prepare(folder, **knobs): what stands behind its `*` are knobs. It
+    runs if that is what Python was called with, as __name__ tells."""
+    def main(argv):
+        lines = [line for function in (prepare, place) for line in help_lines(function)]
+        given, = settings(argv, doc, functions=(prepare, place), others='\n\nknobs:\n' + '\n'.join(lines))
+        prepare(place(prepare, out=given.pop('out', '')), **given)
+    if name == '__main__':
+        script(main)
+    return main
 
 
 def given(path):
@@ -48,18 +56,11 @@ def meta_of(kind, text=''):
     that name, in a folder or on the hub."""
     if kind in ('byte', 'gpt2'):
         return dict(kind=kind)
-    if kind == 'char':
-        return dict(kind=kind, chars=sorted(set(text)))
-    return find.tokenizer(kind)
+    return dict(kind=kind, chars=sorted(set(text))) if kind == 'char' else find.tokenizer(kind)
 
 
 def as_json(meta):
     return json.dumps(meta, ensure_ascii=False, indent=1).encode()
-
-
-def write_meta(out, meta):
-    """Write meta.json, which says that the dataset is there: so it comes last."""
-    files.write(Path(out, 'meta.json'), as_json(meta))
 
 
 def write_splits(out, tokens, meta, source='', *data):
@@ -78,7 +79,7 @@ def sizes(splits, unit):
     return ', '.join(f"{split} {len(part):,} {unit}" for split, part in splits.items())
 
 
-def prepare_bytes(data, kind, out, source):
+def prepare_bytes(data, source, kind, out):
     """A text as UTF-8 bytes -> train.bin, val.bin (90/10 of its characters) and meta.json."""
     text = decode(data, source)
     n = int(0.9 * len(text))

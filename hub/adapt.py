@@ -2,12 +2,10 @@
 From one objective to another on the same weights: `train.py --init_from=`.
 
 An autoregressive model and a denoiser are the same transformer, so the one can begin where the other ended:
-its matrices, norms and head, and of its embedding the rows of the tokens. DiffuGPT and DiffuLLaMA (arXiv
-2410.17891) make denoisers of GPT-2 and LLaMA like that, and so do Dream (2508.15487) and others. What is new
-is [MASK]. It gets a row of its own, the mean of all tokens' rows at first; DiffuGPT reuses the row of a rare
-token, which then counts as masked wherever it occurs. The further training is that of masked.py, with
-`shift` and `anneal_iters` (parts/adapted.py); with `lora_rank` it changes adapters and the embedding alone.
-Fine-tuning is the same without a change of objective.
+its matrices, norms and head, and of its embedding the rows of the tokens (DiffuGPT and DiffuLLaMA, arXiv
+2410.17891; Dream, 2508.15487). What is new is [MASK]. It gets a row of its own, the mean of all tokens' rows
+at first; DiffuGPT reuses the row of a rare token, which then counts as masked wherever it occurs. Fine-tuning
+is the same without a change of objective.
 """
 from dataclasses import fields
 
@@ -39,12 +37,10 @@ def knobs_of_start(checkpoint, knobs, source):
 def check_shape(config, checkpoint, source):
     """The shapes of weights cannot change, but the context may be cut; or the script ends."""
     theirs = checkpoint['config']
-    if config.block_size > theirs['block_size']:
-        fail(f"block_size={config.block_size} is more than the context of init_from={source}, "
-             f"{theirs['block_size']}")
-    for name in sorted(SHAPE & theirs.keys() - {'block_size'}):
-        if getattr(config, name) != theirs[name]:
-            fail(f"{name}={getattr(config, name)} but init_from={source} has {theirs[name]}: leave it out")
+    for name in sorted(SHAPE & theirs.keys()):
+        own = getattr(config, name)
+        if own != theirs[name] and not (name == 'block_size' and own < theirs[name]):
+            fail(f"{name}={own} but init_from={source} has {theirs[name]}: leave it out")
 
 
 def marks(objective, config):

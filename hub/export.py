@@ -27,10 +27,8 @@ def main(argv):
     config, _ = settings(argv, __doc__, Config)
     if not config.to:
         fail("where to? --to=FOLDER")
-    if Path(config.to, 'config.json').exists():
-        fail(f"{config.to} holds a model already: name another folder")
-    if any(Path(config.to).glob('*.pt')):
-        fail(f"{config.to} holds checkpoints of ours: name another folder")
+    if Path(config.to, 'config.json').exists() or any(Path(config.to).glob('*.pt')):
+        fail(f"{config.to} holds a model or checkpoints already: name another folder")
     files.folder(config.to, 'to')
     path, checkpoint = find(config.out_dir, config.which)
     tensors = write_folder(checkpoint, config.to)

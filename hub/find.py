@@ -7,16 +7,14 @@ The checkpoint that a person names: one of ours, a folder in Hugging Face's layo
 
 Every script takes these names: a folder or file of ours; a folder with config.json, *.safetensors and a
 tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging Face hub. The last two are
-downloaded once, into HF_HOME, unless the hub's own library has them already (in HF_HUB_CACHE). HF_ENDPOINT
-names a mirror; HF_TOKEN is needed for models that ask for consent.
+downloaded once, into HF_HOME, unless the hub's own library has put them there already. HF_ENDPOINT names a
+mirror; HF_TOKEN is needed for models that ask for consent.
 """
 import functools
 import os
 import re
 import time
 from pathlib import Path
-
-import requests
 
 import common
 from configurator import fail
@@ -26,23 +24,19 @@ from hub.older import upgraded
 from text import files
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-# the first part of a path that rather means a folder here than an owner on the hub
-OURS = re.compile(r'out.*|(run|experiment|exp|log|checkpoint|ckpt|model|result|save|train|test|tmp|data'
-                  r'|config)s?', re.IGNORECASE)
 
 
 def find(source, which='best'):
     """The name of a checkpoint ('': the newest out*/) -> (its path, checkpoint dict), or the script ends."""
     path = Path(source)
     if source and (path / 'config.json').is_file():
-        if (path / 'best.pt').is_file() or (path / 'last.pt').is_file():
-            fail(f"{path}/ holds a config.json with its model and checkpoints of ours too: move one of them "
-                 f"away")
+        if any(path.glob('*.pt')):
+            fail(f"{path}/ holds a config.json and checkpoints of ours too: move one of them away")
         return path, upgraded(read_folder(path))
     if path.is_file():
         return path, upgraded(common.load(path))
     on_hub = (re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', source) and path.suffix != '.pt'
-              and not path.parent.exists() and not OURS.fullmatch(path.parts[0]))
+              and not path.parent.exists() and not source.startswith('out'))
     if source in GPT2 and not path.exists() or on_hub:
         return source, upgraded(read_folder(download(source)))
     if source and not path.exists() and len(path.parts) == 1 and not source.startswith('out'):
@@ -65,24 +59,13 @@ def tokenizer(source):
 
 # ---- the hub ----------------------------------------------------------------------------------------------
 
-def hf_home():
-    caches = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-    return Path(os.environ.get('HF_HOME') or Path(caches, 'huggingface')).expanduser()
-
-
-def hub_cache():
-    """Where the hub's own library keeps repositories."""
-    named = os.environ.get('HF_HUB_CACHE') or os.environ.get('HUGGINGFACE_HUB_CACHE')
-    return Path(named).expanduser() if named else hf_home() / 'hub'
-
-
-def snapshot(repository):
-    """The folder in which the hub's own library keeps a repository, if it does."""
-    folder = hub_cache() / f"models--{repository.replace('/', '--')}"
-    try:
-        return folder / 'snapshots' / (folder / 'refs' / 'main').read_text().strip()
-    except OSError:
-        return folder
+def places(repository):
+    """Where a repository may lie: where we put it, and where the hub's own library has."""
+    home = Path(os.environ.get('HF_HOME') or '~/.cache/huggingface').expanduser()
+    theirs = home / 'hub' / f"models--{repository.replace('/', '--')}"
+    current = theirs / 'refs' / 'main'
+    name = current.read_text().strip() if current.is_file() else ''
+    return home / 'unmask' / repository.replace('/', '--'), theirs / 'snapshots' / name
 
 
 def whole(folder, weights):
@@ -97,8 +80,8 @@ def whole(folder, weights):
 def download(repository, weights=True):
     """owner/name, or gpt2 -> a folder with its files, downloaded unless they are there; or the script ends.
     weights=False: only config.json and the tokenizer."""
-    folder = hf_home() / 'unmask' / repository.replace('/', '--')
-    for there in (snapshot(repository), folder):
+    folder, theirs = places(repository)
+    for there in (theirs, folder):
         if whole(there, weights):
             return there
     while int(os.environ.get('LOCAL_RANK', 0)):  # one of several processes downloads
@@ -119,15 +102,13 @@ def download(repository, weights=True):
 def get_file(repository, folder, name, needed=False):
     """Download a file of a repository unless it is there -> is it there now? The script ends if it is needed
     and the hub has none."""
-    url, token = web.address(repository, name, ''), os.environ.get('HF_TOKEN')
-    with web.reported(url, "offline, name a folder that holds the model"):
-        try:
-            web.download(url, folder / name, headers={'Authorization': f'Bearer {token}'} if token else {})
-            return True
-        except requests.HTTPError as e:
-            if e.response.status_code in (401, 403):
-                fail(f"{repository} does not exist here nor on the hub, or is behind a consent, for which "
-                     f"HF_TOKEN must hold a token")
-            if e.response.status_code != 404:
-                raise
-    return fail(f"{repository} on the hub has no {name}") if needed else False
+    token = os.environ.get('HF_TOKEN')
+    status = web.fetch(web.address(repository, name, ''), folder / name, known=(401, 403, 404),
+                       headers={'Authorization': f'Bearer {token}'} if token else {},
+                       otherwise="offline, name a folder that holds the model")
+    if status in (401, 403):
+        fail(f"{repository} does not exist here nor on the hub, or is behind a consent, for which HF_TOKEN "
+             f"must hold a token")
+    if status == 404 and needed:
+        fail(f"{repository} on the hub has no {name}")
+    return status == 200

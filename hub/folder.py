@@ -6,12 +6,10 @@ script, and so do quantised weights. What others do not have, the rows of [MASK]
 is written into a tensor `unmask.marks` and into config.json under `unmask`; others ignore it.
 """
 import base64
-import dataclasses
 import functools
 import json
-import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -22,19 +20,11 @@ from configurator import convert, fail, knobs_of
 from hub import adapt, layout
 from parts import lora
 from text import files
+from text.vocabulary import library
 
 PLAIN = ('F64', 'F32', 'F16', 'BF16')  # safetensors' names for the types of weights that are numbers
 # constants of attention that may stand beside the weights, in older versions too
 CONSTANTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
-
-
-def library(folder):
-    """The library safetensors, or the script ends."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        fail(f"{folder} needs the library safetensors: pip install safetensors")
-    return safetensors
 
 
 # ---- tensors ----------------------------------------------------------------------------------------------
@@ -45,7 +35,7 @@ def shards(folder):
     index = folder / 'model.safetensors.index.json'
     if not index.is_file():
         return ['model.safetensors']
-    names = files.read_json(index).get('weight_map', {})
+    names = files.read_json(index).get('weight_map')
     names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
     if not names or any(Path(name).name != name or not name.endswith('.safetensors') for name in names):
         fail(f"{index} names no files, or others than *.safetensors beside it")
@@ -54,11 +44,10 @@ def shards(folder):
 
 def tensors_in(folder):
     """{name: tensor} of a folder, or the script ends. safetensors reads a tensor when it is used."""
-    tensors, safetensors = {}, library(folder)
+    tensors, safetensors = {}, library('safetensors', 'weights in *.safetensors')
     for path in (folder / name for name in shards(folder)):
         if not path.is_file():
-            fail(f"{path} is missing" + (": weights in a pickle (pytorch_model.bin) are not read"
-                                         if (folder / 'pytorch_model.bin').is_file() else ""))
+            fail(f"{path} is missing; weights in a pickle (pytorch_model.bin) are not read")
         try:
             file = safetensors.safe_open(path, 'pt')
         except Exception as e:  # SafetensorError is no class of Python's own
@@ -113,7 +102,10 @@ def read_folder(folder):
     weights = layout.to_ours(functools.partial(take, tensors), shape, shapes)
     embed = weights['embed.weight']
     if own:
-        check_ours(folder, own, shape, tensors)
+        for name in adapt.SHAPE & own['config'].keys() - {'block_size'}:
+            if own['config'][name] != getattr(shape, name):
+                fail(f"{folder / 'config.json'} says {name}={getattr(shape, name)}, its part `unmask` "
+                     f"{own['config'][name]}")
         n = len(adapt.marks(own['objective'], own['config']))
         marks = take(tensors, 'unmask.marks', (n, shape.n_embd))
     else:
@@ -123,9 +115,8 @@ def read_folder(folder):
     # what is left may change what the others mean, as the scales of quantised weights do, or biases
     rest = [name for name in tensors if not name.endswith(CONSTANTS)]
     if rest:
-        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
-        fail(f"the tensor {min(rest)}{more} has no place in this model: config.json and the weights do not "
-             f"belong together, or they are quantised or of a kind that model.py does not do")
+        fail(f"the tensor {min(rest)} (of {len(rest)}) has no place in this model: config.json and the "
+             f"weights do not belong together, or they are quantised or of a kind that model.py does not do")
     weights['embed.weight'] = torch.cat([embed, marks])
     weights = {f'gpt.{name}': p for name, p in weights.items()}
     return own | dict(tokenizer=tokenizer_of(folder, theirs), model=weights, ema=weights)
@@ -145,21 +136,10 @@ def shape_in(folder, theirs):
 def part_of_ours(theirs):
     """What `write_folder` has put into a config.json, {} for one of others; or the script ends."""
     own = theirs.get('unmask', {})
-    parts = dict(config=dict, run=dict, tokenizer=dict, objective=str, iter=int, tokens=int)
-    if not isinstance(own, dict) or own and not all(isinstance(own.get(k), t) for k, t in parts.items()):
+    parts = common.KINDS.items() - dict(model=dict, ema=dict).items()
+    if not isinstance(own, dict) or own and not all(isinstance(own.get(k), t) for k, t in parts):
         fail("the part `unmask` of config.json is damaged: without it the folder is read as others' model")
     return own
-
-
-def check_ours(folder, own, shape, tensors):
-    """Do config.json, its part `unmask` and the tensors belong together? If not, the script ends."""
-    for name in adapt.SHAPE & own['config'].keys() - {'block_size'}:
-        if own['config'][name] != getattr(shape, name):
-            fail(f"{folder / 'config.json'} says {name}={getattr(shape, name)}, its part `unmask` "
-                 f"{own['config'][name]}")
-    if 'unmask.marks' not in tensors:
-        fail(f"{folder} has lost the tensor unmask.marks, the rows of [MASK] and [BOS]; without the part "
-             f"`unmask` of its config.json it is read as others' model")
 
 
 def special(theirs, name):
@@ -174,18 +154,23 @@ def tokenizer_of(folder, theirs):
     own = part_of_ours(theirs).get('tokenizer', {})
     if own.get('kind', 'json') != 'json':
         return own
-    size, model_file = theirs.get('vocab_size'), folder / 'tokenizer.model'
+    size, there = theirs.get('vocab_size'), lambda name: (folder / name).is_file()
     if not isinstance(size, int):
         fail(f"{folder / 'config.json'} has no vocab_size")
     known = dict(vocab_size=size, bos=special(theirs, 'bos'), end=special(theirs, 'eos')) | own
-    source = files.read_json(folder / 'tokenizer.json') if (folder / 'tokenizer.json').is_file() else {}
+    source = files.read_json(folder / 'tokenizer.json') if there('tokenizer.json') else {}
     pairs = source.get('model')
     of_bytes = isinstance(pairs, dict) and not pairs.get('byte_fallback')
-    if model_file.is_file() and not of_bytes:  # LLaMA 2 has both files
-        data = base64.b64encode(files.read_bytes(model_file)).decode()
+    if there('tokenizer.model') and not of_bytes:  # LLaMA 2 has both files
+        data = base64.b64encode(files.read_bytes(folder / 'tokenizer.model')).decode()
         return known | dict(kind='sentencepiece', model=data)
-    if not source and (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
-        source = of_two_files(folder)
+    if not source and there('vocab.json') and there('merges.txt'):  # GPT-2's, as first published
+        vocab = files.read_json(folder / 'vocab.json')
+        merges = [line for line in files.read_text(folder / 'merges.txt').split('\n')
+                  if line.strip() and not line.startswith('#version')]
+        added = [dict(id=vocab[name], content=name) for name in ('<|endoftext|>',) if name in vocab]
+        source = dict(model=dict(type='BPE', vocab=vocab, merges=merges), added_tokens=added,
+                      pre_tokenizer=dict(type='ByteLevel'))
     if source:
         return known | dict(kind='json', json=source)
     if theirs.get('model_type') == 'gpt2' and size == 50257:
@@ -193,22 +178,12 @@ def tokenizer_of(folder, theirs):
     fail(f"{folder} holds no tokenizer.json and no tokenizer.model")
 
 
-def of_two_files(folder):
-    """vocab.json and merges.txt, GPT-2's tokenizer as first published -> the dict of a tokenizer.json."""
-    vocab = files.read_json(folder / 'vocab.json')
-    merges = [line for line in files.read_text(folder / 'merges.txt').split('\n')
-              if line.strip() and not line.startswith('#version')]
-    added = [dict(id=vocab[name], content=name) for name in ('<|endoftext|>',) if name in vocab]
-    return dict(model=dict(type='BPE', vocab=vocab, merges=merges), added_tokens=added,
-                pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False, use_regex=True))
-
-
 # ---- writing ----------------------------------------------------------------------------------------------
 
 def write_folder(checkpoint, folder):
     """A checkpoint dict of ours -> a folder in Hugging Face's layout, adapters merged; or the script ends.
     Returns their tensors."""
-    tensors, marks, shape = in_layout(checkpoint)
+    tensors, shape = in_layout(checkpoint)
     meta, theirs, small = checkpoint['tokenizer'], layout.config_json(shape), {}
     own = {name: checkpoint[name] for name in ('objective', 'run', 'iter', 'tokens')}
     own |= dict(config=checkpoint['config'] | {'lora_rank': 0}, tokenizer=meta,
@@ -221,12 +196,13 @@ def write_folder(checkpoint, folder):
         print(f"note: a tokenizer of kind {meta['kind']} has no file in that layout, it goes into "
               f"config.json, where only this repository looks", file=sys.stderr)
     small['config.json'] = json.dumps(theirs | dict(unmask=own), indent=1).encode()
-    write_model(Path(folder), tensors | {'unmask.marks': marks}, small)
+    whole = library('safetensors.torch', "a folder in this layout").save(tensors, {'format': 'pt'})
+    files.write_all(folder, small | {'model.safetensors': whole})
     return tensors
 
 
 def in_layout(checkpoint):
-    """A checkpoint dict -> (their tensors, the rows of the marks, model.Config), or the script ends."""
+    """A checkpoint dict -> (their tensors and ours of the marks, model.Config), or the script ends."""
     objective, lost = checkpoint['objective'], "has no counterpart in Hugging Face's layout"
     arch = checkpoint['config'].get('arch', 'ours')
     if objective not in ('ar', 'masked') or arch == 'ours':
@@ -236,28 +212,10 @@ def in_layout(checkpoint):
     weights = {name.removeprefix('gpt.'): p for name, p in weights.items()}
     rows, V = weights['embed.weight'], config.vocab_size
     weights['embed.weight'] = rows[:V]
-    shape = model.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(model.Config)})
+    shape = model.Config(**{f.name: getattr(config, f.name) for f in fields(model.Config)})
     if arch == 'gpt2':  # with shift there is a position more, for [BOS]
-        shape = dataclasses.replace(shape, block_size=len(weights['pos.weight']))
+        shape = replace(shape, block_size=len(weights['pos.weight']))
     odd = weights.keys() ^ layout.names_of(shape).keys()
     if odd:
         fail(f"the checkpoint {lost}: {', '.join(sorted(odd)[:3])}")
-    return layout.to_theirs(weights, shape), rows[V:].contiguous(), shape
-
-
-def write_model(folder, tensors, others):
-    """model.safetensors and the other files {name: bytes}, all or none; or the script ends."""
-    safetensors, draft = library(folder), files.temporary(folder / 'model.safetensors')
-    with files.disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.touch()
-            mode = draft.stat().st_mode
-            safetensors.torch.save_file(tensors, draft, {'format': 'pt'})
-            draft.chmod(mode)  # the library gives the file to its owner alone
-            files.write_all(folder, others)
-            os.replace(draft, folder / 'model.safetensors')
-        except safetensors.SafetensorError as e:
-            raise OSError(str(e))
-        finally:
-            draft.unlink(missing_ok=True)
+    return layout.to_theirs(weights, shape) | {'unmask.marks': rows[V:].contiguous()}, shape

@@ -10,8 +10,8 @@ KNOBS = dict(
     llama=dict(vocab_size='vocab_size', block_size='max_position_embeddings', n_layer='num_hidden_layers',
                n_head='num_attention_heads', n_kv_head='num_key_value_heads', n_embd='hidden_size',
                n_inner='intermediate_size', norm_eps='rms_norm_eps', tied='tie_word_embeddings'))
-DEFAULTS = dict(gpt2=dict(n_inner=None, layer_norm_epsilon=1e-5),
-                llama=dict(num_key_value_heads=None, rms_norm_eps=1e-6, tie_word_embeddings=False))
+DEFAULTS = dict(n_inner=None, layer_norm_epsilon=1e-5, num_key_value_heads=None, rms_norm_eps=1e-6,
+                tie_word_embeddings=False)
 # what model.py does, where others do something else
 DONE = dict(gpt2=dict(activation_function='gelu_new', scale_attn_weights=True, is_causal=True,
                       scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True),
@@ -39,20 +39,19 @@ def shape_of(theirs):
     kind = theirs.get('model_type')
     for name in ('quantization_config', 'quantization', 'compression_config'):
         if theirs.get(name):
-            how = theirs[name].get('quant_method', '') if isinstance(theirs[name], dict) else theirs[name]
-            raise ValueError(f"its weights are quantised ({name}{f': {how}' if how else ''}), which is not "
-                             f"read here: take the model as it was before")
+            raise ValueError(f"its weights are quantised ({name}: {theirs[name]}), which is not read here: "
+                             f"take the model as it was before")
     if kind not in ('gpt2', 'llama'):
         raise ValueError(f"model_type={kind} is not one of: gpt2, llama")
     for name, known in DONE[kind].items():
         if theirs.get(name, known) != known:
             refuse(f"{name}={theirs[name]}")
-    shape = {ours: (DEFAULTS[kind] | theirs)[name] for ours, name in KNOBS[kind].items()} | dict(arch=kind)
+    shape = {ours: (DEFAULTS | theirs)[name] for ours, name in KNOBS[kind].items()} | dict(arch=kind)
     if kind == 'gpt2':
         for ours in ('n_embd', 'n_head', 'n_layer', 'block_size'):  # LLaMA's names are known for GPT-2, too
-            name, alias = KNOBS['gpt2'][ours], KNOBS['llama'][ours]
-            if theirs.get(alias, theirs[name]) != theirs[name]:
-                raise ValueError(f"{name}={theirs[name]} and {alias}={theirs[alias]} contradict each other")
+            alias = KNOBS['llama'][ours]
+            if theirs.get(alias, shape[ours]) != shape[ours]:
+                raise ValueError(f"{ours}={shape[ours]} and {alias}={theirs[alias]} contradict each other")
         return shape | dict(n_inner=shape['n_inner'] or 0)
     width = shape['n_embd'] // shape['n_head']
     if (theirs.get('head_dim') or width) != width:

@@ -37,7 +37,9 @@ def begin(argv, doc, Config):
     device = common.pick_device(*peek({**given, **flags}, Config, 'device'))
     knobs = {**given, **(cpu if device.type == 'cpu' else {})}
     source, out_dir = peek({**knobs, **flags}, Config, 'init_from', 'out_dir')
-    check_folder(out_dir)
+    if not out_dir or Path(out_dir, 'config.json').exists():
+        fail(f"out_dir={out_dir} is no place for a run: it must not be empty, nor hold a model in Hugging "
+             f"Face's layout")
     checkpoint = None
     if source == 'resume':
         checkpoint = older.upgraded(common.load(Path(out_dir, 'last.pt')))
@@ -50,33 +52,26 @@ def begin(argv, doc, Config):
     objective, dataset = peek(knobs, Config, 'objective', 'dataset')
     if source == 'resume' and objective != checkpoint['objective']:
         fail(f"objective={objective}: the run to resume is of {checkpoint['objective']}, that cannot change")
-    concept, meta = common.concept(objective), rows.load_meta(dataset)
+    concept = common.concept(objective)
+    check_names(knobs, Config, concept.Config, *(kind.Config for kind in rows.KINDS.values()))
+    meta = rows.load_meta(dataset)
     tokenizer = Tokenizer(meta)
     kind = rows.KINDS[rows.kind_of(tokenizer)]
     known = check_names(knobs, Config, concept.Config, kind.Config)
-    for name in {**given, **cpu, **flags}:
-        if is_fixed(known[name]):
-            fail(f"{name} is set by the dataset, or by the weights that the run begins with: leave it out")
     if checkpoint and 'base' in flags:
         fail(f"base is for a new run: init_from={source} holds all it needs")
     base = None if checkpoint else built_on(concept, knobs.get('base', ''))
-    if base:
-        own = concept.knobs_of_base(base['config'])
-        for name in own.keys() & knobs.keys():
-            fail(f"{name} is that of the base: leave it out")
-        knobs |= own
+    own = concept.knobs_of_base(base['config']) if base else {}
+    for name in {**given, **cpu, **flags}:
+        if is_fixed(known[name]) or name in own:
+            fail(f"{name} is set by the dataset, by the base, or by the weights that the run begins with: "
+                 f"leave it out")
+    knobs |= own
     run, config, row_knobs, _ = build({**knobs, 'vocab_size': tokenizer.vocab_size}, Config, concept.Config,
                                       kind.Config)
     origin = Origin(meta, checkpoint, base, source == 'resume')
     check(run, config, tokenizer, origin)
     return run, config, row_knobs, origin
-
-
-def check_folder(out_dir):
-    if not out_dir:
-        fail("where to? --out_dir=FOLDER")
-    if Path(out_dir, 'config.json').exists():
-        fail(f"out_dir={out_dir} holds a model in Hugging Face's layout: take another folder")
 
 
 def check(run, config, tokenizer, origin):
@@ -85,30 +80,28 @@ def check(run, config, tokenizer, origin):
         n = rows.count_tokens(run.dataset, split, tokenizer.vocab_size)
         if 0 < n < config.block_size:
             fail(f"data/{run.dataset}/{split}.bin has {n} tokens, fewer than block_size={config.block_size}")
+    if origin.resumed:
+        return check_resumed(run, config, origin)
     other = origin.base or origin.checkpoint
-    same_tokens = other is None or Tokenizer(other['tokenizer']).pieces == tokenizer.pieces
-    if origin.base and not same_tokens:
-        fail(f"dataset={run.dataset} has another vocabulary than base={config.base}")
     if other is None and getattr(config, 'lora_rank', 0):
         fail(f"lora_rank={config.lora_rank} is for a run with init_from=: adapters change a model that has "
              f"been trained")
-    if origin.resumed:
-        return check_resumed(run, config, origin)
-    if origin.checkpoint and not same_tokens:
-        fail(f"dataset={run.dataset} has another vocabulary than init_from={run.init_from}: prepare it with "
-             f"that model's, as by data/text/prepare.py --tokenizer={run.init_from}")
+    if other and Tokenizer(other['tokenizer']).pieces != tokenizer.pieces:
+        source = f"base={config.base}" if origin.base else f"init_from={run.init_from}"
+        fail(f"dataset={run.dataset} has another vocabulary than {source}: prepare it with that model's, as "
+             f"by data/text/prepare.py --tokenizer={source.partition('=')[2]}")
     if origin.checkpoint:
         adapt.check_shape(config, origin.checkpoint, run.init_from)
 
 
 def check_resumed(run, config, origin):
+    """May the run to resume go on with this config and this dataset? Or the script ends."""
     theirs, muon = origin.checkpoint['config'], origin.checkpoint['run'].get('muon_lr', run.muon_lr)
     for name, value in asdict(config).items():
         if theirs.get(name, value) != value:
             fail(f"{name}={value} but the run to resume has {theirs[name]}: it cannot change")
     if bool(muon) != bool(run.muon_lr):
-        fail(f"muon_lr={run.muon_lr} but the run to resume has {muon}: which optimizers there are cannot "
-             f"change")
+        fail(f"muon_lr={run.muon_lr} but the run to resume has {muon}: it cannot go on with other optimizers")
     if origin.checkpoint['tokenizer'] != origin.meta:
         fail(f"dataset={run.dataset} has another vocabulary or source than the run to resume")
 
@@ -149,15 +142,12 @@ def weights(net, run, config, origin):
 def resume_optimizers(optimizers, run, origin):
     """Go on with the momenta of the run to resume; their weight decay is this run's."""
     states = origin.checkpoint.get('optimizers', [])
-    if len(states) != len(optimizers):
-        fail(f"the run to resume has {len(states)} optimizers instead of {len(optimizers)}: a best.pt has "
-             f"none (--init_from={run.out_dir} starts a new run from its weights), and which parameters are "
-             f"trained cannot change")
-    for optimizer, state in zip(optimizers, states):
-        decay = [group['weight_decay'] for group in optimizer.param_groups]
-        try:
+    try:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            decay = [group['weight_decay'] for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
-        except ValueError as e:
-            fail(f"the optimizers of the run to resume are others: {e}")
-        for group, own in zip(optimizer.param_groups, decay):
-            group['weight_decay'] = own
+            for group, own in zip(optimizer.param_groups, decay):
+                group['weight_decay'] = own
+    except ValueError:
+        fail(f"the run to resume has {len(states)} optimizers, this one {len(optimizers)}, or of other "
+             f"parameters; a best.pt has none: --init_from={run.out_dir} starts a new run from its weights")

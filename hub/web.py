@@ -1,7 +1,6 @@
 """
 Downloads that continue where they were cut, and what lies in zip files.
 """
-import contextlib
 import hashlib
 import os
 import sys
@@ -88,21 +87,19 @@ def download(url, path, sha256='', headers=()):
     os.replace(part, path)
 
 
-@contextlib.contextmanager
-def reported(url, otherwise=''):
-    """End the script in one line where `url` cannot be downloaded. otherwise: another way out."""
+def fetch(url, path, sha256='', otherwise='', headers=(), known=()):
+    """download(), or the script ends. Returns the HTTP status, 200 or one of those in `known`, which are not
+    failures. otherwise: another way out."""
     try:
-        yield
+        download(url, path, sha256, headers)
+        return 200
     except (requests.RequestException, ValueError) as e:
+        status = e.response.status_code if isinstance(e, requests.HTTPError) else 0
         why = type(e).__name__ if isinstance(e, requests.ConnectionError) else str(e)[:150]
+    if status not in known:
         fail(f"{url} could not be downloaded ({why}): run the same command again, it goes on where it "
              f"stopped{otherwise and '; or ' + otherwise}")
-
-
-def fetch(url, path, sha256='', otherwise=''):
-    """download(), or the script ends."""
-    with reported(url, otherwise):
-        download(url, path, sha256)
+    return status
 
 
 def unzip(path, member):

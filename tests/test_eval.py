@@ -144,14 +144,14 @@ def test_counts_of_hand_made_texts_are_right():
 
 
 def test_the_judge_scores_every_text_in_windows_none_dropped(trained):
-    the_judge = judge.Judge('out-a', torch.device('cpu'))
+    net, tokenizer = the_judge = judge.load_judge('out-a', torch.device('cpu'))
     texts = [TEXT[:16], TEXT[20:43], TEXT[5:9], TEXT[100:165]]  # 1 window; 1 and a half; a short one; 5
     figures = judge.judged(the_judge, [(text, False) for text in texts], torch.device('cpu'))
     nats, n = 0.0, 0
     for text in texts:
-        ids = torch.tensor(the_judge.tokenizer.encode(text))
+        ids = torch.tensor(tokenizer.encode(text))
         for part in ids.split(16):
-            nats, n = nats + the_judge.net.nats(x=part[None]).item(), n + len(part)
+            nats, n = nats + net.nats(x=part[None]).item(), n + len(part)
     assert n == sum(map(len, texts)) and figures['nats_per_token'] == pytest.approx(nats / n, rel=1e-5)
     assert figures['perplexity'] == pytest.approx(math.exp(nats / n), rel=1e-5)
 
@@ -165,11 +165,10 @@ def test_a_text_is_judged_up_to_and_including_its_first_end_of_text(trained, mon
     assert judge.until_end([97, 98], tokenizer) == ('ab', False)
     scored = []
 
-    class Judge:
-        block_size = 8
+    class Net:
+        config = masked.Config(vocab_size=257, block_size=8)
         nats = staticmethod(lambda x: scored.extend(x.tolist()) or torch.ones(len(x)))
-    Judge.tokenizer = tokenizer
-    figures = judge.judged(Judge, [('ab', True), ('ab', False), ('', False)], torch.device('cpu'))
+    figures = judge.judged((Net, tokenizer), [('ab', True), ('ab', False), ('', False)], torch.device('cpu'))
     assert sorted(scored) == [[97, 98], [97, 98, 256]] and figures['nats_per_token'] == pytest.approx(2 / 5)
 
 
@@ -203,7 +202,7 @@ def test_rows_at_once_bound_the_logits():
 
 
 def test_texts_of_a_model_in_other_tokens_are_judged_in_those_of_the_judge(trained):
-    the_judge = judge.Judge('out-a', torch.device('cpu'))
+    the_judge = judge.load_judge('out-a', torch.device('cpu'))
     figures = judge.judged(the_judge, [('be', False), ('to be or not', False)], torch.device('cpu'))
     entropies = [judge.unigram_entropy(list(text)) for text in ('be', 'to be or not')]
     assert figures['unigram_entropy'] == pytest.approx(sum(entropies) / 2)

@@ -16,13 +16,12 @@ import torch
 import common
 import configurator
 import eval as evaluation
-from text import files
+from text import files, rows, vocabulary
 from hub import export
 from hub.find import find
 import sample
-from tools import tasks
+from tools import frontier, machine, tasks
 import train
-from text import vocabulary
 from conftest import ROOT, TEXT, TINY
 from data import tools
 
@@ -62,13 +61,13 @@ def test_every_input_may_begin_with_a_byte_order_mark(trained, capsys):
     from data.text import prepare as text
     Path('t.txt').write_bytes(BOM + TEXT.encode())
     text.main(['--input=t.txt', '--tokenizer=char', '--out=data/t'])
-    assert '\ufeff' not in common.load_meta('t')['chars']
+    assert '\ufeff' not in rows.load_meta('t')['chars']
     lines.main(['--input=t.txt', '--out=data/l', '--vocab_size=60'])
-    assert b'\xef' not in vocabulary.Tokenizer(common.load_meta('l')).pieces
+    assert b'\xef' not in vocabulary.Tokenizer(rows.load_meta('l')).pieces
     line = json.dumps(dict(question='a', answer='b', text='To be')).encode()
     jsonl = BOM + b'\n'.join([line] * 4)
     Path('p.jsonl').write_bytes(jsonl)
-    read = pairs.read_pairs(jsonl, 'p', pairs.Config())
+    read = pairs.read_pairs(jsonl, 'p')
     assert len(read) == 4 and list(documents.file_documents(Path('p.jsonl')))[:2] == ['To be'] * 2
     meta = Path('data/tiny/meta.json')
     meta.write_bytes(BOM + meta.read_bytes())
@@ -91,26 +90,26 @@ def test_a_model_in_files_with_byte_order_marks_is_read(tmp_path):
 
 def test_only_shards_with_numbers_belong_to_a_split(workdir, mistake):
     folder = workdir / 'data' / 'tiny'
-    n = common.count_tokens('tiny', 'train', 30)
+    n = rows.count_tokens('tiny', 'train', 30)
     for name in ('train_old.bin', 'train2.bin', 'train_1.bin.tmp', 'trained.bin', 'val-old.bin'):
         (folder / name).write_bytes(bytes(200))
-    assert len(common.load_tokens('tiny', 'train', 30, 'cpu')) == n == 4000
+    assert len(rows.load_tokens('tiny', 'train', 30, 'cpu')) == n == 4000
     (folder / 'train_000.bin').write_bytes(bytes(200))
-    assert 'remove one of them' in mistake(lambda argv: common.load_tokens('tiny', 'train', 30, 'cpu'))
+    assert 'remove one of them' in mistake(lambda argv: rows.load_tokens('tiny', 'train', 30, 'cpu'))
 
 
 def test_a_split_that_a_dataset_does_not_have_is_said_to_be_none(trained, mistake):
     told = mistake(evaluation.main, '--out_dir=out-m', '--split=test')
-    assert 'has train and val alone' in told and 'prepare.py' not in told
+    assert 'train.bin, val.bin is there' in told and 'test.bin is missing' in told
     tools.prepare_text(dict(test=TEXT), 'byte', 'data/t', 't')
-    assert 'has test alone' in mistake(evaluation.main, '--out_dir=out-m', '--dataset=t')
+    assert 'test.bin is there' in mistake(evaluation.main, '--out_dir=out-m', '--dataset=t')
 
 
 def test_tokens_that_are_cut_short_are_refused(workdir, mistake):
     from data.lines import prepare as lines
     with open('data/tiny/val.bin', 'ab') as f:
         f.write(b'x')
-    assert 'val.bin is cut short' in mistake(lambda argv: common.load_tokens('tiny', 'val', 30, 'cpu'))
+    assert 'val.bin is empty, cut short' in mistake(lambda argv: rows.load_tokens('tiny', 'val', 30, 'cpu'))
     (workdir / 't.txt').write_text(TEXT)
     lines.main(['--input=t.txt', '--out=data/l', '--vocab_size=60'])
     os.truncate('data/l/train.bin', 40)
@@ -273,12 +272,12 @@ def test_links_are_followed_and_devices_and_pipes_are_written_to_as_they_are(wor
 
 
 def test_a_name_that_is_too_long_is_told_at_the_start(trained, mistake, monkeypatch):
-    monkeypatch.setattr(sample, 'find', lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(common, 'load', lambda *_: pytest.fail("too late"))
     mistake(sample.main, '--out_dir=out-m', '--html=' + 'a' * 250)
 
 
 def test_preparing_anew_on_a_disk_that_is_full_leaves_what_was_there(workdir, mistake, monkeypatch):
-    tools.prepare_bytes(TEXT.encode(), 'char', 'data/t', 't')
+    tools.prepare_bytes(TEXT.encode(), 't', 'char', 'data/t')
     before = {p.name: p.read_bytes() for p in Path('data/t').iterdir()}
     written, real = [], files.os.fsync
 
@@ -288,19 +287,18 @@ def test_preparing_anew_on_a_disk_that_is_full_leaves_what_was_there(workdir, mi
             raise OSError(28, 'No space left on device')
         real(number)
     monkeypatch.setattr(files.os, 'fsync', full)
-    assert 'make room' in mistake(lambda argv: tools.prepare_bytes(TEXT.encode() * 2, 'byte', 'data/t', 't'))
+    assert 'make room' in mistake(lambda argv: tools.prepare_bytes(TEXT.encode() * 2, 't', 'byte', 'data/t'))
     assert {p.name: p.read_bytes() for p in Path('data/t').iterdir()} == before
 
 
 @pytest.mark.parametrize('main, flag', [
     (sample.main, '--html=file/x.html'), (sample.main, '--html=data'),
-    (evaluation.main, '--mode=frontier --judge=out-a --csv=file/x.csv'),
-    (evaluation.main, '--mode=frontier --judge=out-a --plot=file/x.svg'),
-    (evaluation.main, '--mode=frontier --judge=out-a --plot=x.txt'),
+    (frontier.main, '--judge=out-a --csv=file/x.csv'), (frontier.main, '--judge=out-a --plot=file/x.svg'),
+    (frontier.main, '--judge=out-a --plot=x.txt'),
     (export.main, '--to=file')])
 def test_what_cannot_be_written_is_told_before_the_model_is_loaded(trained, mistake, monkeypatch, main, flag):
     (trained / 'file').touch()
-    monkeypatch.setattr(sys.modules[main.__module__], 'find', lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(common, 'load', lambda *_: pytest.fail("too late"))
     assert flag.split()[-1].split('=')[1] in mistake(main, '--out_dir=out-m', *flag.split())
     assert sorted(p.name for p in trained.iterdir()) == ['data', 'file', 'out-a', 'out-m']
 
@@ -329,15 +327,15 @@ def test_training_finds_out_first_that_its_folder_is_a_file(workdir, mistake, mo
 def test_training_finds_out_first_that_there_is_no_room(workdir, mistake, monkeypatch):
     monkeypatch.setattr(train, 'train', lambda *_: pytest.fail("too late"))
     full = type('Usage', (), dict(free=1000))
-    monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: full)
+    monkeypatch.setattr(machine.shutil, 'disk_usage', lambda path: full)
     assert 'no room for the checkpoints in out/' in mistake(train.main, *TINY)
 
 
 def test_the_room_that_is_asked_for_is_what_two_checkpoints_and_a_temporary_one_take(workdir, monkeypatch):
     asked = []
-    monkeypatch.setattr(train, 'fail', lambda message: asked.append(message.split('take ')[1].split()[0]))
+    monkeypatch.setattr(machine, 'fail', lambda message: asked.append(message.split('take ')[1].split()[0]))
     full = type('Usage', (), dict(free=0))
-    monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: full)
+    monkeypatch.setattr(machine.shutil, 'disk_usage', lambda path: full)
     train.main([*TINY, '--n_embd=64', '--n_layer=4'])
     best, last = (Path('out', name).stat().st_size / 1e6 for name in ('best.pt', 'last.pt'))
     assert abs(float(asked[0]) / (best + 2 * last) - 1) < 0.1
@@ -362,7 +360,7 @@ def test_a_new_run_moves_the_checkpoints_of_an_old_one_aside_and_says_so(workdir
 
 def test_a_new_run_that_has_not_saved_yet_is_not_taken_for_the_old_one(workdir, mistake, monkeypatch):
     train.main([*TINY, '--out_dir=out'])
-    monkeypatch.setattr(train, 'train', lambda *_: None)  # killed before its first checkpoint
+    monkeypatch.setattr(train.State, 'save', lambda *_: None)  # killed before its first checkpoint
     train.main([*TINY, '--out_dir=out', '--objective=ar'])
     told = mistake(sample.main, '--out_dir=out')
     assert 'there is no checkpoint out/last.pt yet' in told and 'out/old-1/last.pt' in told
@@ -448,10 +446,10 @@ def test_the_length_of_a_text_is_checked_before_a_model_is_made(workdir, mistake
 
 @pytest.mark.parametrize('objective', ['ar', 'masked', 'block'])
 def test_a_vocabulary_of_one_trains_samples_and_is_measured(workdir, objective, capsys):
-    tools.prepare_bytes(b'a' * 1000, 'char', 'data/one', 'one.txt')
+    tools.prepare_bytes(b'a' * 1000, 'one.txt', 'char', 'data/one')
     train.main([*TINY, '--dataset=one', f'--objective={objective}'])
     for rule in ('', 'margin', 'entropy', 'analytic')[:4 if objective == 'masked' else 1]:
-        sample.main(['--steps=3', '--num_samples=1', f'--rule={rule}'])
+        sample.main(['--steps=3', '--num_samples=1', *[f'--rule={rule}'] * bool(rule)])
         assert capsys.readouterr().out.splitlines()[-1] == 'a' * 16
     evaluation.main(['--windows=2'])
     assert '| 0.0000 ± 0.0000 |' in capsys.readouterr().out

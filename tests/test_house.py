@@ -1,5 +1,6 @@
 """The house: its size, which way imports point, and whether the documents say what is true."""
 import ast
+import importlib
 import re
 
 import pytest
@@ -126,10 +127,9 @@ def programs():
     things = {name: [*group, unmask.unmask] for name, group in things.items()}
     found = {name: {'help'} | {knob for thing in group for knob in configurator.knobs_of(thing)}
              for name, group in things.items()}
-    for path in ROOT.glob('data/*/prepare.py'):
-        source = path.read_text()
-        knobs = re.findall(r'^    (\w+): ', source, re.M)
-        found[f'data/{path.parent.name}/prepare.py'] = {'help', *knobs}
+    for name in [path.parent.name for path in ROOT.glob('data/*/prepare.py')]:
+        prepare = importlib.import_module(f'data.{name}.prepare').prepare
+        found[f'data/{name}/prepare.py'] = {'help', 'out', *configurator.knobs_of(prepare)}
     return found
 
 

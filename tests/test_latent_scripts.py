@@ -208,8 +208,9 @@ def test_the_report_of_a_vae_agrees_with_its_reconstructions(base, capsys):
     report = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', capsys.readouterr().out, re.M))
     model, _ = common.load_model(common.load('out-vae/best.pt'), torch.device('cpu'))
     x = model.cut(load_tokens('tiny', 'val', 100, torch.device('cpu')), None, '').all(30)['x']
+    again = model.write(model.posterior(x)[0], torch.full_like(x, model.mask_id), x.size(1), 0.0, 0.0)
     assert float(report['tokens again, greedy (tau = 0)']) == pytest.approx(
-        (latents.reconstruct(model, x) == x).double().mean().item(), abs=1e-4)
+        (again == x).double().mean().item(), abs=1e-4)
     kl = model.posterior(x)[0].square().sum((1, 2)).mean().item() / 2
     assert float(report['KL, nats per window'].split()[0]) == pytest.approx(kl, abs=0.1)
 
@@ -292,8 +293,6 @@ MISTAKES = [
     (latents, ['--out_dir=out-vae', '--interpolate=To be'], ['A|B']),
     (latents, ['--out_dir=out-vae', '--interpolate=To be, or not to be|that'], ['16']),
     (latents, ['--out_dir=out-latent', '--points=1'], ['points']),
-    (latents, ['--out_dir=out-latent', '--judge=out-ar', '--rule=ancestral'], ['ancestral', 'heun']),
-    (latents, ['--out_dir=out-latent', '--judge=out-ar', '--rule=heun', '--eta=0.5', '--steps=2'], ['eta']),
     (evaluation, ['--out_dir=out-vae', '--judge=out-ar', '--temperature=0.5'], ['temperature', 'tau']),
 ]
 

@@ -54,7 +54,7 @@ def test_a_stream_falls_into_its_pairs_and_batches_are_a_function_of_the_seed():
     text = stream(([1, 2], [3]), ([], [4, 5, 6]), ([6], [7]))
     pairs = pairs_of(text, 7)
     assert [pairs.pair(i) for i in range(len(pairs))] == [[[1, 2], [3]], [[], [4, 5, 6]], [[6], [7]]]
-    assert pairs_of(text, 6).longer() == 0 and pairs_of(text, 5).longer() == 2
+    assert ', 0 longer' in pairs_of(text, 6).report(1) and ', 2 longer' in pairs_of(text, 5).report(1)
     torch.manual_seed(3)
     x, given = pairs.batch(50)[0].values()
     torch.manual_seed(3)
@@ -167,9 +167,8 @@ def test_fine_tuning_learns_answers_and_sample_answers_and_stops(sums, capsys, k
 
 
 def test_only_the_calculator_is_taken_out_of_an_answer():
-    config = prepare.Config()
     read = lambda answer: prepare.read_pairs(json.dumps(dict(question='q' * 100, answer=answer)).encode()
-                                             + b'\n{"question": "q", "answer": "a"}', 'f', config)
+                                             + b'\n{"question": "q", "answer": "a"}', 'f')
     assert read('cin>>a; cout<<a; cin>>b;')[0][1] == ' cin>>a; cout<<a; cin>>b;'
     assert read('<<1+1=2>>2')[0][1] == ' 2'
 
@@ -186,14 +185,13 @@ def test_other_fields_and_other_marks_make_other_pairs(workdir, capsys):
 
 @pytest.mark.parametrize('text, flags, words', [
     ('{"question": "a"}\n' * 9, [], ['line 1', "'answer'"]),
-    ('{"question": "a", "answer": "b"}\nno json\n' * 20, [], ['line 2', 'no JSON']),
-    ('{"question": "a", "answer": " "}\n' * 9, [], ['line 1', 'not empty']),
-    ('{"question": "a", "answer": 3}\n' * 9, [], ['line 1', 'texts']),
+    ('{"question": "a", "answer": "b"}\nno json\n' * 20, [], ['line 2', "'answer'"]),
+    ('{"question": "a", "answer": " "}\n' * 9, [], ['line 1', "'answer'"]),
+    ('{"question": "a", "answer": 3}\n' * 9, [], ['line 1', "'question'"]),
     (json.dumps(dict(question='a' * 80, answer='b')), [], ['1 pairs', 'too few']),
     ('', ['--train=nowhere.jsonl'], ['nowhere.jsonl']),
     ('{"question": "a", "answer": "b"}\n' * 9, ['--tokenizer=byte'], ['byte', 'end']),
-    ('', ['--sep='], ['sep']), ('{"question": "a", "answer": "b"}\n' * 9, ['--test=nowhere'], ['nowhere']),
-     ('', ['--val_share=2'], ['val_share'])])
+    ('', ['--sep='], ['sep']), ('{"question": "a", "answer": "b"}\n' * 9, ['--test=nowhere'], ['nowhere'])])
 def test_files_that_are_no_pairs_are_refused_by_line(workdir, mistake, text, flags, words):
     make_folder(workdir / 'theirs', 'gpt2')
     (workdir / 'mine.jsonl').write_text(text)

@@ -20,7 +20,7 @@ from conftest import TEXT, TINY
 from data import tools
 from data.text import prepare
 from hub import export, find, folder
-from text import vocabulary
+from text import rows, vocabulary, windows
 from theirs import BYTE_LEVEL, LETTERS, SHAPES, make_folder, tokenizer_json
 
 safetensors = pytest.importorskip('safetensors.torch')
@@ -329,9 +329,9 @@ def test_a_vocabulary_beyond_uint16_is_written_in_uint32_and_read_back(workdir):
     source['model']['merges'].append(['the', 'the'])
     meta = dict(kind='json', json=source, vocab_size=70001, end=299)
     tools.write_splits('data/big', dict(train=[70000, 5] * 50, val=[1] * 20), meta)
-    tokens = common.load_tokens('big', 'train', 70001, 'cpu')
-    assert common.windows(tokens, 4)[0].tolist() == [70000, 5, 70000, 5]
-    assert set(common.batch(tokens, 3, 4).flatten().tolist()) == {70000, 5}
+    text = windows.Rows(rows.load_tokens('big', 'train', 70001, 'cpu'), None, 4)
+    assert text.all()['x'][0].tolist() == [70000, 5, 70000, 5]
+    assert set(text.batch(3)[0]['x'].flatten().tolist()) == {70000, 5}
     assert vocabulary.Tokenizer(meta).encode('thethe') == [70000]
 
 
@@ -438,7 +438,7 @@ def test_writing_refuses_what_has_no_counterpart_and_a_folder_that_is_taken(own,
     other = read(own) | dict(objective='d3pm')
     assert 'objective=d3pm' in mistake(lambda argv: folder.write_folder(other, 'there'))
     assert not os.path.exists('there')
-    assert 'holds a model already' in mistake(export.main, '--out_dir=out-ours', f'--to={own}')
+    assert 'holds a model or' in mistake(export.main, '--out_dir=out-ours', f'--to={own}')
     assert '--to=' in mistake(export.main, '--out_dir=out-ours')
 
 
@@ -681,25 +681,15 @@ def test_ids_beyond_the_vocabulary_are_none(ids, end, tmp_path):
     assert net.gpt.embed.weight.shape == (301, 16) and net.gpt.embed.weight.isfinite().all()
 
 
-def test_the_caches_of_the_hubs_library_are_where_its_variables_say(monkeypatch, tmp_path):
-    for name in ('HF_HOME', 'HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE', 'XDG_CACHE_HOME'):
-        monkeypatch.delenv(name, raising=False)
+def test_models_lie_below_the_home_folder_unless_hf_home_says_otherwise(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
-    assert find.hub_cache() == tmp_path / '.cache' / 'huggingface' / 'hub'
-    monkeypatch.setenv('XDG_CACHE_HOME', '/x')
-    assert str(find.hub_cache()) == '/x/huggingface/hub'
+    monkeypatch.delenv('HF_HOME', raising=False)
+    assert find.places('a/b')[0] == tmp_path / '.cache/huggingface/unmask/a--b'
     monkeypatch.setenv('HF_HOME', '~/hf')
-    assert find.hub_cache() == tmp_path / 'hf' / 'hub'
-    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'c'))
-    cache = tmp_path / 'c' / 'models--a--b'
-    make_folder(cache / 'snapshots' / '123', 'llama')
-    (cache / 'refs').mkdir()
-    (cache / 'refs' / 'main').write_text('123')
-    assert find.download('a/b') == cache / 'snapshots' / '123'
+    assert find.places('a/b')[1] == tmp_path / 'hf/hub/models--a--b/snapshots'
 
 
-@pytest.mark.parametrize('name', ['runs/exp1', 'out/mine', 'checkpoints/a', 'Runs/a', './a', '../a/b',
-                                  'out-x/y'])
+@pytest.mark.parametrize('name', ['out/mine', './a', '../a/b', 'out-x/y'])
 def test_a_path_of_ours_that_does_not_exist_is_not_looked_up_on_the_hub(name, workdir, monkeypatch, refused):
     monkeypatch.setattr(find, 'download', lambda *_: pytest.fail("asked the hub"))
     assert 'there is no ' in refused(name)
@@ -716,7 +706,7 @@ def test_a_written_folder_whose_config_was_changed_afterwards_is_refused(tmp_pat
     rewrite(own, lambda t: t | {'unmask.marks': t['unmask.marks'][:, :8]})
     assert 'unmask.marks' in refused(own)
     rewrite(own, lambda t: without(t, 'unmask.marks'))
-    assert 'has lost' in refused(own)
+    assert 'unmask.marks is missing' in refused(own)
     (own / 'config.json').write_text(json.dumps({k: v for k, v in whole.items() if k != 'unmask'}))
     loaded(own)
 
@@ -738,7 +728,7 @@ def test_a_tokenizer_in_two_files_is_read_as_its_own_and_not_as_gpt2s(tmp_path):
 
 def test_a_folder_is_a_model_of_others_or_checkpoints_of_ours_and_not_both(own, mistake, refused):
     train.main([*RUN, f'--init_from={own}', '--out_dir=out-a'])
-    assert 'holds checkpoints' in mistake(export.main, '--out_dir=out-a', '--to=out-a')
+    assert 'or checkpoints already' in mistake(export.main, '--out_dir=out-a', '--to=out-a')
     assert "Hugging Face's layout" in mistake(train.main, *RUN, f'--init_from={own}', f'--out_dir={own}')
     os.link('out-a/last.pt', own / 'last.pt')
     assert 'move one of them away' in refused(own)
@@ -751,7 +741,7 @@ def test_an_export_that_fails_leaves_nothing_and_one_that_does_not_is_readable_b
     def full(*_):
         raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(folder.files, 'write_all', full)
+        m.setattr(folder.files.os, 'fsync', full)
         assert 'make room' in mistake(lambda argv: folder.write_folder(checkpoint, out))
         assert not list(out.iterdir())
     folder.write_folder(checkpoint, out)

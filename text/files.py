@@ -33,7 +33,7 @@ def text_of(data, source):
     try:
         return data.decode(encoding).replace('\r\n', '\n').replace('\r', '\n')
     except UnicodeDecodeError as e:
-        fail(f"{source} is not {'UTF-8' if encoding == 'utf-8-sig' else encoding.upper()} text: {e}")
+        fail(f"{source} is not UTF-8 text, nor UTF-16 or UTF-32 with a byte order mark: {e}")
 
 
 def read_bytes(path, flag=''):
@@ -78,6 +78,12 @@ def temporary(path):
     return path.with_name(f'{path.name}.{os.getpid()}.tmp')
 
 
+def sync(f):
+    """A disk that is full may say so only now."""
+    f.flush()
+    os.fsync(f.fileno())
+
+
 @contextlib.contextmanager
 def writing(path, *then):
     """A binary file to write to, renamed to `path` at the end; a failure leaves nothing. Links are followed;
@@ -92,8 +98,7 @@ def writing(path, *then):
         try:
             with open(temporary(path), 'wb') as f:
                 yield f
-                f.flush()
-                os.fsync(f.fileno())  # a disk that is full may say so only now
+                sync(f)
             os.replace(temporary(path), path)
         finally:
             temporary(path).unlink(missing_ok=True)
@@ -108,19 +113,13 @@ def write(path, data):
 def write_all(folder, data, stale=()):
     """Files that belong together, {name: bytes}: renamed, in this order, when all of them are written. The
     `stale` ones are removed just before."""
-    with contextlib.ExitStack() as stack, disk(folder):
-        folder = Path(os.path.realpath(folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in data.items():
-            stack.callback(temporary(folder / name).unlink, missing_ok=True)
-            with open(temporary(folder / name), 'wb') as f:
-                f.write(content)
-                f.flush()
-                os.fsync(f.fileno())
+    with contextlib.ExitStack() as stack:  # leaves what was entered last first
+        for name, content in reversed(data.items()):
+            f = stack.enter_context(writing(Path(folder, name)))
+            f.write(content)
+            sync(f)
         for name in stale:
-            (folder / name).unlink(missing_ok=True)
-        for name in data:
-            os.replace(temporary(folder / name), folder / name)
+            Path(folder, name).unlink(missing_ok=True)
 
 
 def folder(path, flag, named=''):
@@ -148,23 +147,19 @@ def writable(path, flag):
         return
     folder(path.parent, flag, path)
     with disk(f'--{flag}={path}'):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, 'it is a folder')
-        if path.is_file():
+        if path.exists():  # a folder cannot be opened
             open(path, 'ab').close()
 
 
-def abandoned(path, pid, seconds=600):
+def abandoned(path, pid):
     """Has the process that made the temporary file `path` ended?"""
-    if pid == os.getpid():
-        return True
     if os.name != 'posix':  # there is no harmless way to ask
-        return time.time() - path.stat().st_mtime > seconds
+        return pid == os.getpid() or time.time() - path.stat().st_mtime > 600
     try:
         os.kill(pid, 0)
     except (OSError, OverflowError) as e:
         return not isinstance(e, PermissionError)  # another person's process runs
-    return False
+    return pid == os.getpid()
 
 
 @contextlib.contextmanager

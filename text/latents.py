@@ -2,7 +2,6 @@
 The windows of a text as latents, for latent.py: encoded once, kept on disk.
 """
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +21,11 @@ def cached(encoder, windows, folder, rows=256):
     path, device = Path(folder, f'latents-{key.hexdigest()[:16]}.npy'), windows.start.device
     if not path.exists():
         shape = len(windows), encoder.config.n_latent, encoder.config.d_latent
-        temporary = path.with_suffix(f'.{os.getpid()}.tmp')
-        with files.disk(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            out = np.lib.format.open_memmap(temporary, 'w+', np.float16, shape)
         parts = torch.arange(len(windows), device=device).split(rows)
-        try:
+        with files.writing(path) as f:
+            np.lib.format.write_array_header_1_0(f, dict(descr='<f2', fortran_order=False, shape=shape))
             for part in tqdm(parts, desc=f'latents of {len(windows)} windows', disable=None):
-                z = encoder.encode(windows.window(part))
-                out[part[0].item():part[-1].item() + 1] = z.half().cpu().numpy()
-            with files.disk(path):
-                out.flush()
-                del out  # Windows renames no file that is open
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                f.write(encoder.encode(windows.window(part)).half().cpu().numpy().tobytes())
     return torch.from_numpy(np.load(path)).to(device)
 
 

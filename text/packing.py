@@ -1,14 +1,13 @@
 """
 Lines as examples: several texts in one row, none of which sees another.
 
-A dataset of lines is a stream [bos] ... [eos] [bos] ... [eos] (data/lines/prepare.py); every line is a text
-of its own. One line a row, padded, wastes the slots behind short lines. Packing puts several into a row:
-first-fit decreasing takes the longest line first and puts each into the first row with room, which needs
-at most 11/9 of the least possible number of rows, and one more (Yue 1991).
+A dataset of lines is a stream [bos] ... [eos] [bos] ... [eos] (data/lines/prepare.py). One line a row wastes
+the slots behind short lines. Packing puts several into a row: first-fit decreasing takes the longest line
+first and puts each into the first row with room, which needs at most 11/9 of the least possible number of
+rows, and one more (Yue 1991).
 
 What keeps the texts of a row apart is the segment id: 0, 1, 2 ... for the texts of a row, -1 for padding.
-    attention   a token sees the tokens of its own segment, nothing else. (Comparing the lengths of the texts
-                instead, as has been done, lets two texts of equal length see each other.)
+    attention   a token sees the tokens of its own segment, nothing else
     positions   start from 0 in every segment
     loss        padding is outside
 so a packed text gets the same logits as alone. Pads that `expand` adds are different: they belong to the
@@ -89,44 +88,32 @@ def fill(texts, bins, T, pad):
     return torch.from_numpy(x), torch.from_numpy(segment)
 
 
-# ---- what may be done to a text before, all functions (ids (L,), numbers) -> ids --------------------------
-
-def crop(text, T, rng):
-    """T tokens in a row from anywhere of a text that is longer; bos or eos may be lost."""
-    begin = rng.integers(max(1, len(text) - T + 1))
-    return text[begin:begin + T]
-
-
-def expand(text, T, pad, rng):
-    """A random number of pads, at most up to T tokens, behind the text."""
-    return np.append(text, np.full(rng.integers(max(0, T - len(text)) + 1), pad))
-
-
 class Rows:
     """The lines of a stream of tokens (ids, or of rows.load_tokens); see rows.py."""
 
     def __init__(self, tokens, tokenizer, T, packed=True, expanded=False):
         self.tokens, self.device = as_ids(tokens).cpu().numpy(), tokens.device
         first = np.flatnonzero(self.tokens == BOS)
-        if not len(first):
-            fail("a dataset of lines without <bos>: prepare it again (data/lines/prepare.py)")
         if self.tokens[0] != BOS or self.tokens[-1] != EOS:
-            fail("a dataset of lines that is cut short: prepare it again (data/lines/prepare.py)")
+            fail("a dataset of lines that is cut short or without <bos>: prepare it again "
+                 "(data/lines/prepare.py)")
         self.bounds = np.stack([first, np.append(first[1:], len(self.tokens))], axis=1)
         self.T, self.packed, self.expanded = T, packed, expanded
 
     def __len__(self):
         return len(self.bounds)
 
-    def longer(self):
-        """How many lines have more than T tokens and will be cut."""
-        return int((self.bounds[:, 1] - self.bounds[:, 0] > self.T).sum())
-
     def texts(self, which, rng):
-        """The lines `which`, cut to at most T tokens."""
-        lines = (crop(self.tokens[begin:end].astype(np.int64), self.T, rng) for begin, end in
-                 self.bounds[which])
-        return [expand(line, self.T, PAD, rng) if self.expanded else line for line in lines]
+        """The lines `which`: of a longer one T tokens in a row from anywhere, which may lose bos or eos;
+        `expanded`, a random number of pads behind each, up to T tokens."""
+        texts = []
+        for begin, end in self.bounds[which]:
+            begin += rng.integers(max(1, end - begin - self.T + 1))
+            texts.append(self.tokens[begin:min(end, begin + self.T)])
+            if self.expanded:
+                pads = rng.integers(self.T - len(texts[-1]) + 1)
+                texts[-1] = np.append(texts[-1], np.full(pads, PAD))
+        return texts
 
     def bins(self, texts, packed):
         """Which texts share a row."""
@@ -168,8 +155,9 @@ class Rows:
     def report(self, B):
         """How full B rows are, packed and not."""
         full = [sum(efficiency(self.draw(B, packed)[1]) for _ in range(10)) / 10 for packed in (True, False)]
-        return (f"{len(self):,} lines, {self.longer():,} longer than {self.T} tokens and cut; of {B} x "
-                f"{self.T} slots hold text: {full[0]:.1%} packed, {full[1]:.1%} with one line a row")
+        longer = int((self.bounds[:, 1] - self.bounds[:, 0] > self.T).sum())
+        return (f"{len(self):,} lines, {longer:,} longer than {self.T} tokens and cut; of {B} x {self.T} "
+                f"slots hold text: {full[0]:.1%} packed, {full[1]:.1%} with one line a row")
 
 
 def efficiency(segment):

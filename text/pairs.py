@@ -49,11 +49,6 @@ class Rows:
     def __len__(self):
         return len(self.bounds)
 
-    def longer(self):
-        """How many pairs do not fit into T tokens and will be cut."""
-        lengths = (self.bounds[..., 1] - self.bounds[..., 0]).sum(-1)
-        return int((lengths + len(self.sep) + 1 > self.T).sum())
-
     def pair(self, i):
         """(prompt, answer) as lists of ids."""
         return [self.ids[a:b].tolist() for a, b in self.bounds[i]]
@@ -73,4 +68,5 @@ class Rows:
         return self.rows(np.linspace(0, N - 1, most).astype(int).tolist() if 0 < most < N else range(N))
 
     def report(self, B):
-        return f"{len(self):,} pairs, {self.longer():,} longer than {self.T} tokens and cut"
+        lengths = (self.bounds[..., 1] - self.bounds[..., 0]).sum(-1) + len(self.sep) + 1
+        return f"{len(self):,} pairs, {(lengths > self.T).sum():,} longer than {self.T} tokens and cut"

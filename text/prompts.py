@@ -5,7 +5,7 @@ import os
 
 from configurator import fail
 from text import files
-from text.vocabulary import UNK
+from text.vocabulary import UNK, unknown_characters
 
 
 def prompt_of(text):
@@ -28,6 +28,5 @@ def ids_of(tokenizer, text, rest=False):
     lines does not know end the script."""
     ids = tokenizer.encode_rest(text) if rest else tokenizer.encode(text)
     if tokenizer.bos is not None and UNK in ids:
-        unknown = sorted({c for c in text if UNK in tokenizer.encode(c)})
-        fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
+        unknown_characters({c for c in text if UNK in tokenizer.encode(c)})
     return ids

@@ -49,27 +49,23 @@ def load_meta(dataset):
     path = Path('data', dataset, 'meta.json')
     if not path.is_file():
         known = sorted(p.parent.name for p in Path('data').glob('*/prepare.py'))
-        if dataset in known:
-            fail(f"{path} is missing: run `python data/{dataset}/prepare.py` first")
-        fail(f"dataset={dataset!r} is not a folder of data/ that holds a prepare.py "
-             f"({', '.join(known) or 'there is none here'})")
+        fail(f"{path} is missing: run `python data/{dataset}/prepare.py` first, if dataset={dataset!r} is "
+             f"one of: {', '.join(known)}")
     return files.read_json(path)
 
 
 def token_files(dataset, split):
     """Where the tokens of a split are: data/<dataset>/<split>.bin, or shards <split>_<number>.bin in the
     order of their names; or the script ends."""
-    folder, prepare = Path('data', dataset), f"`python data/{dataset}/prepare.py`"
+    folder = Path('data', dataset)
     whole, shards = folder / f'{split}.bin', sorted(folder.glob(f'{split}_*.bin'))
     shards = [path for path in shards if re.fullmatch(rf'{split}_\d+\.bin', path.name)]
     if whole.is_file() and shards:
-        fail(f"{folder} holds {whole.name} and shards such as {shards[0].name}, two texts: remove one of "
-             f"them")
+        fail(f"{folder} holds {whole.name} and shards such as {shards[0].name}: remove one of them")
     if not shards and not whole.is_file():
-        there = {re.split(r'[._]', path.name)[0] for path in folder.glob('*.bin')} & {'train', 'val', 'test'}
-        only = f"this dataset has {' and '.join(sorted(there))} alone" if there else ""
-        again = f"run {prepare} first" if split != 'test' or not there else ""
-        fail(f"{whole} is missing: {only}{only and again and '; '}{again}")
+        there = ', '.join(sorted(path.name for path in folder.glob('*.bin'))) or 'none of its files'
+        fail(f"{whole} is missing, {there} is there: `python data/{dataset}/prepare.py` makes what the "
+             f"dataset has")
     return shards or [whole]
 
 
@@ -87,8 +83,8 @@ def load_tokens(dataset, split, vocab_size, device):
     tokens = np.empty(sum(lengths), dtype)  # filled shard by shard, so that memory holds them once
     for path, length, shard in zip(paths, lengths, np.split(tokens, np.cumsum(lengths)[:-1])):
         shard[:] = np.fromfile(path, dtype, length)
-        if length == 0 or shard.max() >= vocab_size or path.stat().st_size % dtype.itemsize:
-            what = ("is empty" if length == 0 else "is cut short" if shard.max() < vocab_size else
-                    f"holds token {shard.max()}, beyond the vocabulary of {vocab_size}")
-            fail(f"{path} {what}: run `python data/{dataset}/prepare.py` again")
+        most = shard.max(initial=0)
+        if length == 0 or most >= vocab_size or path.stat().st_size % dtype.itemsize:
+            fail(f"{path} is empty, cut short, or beyond the vocabulary of {vocab_size} (token {most}): run "
+                 f"`python data/{dataset}/prepare.py` again")
     return torch.from_numpy(tokens.view(f'i{dtype.itemsize}')).to(device)

@@ -2,10 +2,9 @@
 Text <-> token ids: characters, bytes, byte pairs.
 
 The meta.json of a dataset says what its ids mean, a checkpoint carries that along, and `Tokenizer` reads it.
-Byte pairs run in tiktoken, which takes the id of a piece for its rank: of all neighbours that make a known
-piece it joins those of the lowest rank first. A list of merges (arXiv 1508.07909, GPT-2) says the same if
-every piece comes from one merge and the merges stand in the order of their ids, as in the tokenizer.json of
-GPT-2, SmolLM2 and LLaMA-3. Others are refused.
+Byte pairs run in tiktoken: of all neighbours that make a known piece it joins those of the lowest id first. A
+list of merges (arXiv 1508.07909) says the same if the merges stand in the order of their ids, as in the
+tokenizer.json of GPT-2, SmolLM2 and LLaMA-3. Others are refused.
 """
 import base64
 import importlib
@@ -87,9 +86,8 @@ class Tokenizer:
         return self.decode([i])
 
     def n_bytes(self, ids):
-        """How many bytes of UTF-8 the ids (any shape, all below vocab_size) stand for, token by token: a
-        window that cuts a character counts its part. <|endoftext|> counts 0, since it is no text; <eos> 1,
-        the end of a line; an unknown character 1, the fewest it can have."""
+        """How many bytes of UTF-8 the ids (any shape, all below vocab_size) stand for: <|endoftext|> 0, since
+        it is no text; <eos> 1, the end of a line; an unknown character 1, the fewest it can have."""
         return int(self.lengths[np.asarray(ids, np.int64)].sum())
 
 
@@ -110,17 +108,18 @@ def as_ids(tokens):
 
 # ---- every kind: meta -> (bytes of every id, function text -> ids, id of the end of a text) -------------
 
+def unknown_characters(characters):
+    fail(f"not in the vocabulary of this model: {' '.join(map(repr, sorted(characters)[:10]))}")
+
+
 def char_tokens(meta):
     """One id a character. A character outside the vocabulary ends the script, which names it."""
-    chars = meta['chars']
-    ids = {c: i for i, c in enumerate(chars)}
+    ids = {c: i for i, c in enumerate(meta['chars'])}
 
     def encode(text):
-        unknown = sorted(set(text) - ids.keys())
-        if unknown:
-            fail(f"not in the vocabulary of this model: {' '.join(map(repr, unknown[:10]))}")
-        return [ids[c] for c in text]
-    return [c.encode() for c in chars], encode, None
+        unknown = set(text) - ids.keys()
+        return unknown_characters(unknown) if unknown else [ids[c] for c in text]
+    return [c.encode() for c in meta['chars']], encode, None
 
 
 def byte_tokens(meta):
@@ -128,17 +127,17 @@ def byte_tokens(meta):
     return [bytes([i]) for i in range(256)], lambda text: list(text.encode(errors='replace')), None
 
 
-def library(name, kind):
-    """The library that tokens of this kind need, or the script ends."""
+def library(name, what):
+    """A library that is needed for `what`, or the script ends."""
     try:
         return importlib.import_module(name)
     except ImportError as e:
-        fail(f"tokens of kind {kind!r} need {name} ({e}): pip install {name}")
+        fail(f"{what} needs {name} ({e}): pip install {name.split('.')[0]}")
 
 
 def gpt2_tokens(meta):
     """GPT-2's byte pairs. tiktoken downloads them once, or reads them from TIKTOKEN_CACHE_DIR."""
-    tiktoken = library('tiktoken', 'gpt2')
+    tiktoken = library('tiktoken', "the vocabulary of GPT-2")
     try:
         encoding = tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as e:  # no connection, or a file with another checksum
@@ -154,14 +153,14 @@ def bpe_tokens(meta):
     marks = [b'', b'\n', b'', '\ufffd'.encode()]
     pieces = [piece.encode('latin-1') for piece in meta['pieces']]
     ranks = {piece: i for i, piece in enumerate(pieces, len(MARKS))}
-    return marks + pieces, byte_pairs('bpe', WORDS, ranks, [UNK]), EOS
+    return marks + pieces, byte_pairs(WORDS, ranks, [UNK]), EOS
 
 
-def byte_pairs(kind, words, ranks, unknown):
+def byte_pairs(words, ranks, unknown):
     """The function text -> ids for byte pairs {piece: id}, none of which crosses a word. unknown: the ids
     for a character with a byte that is no piece."""
-    tiktoken = library('tiktoken', kind)
-    encoding = tiktoken.Encoding(kind, pat_str=words, mergeable_ranks=ranks, special_tokens={})
+    tiktoken = library('tiktoken', "a vocabulary of byte pairs")
+    encoding = tiktoken.Encoding('pairs', pat_str=words, mergeable_ranks=ranks, special_tokens={})
     able = {b for b in range(256) if bytes([b]) in ranks}
 
     def encode(text):
@@ -205,25 +204,17 @@ def words_of(pre):
     refuse(f"cuts words in a way that is not known here ({', '.join(map(str, kinds))})")
 
 
-def check_kind(source):
-    """A tokenizer.json of something else than byte-level byte pairs ends the script."""
-    model, normalizer = source['model'], source.get('normalizer')
-    if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or normalizer:
-        what = [model.get('type'), (normalizer or {}).get('type'),
-                'byte_fallback' if model.get('byte_fallback') else '']
-        refuse(f"is of kind {' with '.join(filter(None, what))}")
-    for name in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
-        if model.get(name):
-            refuse(f"has {name}={model[name]}, which is not known here")
-
-
 def json_tokens(meta):
     """The byte pairs of a tokenizer.json; other kinds end the script. An id that it leaves out has no bytes.
     A character with a byte that is no piece (SmolLM2 lacks some control characters) is left out."""
     source, V = meta['json'], meta['vocab_size']
     try:
-        check_kind(source)
         model, letters = source['model'], byte_letters()
+        odd = {name: model.get(name) for name in ('byte_fallback', 'dropout', 'continuing_subword_prefix',
+                                                  'end_of_word_suffix')}
+        odd |= dict(normalizer=source.get('normalizer'), type=model.get('type'))
+        if any(value not in (None, False, '', 'BPE') for value in odd.values()):
+            refuse(f"has {', '.join(f'{name}={value}' for name, value in odd.items() if value)}")
         added = {token['id']: token['content'].encode() for token in source.get('added_tokens', [])
                  if token['id'] < V}  # others have no row in the embedding
         ranks = {bytes(letters[c] for c in piece): i for piece, i in model['vocab'].items()
@@ -233,26 +224,24 @@ def json_tokens(meta):
             refuse("gives an id to two pieces, or one that is no number")
         merges = (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
         joined = [model['vocab'][left + right] for left, right in merges]
-        encode = byte_pairs('json', words_of(source.get('pre_tokenizer')), ranks, [])
+        encode = byte_pairs(words_of(source.get('pre_tokenizer')), ranks, [])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         refuse(f"is damaged ({e!r})")
     made = {i for i, piece in pieces.items() if len(piece) > 1}
     if joined != sorted(joined) or not (model.get('ignore_merges') or made <= set(joined)):
-        fail("the tokenizer.json has ids in another order than its merges, or pieces without one: "
-             "that is not known here")
+        refuse("has ids in another order than its merges, or pieces without one")
     if max(pieces, default=0) >= V:
-        fail(f"the tokenizer.json has id {max(pieces)}, the model a vocabulary of {V}")
+        refuse(f"has id {max(pieces)}, the model a vocabulary of {V}")
     pieces |= added
     return [pieces.get(i, b'') for i in range(V)], encode, meta['end']
 
 
 def sentencepiece_tokens(meta):
     """A tokenizer.model of SentencePiece: it puts a space before every text and may replace characters."""
-    sentencepiece = library('sentencepiece', 'sentencepiece')
-    if not meta['model']:
-        fail("the tokenizer.model is empty")
+    sentencepiece = library('sentencepiece', "a tokenizer.model")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(meta['model']))
+        processor.piece_size()
     except (RuntimeError, ValueError) as e:
         fail(f"the tokenizer.model is damaged: {e}")
     V = meta['vocab_size']
@@ -277,8 +266,7 @@ def without_lead(encode, pieces):
     around = b''.join(pieces[i] for i in encode('a'))
     lead = ' ' if around.startswith(b' ') else ''
     if around.endswith(b' '):
-        fail("the tokenizer.model puts spaces behind words (treat_whitespace_as_suffix): that is not known "
-             "here")
+        fail("the tokenizer.model puts spaces behind words, which is not known here")
 
     def encode_rest(text):
         if lead and text.startswith(lead) and text.strip():  # the space before the text is this one

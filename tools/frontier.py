@@ -19,6 +19,7 @@ import common
 from configurator import Filename, fail, knobs_of, script, settings
 from hub import find
 from text import files
+from text.vocabulary import library
 from tools import judge, source
 
 SWEEPS = {'threshold': ('threshold', (0.3, 0.5, 0.7, 0.9, 0.97)),
@@ -39,6 +40,8 @@ class Config(judge.Config, source.Config):
             raise ValueError("a frontier needs a judge, for example --judge=out-ar")
         if not all(part.strip().isdecimal() and int(part) for part in self.grid_of_steps.split(',')):
             raise ValueError(f"grid_of_steps={self.grid_of_steps!r} is not a list of numbers: 8,16,32")
+        if Path(self.plot or 'x.svg').suffix not in ('.svg', '.png'):
+            raise ValueError(f"plot={self.plot} must end in .svg or .png")
 
 
 def label_of(objective, model, how):
@@ -53,22 +56,15 @@ def label_of(objective, model, how):
     return f"{how['steps']} steps" if rules else 'z from the prior'
 
 
-def rules_of(config, objective):
-    """{name: function} of the rules to compare, or the script ends."""
-    known = common.concept(objective).RULES
-    if not known:
-        fail(f"{objective} has one way to write: python eval.py --judge={config.judge} measures it")
-    names = list(filter(None, config.rules.split(','))) or list(known)
-    for name in names:
-        if name not in known:
-            fail(f"rules: {name!r} is not one of: {', '.join(known)}")
-    return {name: known[name] for name in names}
-
-
 def points_of(config, said, sampler, rules):
-    """(rule, arguments of the sampler) of every point. Raises ValueError for something said that neither the
-    sampler nor a rule takes."""
-    known = {rule: knobs_of(function) for rule, function in rules.items()}
+    """(rule, arguments of the sampler) of every point; rules: of the objective, {name: function}. Raises
+    ValueError for a rule that is none of these, and for something said that none of them takes."""
+    if not rules:
+        raise ValueError("this model has one way to write, which eval.py --judge= measures")
+    names = list(filter(None, config.rules.split(','))) or list(rules)
+    if wrong := [name for name in names if name not in rules]:
+        raise ValueError(f"rules: {wrong[0]!r} is not one of: {', '.join(rules)}")
+    known = {name: knobs_of(rules[name]) for name in names}
     for rule, own in known.items():
         others = {name for names in known.values() for name in names} - own.keys()
         how = judge.how_to_write(sampler, config, {k: v for k, v in said.items() if k not in others})
@@ -88,15 +84,13 @@ def frontier(config, points, checkpoint, model, tokenizer, device, amp):
     scorer = judge.open_table(config, checkpoint, model, tokenizer, device)
     rows, refused = [], {}
     for rule, how in points:
-        if rule in refused:
-            continue
         common.seed_everything(config.seed)
-        with amp:
-            try:
+        try:
+            with amp:
                 texts, calls, speed = judge.written(model, tokenizer, config, device, how)
-            except ValueError as e:  # of a rule that this model cannot take
-                refused[rule] = e
-                continue
+        except ValueError as e:  # of a rule that this model cannot take
+            refused[rule] = e
+            continue
         figures, label = judge.judged(scorer, texts, device), label_of(checkpoint['objective'], model, how)
         rows.append(dict(rule=rule, knob=label, calls=calls, tokens_per_second=speed, **figures))
         if config.csv:
@@ -108,24 +102,9 @@ def frontier(config, points, checkpoint, model, tokenizer, device, amp):
             plot(rows, config.plot)
         judge.row(rule, figures, label, calls, speed)
     if not rows:
-        fail(next(iter(refused.values())))
+        raise next(iter(refused.values()))
     for rule, why in refused.items():
         print(f"{rule} is left out: {why}", file=sys.stderr)
-
-
-def check_plot(path):
-    """Can the file be drawn, by matplotlib, and be written? Or the script ends."""
-    try:
-        import matplotlib
-    except ImportError:
-        fail("plot needs matplotlib: pip install matplotlib; the table and --csv do not")
-    matplotlib.use('agg')
-    from matplotlib import pyplot
-    known = pyplot.figure().canvas.get_supported_filetypes()
-    pyplot.close()
-    if Path(path).suffix[1:].lower() not in known:
-        fail(f"--plot={path} must end in one of: .{', .'.join(sorted(known))}")
-    files.writable(path, 'plot')
 
 
 def plot(rows, path):
@@ -140,7 +119,7 @@ def plot(rows, path):
     for axis, label in zip(axes, ('nats/token under the judge', 'unigram entropy of a text, nats')):
         axis.set(xscale='log', xlabel='network calls', ylabel=label)
     axes[1].legend(fontsize='small', ncols=2)
-    figure.savefig(drawn := io.BytesIO(), format=Path(path).suffix[1:].lower())
+    figure.savefig(drawn := io.BytesIO(), format=Path(path).suffix[1:])
     pyplot.close(figure)
     files.write(path, drawn.getvalue())
 
@@ -150,14 +129,15 @@ def main(argv):
     if config.csv:
         files.writable(config.csv, 'csv')
     if config.plot:
-        check_plot(config.plot)
+        library('matplotlib', "a plot").use('agg')
+        files.writable(config.plot, 'plot')
     device = common.pick_device(config.device)
     _, checkpoint = find.find(config.out_dir, config.which)
-    rules = rules_of(config, checkpoint['objective'])
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
     try:
-        points = list(points_of(config, judge.said(config, given), model.sample, rules))
+        points = list(points_of(config, judge.said(config, given), model.sample,
+                                common.concept(checkpoint['objective']).RULES))
         frontier(config, points, checkpoint, model, tokenizer, device, amp)
     except ValueError as e:
         fail(e)

@@ -6,8 +6,7 @@ tokens (with the judge's <|endoftext|> behind it, if it ended) and scored in win
 size, each on its own. No text is left out.
 
 Sure but dull texts have a low perplexity. So beside it stand, in the judge's tokens, the unigram entropy of a
-text (nats, mean over texts), the share of different n-grams among all (distinct) and the share of a text's
-4-grams that it had before (repetition). The first row is the validation text's.
+text (nats, mean over texts), distinct n-grams and repetition. The first row is the validation text's.
 """
 import itertools
 import math
@@ -88,8 +87,7 @@ def until_end(ids, tokenizer):
 
 def unigram_entropy(text):
     """Entropy in nats of the tokens of one text."""
-    _, counts = np.unique(text, return_counts=True)
-    p = counts / counts.sum()
+    p = np.unique(text, return_counts=True)[1] / len(text)
     return float(-(p * np.log(p)).sum())
 
 
@@ -111,40 +109,34 @@ def repetition(texts, n=4):
 
 # ---- the judge --------------------------------------------------------------------------------------------
 
-class Judge:
-    """A checkpoint with an exact likelihood, ours or of others."""
-
-    def __init__(self, path, device):
-        _, checkpoint = find.find(path)
-        self.net, self.tokenizer = common.load_model(checkpoint, device)
-        if self.net.bound != 'exact':
-            fail(f"judge={path} is of {checkpoint['objective']}, whose likelihood is not exact: "
-                 f"take an autoregressive one")
-        self.block_size = self.net.config.block_size
-
-    def nats(self, x):
-        return self.net.nats(x=x)
+def load_judge(path, device):
+    """A model with an exact likelihood, ours or of others: (model, tokenizer), or the script ends."""
+    _, checkpoint = find.find(path)
+    net, tokenizer = common.load_model(checkpoint, device)
+    if net.bound != 'exact':
+        fail(f"judge={path} is of {checkpoint['objective']}, whose likelihood is not exact: take an "
+             f"autoregressive one")
+    return net, tokenizer
 
 
 @torch.no_grad()
 def judged(judge, texts, device):
-    """What the judge and the counts say of texts, a list of (str, ended): a dict of floats."""
-    ids = []
-    for text, ended in texts:
-        ids.append(judge.tokenizer.encode(text))
-        if ended and judge.tokenizer.end is not None:
-            ids[-1].append(judge.tokenizer.end)
+    """What the judge (model, tokenizer) and the counts say of texts, a list of (str, ended): a dict of
+    floats."""
+    net, tokenizer = judge
+    mark = [] if tokenizer.end is None else [tokenizer.end]
+    ids = [tokenizer.encode(text) + mark * ended for text, ended in texts]
     ids = [row for row in ids if row]  # an empty text has nothing to score
     if not ids:
         fail("all texts are empty")
-    T, bos = judge.block_size, [] if judge.tokenizer.bos is None else [judge.tokenizer.bos]
+    T, bos = net.config.block_size, [] if tokenizer.bos is None else [tokenizer.bos]
     whole = [bos + row for row in ids]  # <bos> costs a judge of lines nothing, and is no token of the text
-    rows = common.rows_at_once(min(T, max(map(len, whole))), judge.tokenizer.vocab_size)
+    rows = common.rows_at_once(min(T, max(map(len, whole))), tokenizer.vocab_size)
     pieces = sorted((row[i:i + T] for row in whole for i in range(0, len(row), T)), key=len)
     nats = 0.0
     for _, same in itertools.groupby(pieces, key=len):
         for part in torch.tensor(list(same)).to(device).split(rows):
-            nats += judge.nats(part).cpu().double().sum().item()
+            nats += net.nats(x=part).cpu().double().sum().item()
     n = sum(map(len, ids))
     return dict(nats_per_token=nats / n, perplexity=math.exp(nats / n),
                 unigram_entropy=sum(map(unigram_entropy, ids)) / len(ids),
@@ -153,14 +145,12 @@ def judged(judge, texts, device):
 
 # ---- the table --------------------------------------------------------------------------------------------
 
-def head():
-    print("| texts | knob | network calls | tokens/s | judge, nats/token | perplexity | unigram entropy | "
-          "distinct-1 | distinct-2 | distinct-3 | repetition |")
-    print("|---" * 11 + "|", flush=True)
+HEAD = ("| texts | knob | network calls | tokens/s | judge, nats/token | perplexity | unigram entropy | "
+        "distinct-1 | distinct-2 | distinct-3 | repetition |\n" + "|---" * 11 + "|")
 
 
 def row(name, figures, knob='', calls=0, speed=0):
-    """figures: of `judged`, in the order of the columns."""
+    """Print a row of that table. figures: of `judged`, in the order of the columns."""
     cells = [name, knob, f"{calls:.1f}" if calls else "", f"{speed:,.0f}" if speed else ""]
     print("| " + " | ".join(cells + [f"{figure:.3f}" for figure in figures.values()]) + " |", flush=True)
 
@@ -168,7 +158,7 @@ def row(name, figures, knob='', calls=0, speed=0):
 def open_table(config, checkpoint, model, tokenizer, device):
     """The judge. Prints the head of its table and a row: of as many segments of the validation text as there
     are to be texts, or of as many of its lines."""
-    judge, L = Judge(config.judge, device), config.length or model.config.block_size
+    judge, L = load_judge(config.judge, device), config.length or model.config.block_size
     tokens, reader = load_text(config, checkpoint, tokenizer, device)
     if reader.bos is None:
         rows = windows.Rows(tokens, reader, min(L, len(tokens)))
@@ -176,6 +166,6 @@ def open_table(config, checkpoint, model, tokenizer, device):
         rows = packing.Rows(tokens, reader, L, packed=False)
     batch = rows.all(config.num_samples)
     texts = [x[kept].tolist() for x, kept in zip(batch['x'], packing.counted(**batch))]
-    head()
+    print(HEAD, flush=True)
     row('validation text', judged(judge, [until_end(text, tokenizer) for text in texts], device))
     return judge

@@ -36,25 +36,27 @@ class Config(Checkpoint):
 def load_text(config, checkpoint, tokenizer, device):
     """(tokens of the text that the config names, the tokenizer that says what kind of rows they make), or
     the script ends. By default the text is a split of the dataset that the model was trained on."""
+    if config.input:
+        text = files.read_text(config.input, 'input')
+    else:
+        dataset = config.dataset or checkpoint['run']['dataset']
+        if not dataset:
+            fail("this model comes without a dataset: name one with --dataset=, or a text with --input=")
+        meta = load_meta(dataset)
+        if not config.dataset and meta != checkpoint['tokenizer']:
+            fail(f"data/{dataset} has been prepared anew from another text: score a text with --input=FILE")
+        other = Tokenizer(meta)
+        tokens = load_tokens(dataset, config.split, other.vocab_size, device)
+        if other.pieces == tokenizer.pieces:
+            return tokens, other
+        if other.sep is not None:
+            fail(f"data/{dataset} holds prompts and answers in other tokens than this model's: prepare it "
+                 f"with its tokenizer")
+        text = other.text(as_ids(tokens).tolist())
     plain = copy.copy(tokenizer)
     plain.sep = None  # a text of another origin has no prompts and answers
-    if config.input:
-        ids = tokenizer.stream(files.read_text(config.input, 'input'))
-        return torch.tensor(ids or fail(f"--input={config.input} holds no text"), device=device), plain
-    dataset = config.dataset or checkpoint['run']['dataset']
-    if not dataset:
-        fail("this model comes without a dataset: name one with --dataset=, or a text with --input=")
-    meta, own = load_meta(dataset), checkpoint['tokenizer']
-    if not config.dataset and meta != own:
-        fail(f"data/{dataset} has been prepared anew from another text: score a text with --input=FILE")
-    other = tokenizer if meta == own else Tokenizer(meta)
-    tokens = load_tokens(dataset, config.split, other.vocab_size, device)
-    if other.pieces == tokenizer.pieces:
-        return tokens, other
-    if other.sep is not None:
-        fail(f"data/{dataset} holds prompts and answers in other tokens than this model's: prepare it with "
-             f"its tokenizer")
-    return torch.tensor(tokenizer.stream(other.text(as_ids(tokens).tolist())), device=device), plain
+    ids = tokenizer.stream(text) or fail(f"{config.input or dataset} holds no text")
+    return torch.tensor(ids, device=device), plain
 
 
 def rows_of(tokens, tokenizer, model, checkpoint, most):
@@ -71,8 +73,8 @@ def shortened(checkpoint, T):
     """The checkpoint with a context of T tokens, or the script ends."""
     config = checkpoint['config']
     if not common.concept(checkpoint['objective']).Model.takes or T > config['block_size']:
-        fail(f"block_size={T}: the model's is {config['block_size']}; it can be made shorter, but not that of "
-             f"vae and latent")
+        fail(f"block_size={T}: the model's is {config['block_size']}; it can be shorter, but not for vae and "
+             f"latent")
     for state in (checkpoint['ema'], checkpoint['model']):
         if 'gpt.pos.weight' in state:
             state['gpt.pos.weight'] = state['gpt.pos.weight'][:T + config.get('shift', False)]

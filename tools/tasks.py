@@ -16,9 +16,9 @@ longest right answer has tokens: the length is given away. A language model cont
 not see the text behind.
 
 A context and a choice are cut into tokens together: the choice begins where the ids of the whole differ from
-those of the context. The text before a blank and the text behind it are cut each by itself, so nothing that
-is given has to be written again; the blank has as many tokens as the answer has behind the text before.
+those of the context. The text before a blank and the text behind it are cut each by itself.
 """
+import itertools
 import sys
 from dataclasses import dataclass
 
@@ -30,8 +30,7 @@ import common
 from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, fail, script, settings
 from hub import find
 from tools import judge, source
-from tools.grades import passes
-from tools.items import TASKS, Blank, Choice, load  # noqa: F401  Blank: for who makes items
+from tools.items import TASKS, Choice, load, passes
 
 LEVELS = 32  # of the published score
 
@@ -70,10 +69,9 @@ class TooLong(ValueError):
 def locate(tokenizer, context, choice):
     """(ids of the whole text, where the choice begins): at the first id that is not one of the context, so a
     token across the border belongs to the choice."""
-    ids, left, start = tokenizer.encode(context + choice), tokenizer.encode(context), 0
-    while start < min(len(left), len(ids) - 1) and left[start] == ids[start]:
-        start += 1
-    return ids, start
+    ids, left = tokenizer.encode(context + choice), tokenizer.encode(context)
+    same = [a == b for a, b in zip(left, ids[:-1])]
+    return ids, (same + [False]).index(False)
 
 
 def count_behind(tokenizer, context, text):
@@ -93,11 +91,6 @@ def cut_to(ids, start, end, T):
 
 # ---- what a continuation costs ----------------------------------------------------------------------------
 
-def exact_cost(model, x, given):
-    """-log p of the tokens of x (1, T) that are not given, in nats."""
-    return model.nats(x=x, given=given).item()
-
-
 def in_parts(cost, model, x, *rows):
     """The mean of cost(*rows) over the draws, as many at once as memory has room for."""
     at_once = common.rows_at_once(x.size(1), model.config.vocab_size)
@@ -105,7 +98,8 @@ def in_parts(cost, model, x, *rows):
 
 
 def bound_cost(model, x, given, noise, v):
-    """The denoiser's bound on it, from one draw a row: noise (n, T), v (n,) in [0, 1), stratified."""
+    """The denoiser's bound on -log p of the tokens of x (1, T) that are not given, in nats, from one draw a
+    row: noise (n, T), v (n,) in [0, 1), stratified."""
     def cost(noise, v):
         n = len(v)
         return model.count_nats(x.expand(n, -1), v, given=given.expand(n, -1), u=noise)
@@ -140,7 +134,7 @@ def costs(model, tokenizer, item, draws, seed, device):
         x, n = torch.tensor([ids], device=device), end - begin
         given = torch.arange(len(ids), device=device)[None] < begin
         if model.bound == 'exact':
-            figures = {'nats': exact_cost(model, x, given)}
+            figures = {'nats': model.nats(x=x, given=given).item()}
         else:
             u = torch.nn.functional.pad(noise[:, :n], (begin, 0)).to(device)
             figures = {'nats': bound_cost(model, x, given, u[:draws], v.to(device)),
@@ -181,8 +175,8 @@ def answer(model, tokenizer, item, device, **how):
 
 def until(tokenizer, ids):
     """The text of ids up to the end token or the first blank."""
-    stop = [i for i, t in enumerate(ids) if t == tokenizer.end or t >= tokenizer.vocab_size]
-    return tokenizer.decode(ids[:stop[0]] if stop else ids)
+    text = itertools.takewhile(lambda i: i != tokenizer.end and i < tokenizer.vocab_size, ids)
+    return tokenizer.decode(text)
 
 
 # ---- a table ----------------------------------------------------------------------------------------------
@@ -190,16 +184,14 @@ def until(tokenizer, ids):
 def measure(name, items, model, tokenizer, device, draws, seed, how, execute=False, show=0):
     """({figure: (mean over the items, standard error)}, how many items there were room for); a function of
     its arguments alone. how: what `Model.sample` takes. show: print so many of the texts."""
-    figures = []
+    figures, write = [], answer if TASKS[name].pairs else fill
     for number, item in enumerate(tqdm(items, desc=name, disable=not sys.stderr.isatty())):
         try:
             if isinstance(item, Choice):
                 cost = costs(model, tokenizer, item, draws, seed + number, device)
-                figures.append({rule: float(min(range(len(c)), key=c.__getitem__) == item.gold)
-                                for rule, c in cost.items()})
+                figures.append({rule: float(c.index(min(c)) == item.gold) for rule, c in cost.items()})
                 continue
             common.seed_everything(seed, number)
-            write = answer if TASKS[name].pairs else fill
             text = write(model, tokenizer, item, device, **how)
         except TooLong as e:
             why = e
@@ -211,9 +203,9 @@ def measure(name, items, model, tokenizer, device, draws, seed, how, execute=Fal
             print(f"{item.before[-60:]!r} [{text!r}] {item.after[:60]!r}; right: {item.answers[0]!r}")
     if not figures:
         raise why
-    table = {key: torch.tensor([f[key] for f in figures]).double() for key in figures[0]}
-    return {key: (t.mean().item(), t.std(correction=min(1, len(t) - 1)).item() / len(t) ** 0.5)
-            for key, t in table.items()}, len(figures)
+    table = {key: np.array([f[key] for f in figures]) for key in figures[0]}
+    n = len(figures)
+    return {key: (t.mean(), t.std(ddof=min(1, n - 1)) / n ** 0.5) for key, t in table.items()}, n
 
 
 def main(argv):
@@ -227,18 +219,15 @@ def main(argv):
         checkpoint = source.shortened(checkpoint, config.block_size)
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
-    found = {}
-    for name in config.task.split(','):
-        if TASKS[name].pairs and tokenizer.sep is None:
-            fail(f"task={name} is for a model that was fine-tuned on pairs (config/sft_gsm8k.py)")
-        items = load(name, config.data)
-        if 0 < config.items < len(items):
-            items = [items[i] for i in np.linspace(0, len(items) - 1, config.items).astype(int)]
-        found[name] = items
+    found = {name: load(name, config.data) for name in config.task.split(',')}
+    if tokenizer.sep is None and any(TASKS[name].pairs for name in found):
+        fail("task=gsm8k is for a model that was fine-tuned on pairs (config/sft_gsm8k.py)")
     try:
         how = judge.how_to_write(model.sample, config, judge.said(config, given))
         print(f"| {checkpoint['objective']} | items | figures |\n|---|---|---|", flush=True)
         for name, items in found.items():
+            if 0 < config.items < len(items):
+                items = [items[i] for i in np.linspace(0, len(items) - 1, config.items).astype(int)]
             with amp:
                 figures, n = measure(name, items, model, tokenizer, device, config.draws, config.seed, how,
                                      config.execute, config.show)

@@ -12,27 +12,20 @@ Source: huggingface.co/datasets/kjj0/fineweb10B-gpt2, the files of modded-nanogp
 (HF_ENDPOINT is honoured).
 """
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, Range, fail, script
+from configurator import Range, fail
 from data import tools
 from hub import web
 from text import files
 
 REPOSITORY = 'kjj0/fineweb10B-gpt2'
 MAGIC, VERSION = 20240520, 1  # llm.c, dev/data/data_common.py
-Shards = Annotated[int, Range(lambda n: 0 <= n <= 103, "must be in 0 to 103")]
-
-
-@dataclass
-class Config:
-    shards: Shards = 10  # training shards, 0 to 103; 0: only to evaluate
-    out: Filename = ''  # where the files go; '': beside this file
+Shards = Annotated[int, Range(range(104).__contains__, "must be in 0 to 103")]
 
 
 def shard_tokens(path):
@@ -45,10 +38,10 @@ def shard_tokens(path):
     return tokens
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    out = Path(config.out)
-    for name in ['val_000000.bin'] + [f'train_{i:06d}.bin' for i in range(1, config.shards + 1)]:
+def prepare(out, *,
+            shards: Shards = 10):  # training shards, 0 to 103; 0: only to evaluate
+    out = Path(out)
+    for name in ['val_000000.bin'] + [f'train_{i:06d}.bin' for i in range(1, shards + 1)]:
         if not (out / name).exists():
             raw = out / f'fineweb_{name}'
             web.fetch(web.address(REPOSITORY, raw.name), raw)
@@ -57,8 +50,7 @@ def main(argv):
             raw.unlink()
             print(f"{name}: {len(tokens):,} tokens", flush=True)
         if not (out / 'meta.json').exists():  # early: one can train on the shards that have come
-            tools.write_meta(out, dict(kind='gpt2', source=REPOSITORY, sha256=''))
+            files.write(out / 'meta.json', tools.as_json(dict(kind='gpt2', source=REPOSITORY, sha256='')))
 
 
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

@@ -9,19 +9,19 @@ writes train.bin, val.bin, test.bin (ids) and meta.json beside this file.
     python train.py config/sft_gsm8k.py
 
 A split is prompt <end> answer <end> prompt <end> ... (pairs.py); <end> is the tokenizer's. val.bin is the
-end of the training file. Take the tokenizer of the model that is to be fine-tuned.
+last twentieth of the training file. The <<48/2=24>> of GSM8K's answers are left out. Take the tokenizer of
+the model that is to be fine-tuned.
 
 Source: github.com/openai/grade-school-math.
 """
 import json
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, Range, fail, script
+from configurator import Filename, Range, fail
 from data import tools
 from hub import web
 from text import files
@@ -31,48 +31,20 @@ URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_s
 Separator = Annotated[str, Range(bool, "must not be empty: it is where an answer begins")]
 
 
-@dataclass
-class Config:
-    train: Filename = ''  # a JSONL file instead of the download; its end becomes val.bin
-    test: Filename = ''  # becomes test.bin; without it and with --train= there is none
-    prompt: str = 'question'  # the field that holds a prompt
-    answer: str = 'answer'  # the field that holds its answer
-    before: str = 'Q: '  # what stands before every prompt
-    sep: Separator = '\nA:'  # what stands between prompt and answer
-    calculator: bool = False  # keep the <<48/2=24>> of GSM8K's answers
-    val_share: tools.Part = 0.05  # of the training pairs, the last ones, for validation
-    tokenizer: Filename = 'gpt2'  # gpt2 | byte | a model (hub/find.py), whose tokenizer it is
-    out: Filename = ''  # where the files go; '': beside this file
-
-
-def find_files(config):
-    """{'train': path, 'test': path}, as they are given or downloaded; or the script ends."""
-    paths = dict(train=config.train, test=config.test)
-    for split in () if config.train else paths:
-        if not paths[split]:
-            paths[split] = Path(config.out, f'{split}.jsonl')
-            web.fetch(f'{URL}{split}.jsonl', paths[split], otherwise="give files with --train= --test=")
-    return {split: path for split, path in paths.items() if path}
-
-
-def read_pairs(data, source, config):
-    """JSONL bytes -> [(prompt, answer)], or the script ends and names the line."""
+def read_pairs(data, source, prompt='question', answer='answer', before='Q: '):
+    """JSONL bytes with these two fields -> [(prompt, answer)], or the script ends and names the line."""
     pairs = []
     for number, line in enumerate(tools.decode(data, source).split('\n'), 1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-            prompt, answer = item[config.prompt], item[config.answer]
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            why = f"has no field {e}" if type(e) is KeyError else "is no JSON object"
-            fail(f"{source}, line {number} {why}: --prompt= and --answer= name the fields")
-        if not (isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip()):
-            fail(f"{source}, line {number}: {config.prompt} and {config.answer} must be texts that are not "
-                 f"empty")
-        if not config.calculator:
-            answer = re.sub(r'<<[^<>=]*=[^<>]*>>', '', answer)
-        pairs.append((config.before + prompt.strip(), ' ' + answer.strip()))
+            pair = [json.loads(line)[field].strip() for field in (prompt, answer)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pair = ['', '']
+        if not all(pair):
+            fail(f"{source}, line {number} is no JSON object with texts in the fields {prompt!r} and "
+                 f"{answer!r}, which --prompt= and --answer= name")
+        pairs.append((before + pair[0], ' ' + re.sub(r'<<[^<>=]*=[^<>]*>>', '', pair[1]).strip()))
     if len(pairs) < 2:
         fail(f"{source} holds {len(pairs)} pairs: too few, one to train on and one to validate are needed")
     return pairs
@@ -90,26 +62,35 @@ def stream(pairs, tokenizer):
     return out
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    paths = find_files(config)
-    meta = tools.meta_of(config.tokenizer) | dict(before=config.before, sep=config.sep)
-    tokenizer = Tokenizer(meta)
-    if tokenizer.end is None:
-        fail(f"tokenizer={config.tokenizer} has no mark for the end of an answer: gpt2 has one, and those "
-             f"of models")
+def prepare(out, *,
+            train: Filename = '',  # a JSONL file instead of the download; its end becomes val.bin
+            test: Filename = '',  # becomes test.bin; without it and with --train= there is none
+            prompt: str = 'question',  # the field that holds a prompt
+            answer: str = 'answer',  # the field that holds its answer
+            before: str = 'Q: ',  # what stands before every prompt
+            sep: Separator = '\nA:',  # what stands between prompt and answer
+            tokenizer: Filename = 'gpt2'):  # gpt2 | byte | a model, see hub/find.py
+    meta = tools.meta_of(tokenizer) | dict(before=before, sep=sep)
+    tokens_of = Tokenizer(meta)
+    if tokens_of.end is None:
+        fail(f"tokenizer={tokenizer} has no mark for the end of an answer: gpt2 has one, and those of models")
+    paths = dict(train=train, test=test)
+    for split in paths:
+        if not paths[split] and not train:
+            paths[split] = Path(out, f'{split}.jsonl')
+            web.fetch(f'{URL}{split}.jsonl', paths[split], otherwise="give files with --train= --test=")
+    paths = {split: path for split, path in paths.items() if path}
     data = {split: files.read_bytes(path, split) for split, path in paths.items()}
-    pairs = {split: read_pairs(data[split], Path(path).name, config) for split, path in paths.items()}
-    n = len(pairs['train']) - max(1, int(config.val_share * len(pairs['train'])))
+    pairs = {split: read_pairs(data[split], Path(path).name, prompt, answer, before)
+             for split, path in paths.items()}
+    n = len(pairs['train']) - max(1, len(pairs['train']) // 20)
     pairs |= dict(train=pairs['train'][:n], val=pairs['train'][n:])
-    tokens = {split: stream(part, tokenizer) for split, part in pairs.items()}
+    tokens = {split: stream(part, tokens_of) for split, part in pairs.items()}
     source = ', '.join(Path(path).name for path in paths.values())
-    tools.write_splits(config.out, tokens, meta, source, *data.values())
-    lengths = sorted(len(stream([pair], tokenizer)) for pair in pairs['train'])
-    print(f"{source}: {tools.sizes(pairs, 'pairs')}; a vocabulary of {tokenizer.vocab_size:,}; a pair "
-          f"has {sum(lengths) / n:.0f} tokens in the mean, {lengths[int(0.99 * n)]} the longest but one in "
-          f"a hundred, {lengths[-1]} the longest")
+    tools.write_splits(out, tokens, meta, source, *data.values())
+    lengths = sorted(len(stream([pair], tokens_of)) for pair in pairs['train'])
+    print(f"{source}: {tools.sizes(pairs, 'pairs')}; a vocabulary of {tokens_of.vocab_size:,}; a pair "
+          f"has {sum(lengths) / n:.0f} tokens in the mean, {lengths[-1]} the longest")
 
 
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

@@ -11,27 +11,17 @@ lines of spaces are left out. The vocabulary (four marks, the bytes that occur, 
 the training lines alone, so validation may contain <unk>. A digit is always a token of its own.
 """
 import collections
-import heapq
 import sys
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, Range, fail, script
+from configurator import Filename, Range, fail
 from data import tools
 from text.vocabulary import MARKS, WORDS, Tokenizer, library
 
 Size = Annotated[int, Range(lambda n: n <= 2 ** 16, f"is more than uint16 can tell apart, {2 ** 16}")]
-
-
-@dataclass
-class Config:
-    input: Filename = ''  # the text
-    vocab_size: Size = 512  # marks, bytes and byte pairs together, at most
-    val_share: tools.Part = 0.1  # of the lines, the last ones, for validation
-    out: Filename = ''  # where the files go; '': beside this file
 
 
 def join(word, pair, new):
@@ -52,7 +42,7 @@ def train_bpe(lines, vocab_size):
 
     Neighbours are counted within WORDS, and a merge recounts only the words that hold its pair.
     """
-    library('tiktoken', 'bpe')
+    library('tiktoken', "a vocabulary of byte pairs")
     import regex  # tiktoken depends on it
     counts = collections.Counter(word for line in lines for word in regex.findall(WORDS, line))
     pieces = [bytes([b]) for b in sorted({b for word in counts for b in word.encode()})]
@@ -63,26 +53,17 @@ def train_bpe(lines, vocab_size):
     index = {piece[0]: i for i, piece in enumerate(pieces)}
     words = [([index[b] for b in word.encode()], n) for word, n in counts.items()]
     pairs, where = collections.Counter(), collections.defaultdict(set)
-    changed, heap = set(), []
 
     def count(w, sign):
         word, n = words[w]
         for pair in pairwise(word):
             pairs[pair] += sign * n
             where[pair].add(w)
-            changed.add(pair)
 
     for w in range(len(words)):
         count(w, 1)
-    while len(pieces) < room:
-        for pair in changed:
-            heapq.heappush(heap, (-pairs[pair], pair))
-        changed.clear()
-        while heap and -heap[0][0] != pairs[heap[0][1]]:  # counted anew since
-            heapq.heappop(heap)
-        if not heap or heap[0][0] > -2:
-            break
-        _, (left, right) = heapq.heappop(heap)
+    while len(pieces) < room and (most := max(pairs.values(), default=0)) > 1:
+        left, right = min(pair for pair, n in pairs.items() if n == most)
         for w in where.pop((left, right)):
             count(w, -1)
             words[w] = join(words[w][0], (left, right), len(pieces)), words[w][1]
@@ -91,28 +72,26 @@ def train_bpe(lines, vocab_size):
     return pieces
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    data, source = tools.given(config.input)
+def prepare(out, *,
+            input: Filename = '',  # the text
+            vocab_size: Size = 512):  # marks, bytes and byte pairs together, at most
+    data, source = tools.given(input)
     lines = [line for line in tools.decode(data, source).split('\n') if line.strip()]
     if len(lines) < 10:
         fail(f"{source} has {len(lines)} lines that are not empty: too few, 10 are the least")
-    n = len(lines) - max(1, int(config.val_share * len(lines)))
-    pieces = train_bpe(lines[:n], config.vocab_size)
+    n = len(lines) - len(lines) // 10
+    pieces = train_bpe(lines[:n], vocab_size)
     meta = dict(kind='bpe', pieces=[piece.decode('latin-1') for piece in pieces])
     tokenizer = Tokenizer(meta)
     examples = [tokenizer.stream(line) for line in lines]
     tokens = {split: [i for example in part for i in example]
               for split, part in (('train', examples[:n]), ('val', examples[n:]))}
-    tools.write_splits(config.out, tokens, meta, source, data)
-    longest, mean = max(map(len, examples)), sum(map(len, examples)) / len(lines)
-    short = f" instead of {config.vocab_size:,}, no pair is left that occurs twice"
+    tools.write_splits(out, tokens, meta, source, data)
+    mean = sum(map(len, examples)) / len(lines)
     print(f"{source}: {len(lines):,} lines, "
           f"{sum(map(len, lines)) / len(lines) / (mean - 2):.2f} characters per token, "
-          f"a vocabulary of {tokenizer.vocab_size:,}{short * (tokenizer.vocab_size < config.vocab_size)}; "
-          f"{tools.sizes(tokens, 'tokens')}; the longest line has {longest:,}, the mean {mean:.1f}, "
-          f"<bos> and <eos> included")
+          f"a vocabulary of {tokenizer.vocab_size:,}; {tools.sizes(tokens, 'tokens')}; the longest line has "
+          f"{max(map(len, examples)):,}, the mean {mean:.1f}, <bos> and <eos> included")
 
 
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

@@ -8,26 +8,18 @@ writes train.bin, val.bin (uint16, 90/10 of the characters) and meta.json beside
 The text comes from where data/shakespeare_char/prepare.py finds it.
 """
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, script
+from configurator import Filename
 from data import tools
 from data.shakespeare_char import prepare as characters
 
 
-@dataclass
-class Config(characters.Config):
-    tokenizer: Filename = 'gpt2'  # gpt2 | byte | char
-    out: Filename = ''  # where the files go; '': beside this file
+def prepare(out, *,
+            input: Filename = '',  # a UTF-8 text file to use instead
+            tokenizer: Filename = 'gpt2'):  # gpt2 | byte | char
+    tools.prepare_bytes(*characters.find_text(input), tokenizer, out)
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    data, source = characters.find_text(config)
-    tools.prepare_bytes(data, config.tokenizer, config.out, source)
-
-
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

