@@ -7,8 +7,8 @@ The checkpoint that a person names: one of ours, a folder in Hugging Face's layo
 
 Every script takes these names: a folder or file of ours; a folder with config.json, *.safetensors and a
 tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging Face hub. The last two are
-downloaded once, into HF_HOME, unless the hub's own library has put them there already. HF_ENDPOINT names a
-mirror; HF_TOKEN is needed for models that ask for consent.
+downloaded once, into HF_HOME, unless the hub's own library has them already (in HF_HUB_CACHE). HF_ENDPOINT
+names a mirror; HF_TOKEN is needed for models that ask for consent.
 """
 import functools
 import os
@@ -24,6 +24,9 @@ from hub.older import upgraded
 from text import files
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+# the first part of a path that rather means a folder here than an owner on the hub
+OURS = re.compile(r'out.*|(run|experiment|exp|log|checkpoint|ckpt|model|result|save|train|test|tmp|data'
+                  r'|config)s?', re.IGNORECASE)
 
 
 def find(source, which='best'):
@@ -36,7 +39,7 @@ def find(source, which='best'):
     if path.is_file():
         return path, upgraded(common.load(path))
     on_hub = (re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', source) and path.suffix != '.pt'
-              and not path.parent.exists() and not source.startswith('out'))
+              and not path.parent.exists() and not OURS.fullmatch(path.parts[0]))
     if source in GPT2 and not path.exists() or on_hub:
         return source, upgraded(read_folder(download(source)))
     if source and not path.exists() and len(path.parts) == 1 and not source.startswith('out'):
@@ -61,8 +64,10 @@ def tokenizer(source):
 
 def places(repository):
     """Where a repository may lie: where we put it, and where the hub's own library has."""
-    home = Path(os.environ.get('HF_HOME') or '~/.cache/huggingface').expanduser()
-    theirs = home / 'hub' / f"models--{repository.replace('/', '--')}"
+    caches = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    home = Path(os.environ.get('HF_HOME') or Path(caches, 'huggingface')).expanduser()
+    cache = os.environ.get('HF_HUB_CACHE') or os.environ.get('HUGGINGFACE_HUB_CACHE') or home / 'hub'
+    theirs = Path(cache).expanduser() / f"models--{repository.replace('/', '--')}"
     current = theirs / 'refs' / 'main'
     name = current.read_text().strip() if current.is_file() else ''
     return home / 'unmask' / repository.replace('/', '--'), theirs / 'snapshots' / name

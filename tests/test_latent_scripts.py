@@ -293,6 +293,8 @@ MISTAKES = [
     (latents, ['--out_dir=out-vae', '--interpolate=To be'], ['A|B']),
     (latents, ['--out_dir=out-vae', '--interpolate=To be, or not to be|that'], ['16']),
     (latents, ['--out_dir=out-latent', '--points=1'], ['points']),
+    (latents, ['--out_dir=out-latent', '--judge=out-ar', '--rule=ancestral'], ['ancestral', 'heun']),
+    (latents, ['--out_dir=out-latent', '--judge=out-ar', '--rule=heun', '--eta=0.5', '--steps=2'], ['eta']),
     (evaluation, ['--out_dir=out-vae', '--judge=out-ar', '--temperature=0.5'], ['temperature', 'tau']),
 ]
 

@@ -681,15 +681,26 @@ def test_ids_beyond_the_vocabulary_are_none(ids, end, tmp_path):
     assert net.gpt.embed.weight.shape == (301, 16) and net.gpt.embed.weight.isfinite().all()
 
 
-def test_models_lie_below_the_home_folder_unless_hf_home_says_otherwise(monkeypatch, tmp_path):
+def test_the_caches_of_the_hubs_library_are_where_its_variables_say(monkeypatch, tmp_path):
+    for name in ('HF_HOME', 'HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('HOME', str(tmp_path))
-    monkeypatch.delenv('HF_HOME', raising=False)
-    assert find.places('a/b')[0] == tmp_path / '.cache/huggingface/unmask/a--b'
+    cache_of = lambda: find.places('a/b')[1].parents[1]
+    assert cache_of() == tmp_path / '.cache' / 'huggingface' / 'hub'
+    monkeypatch.setenv('XDG_CACHE_HOME', '/x')
+    assert str(cache_of()) == '/x/huggingface/hub'
     monkeypatch.setenv('HF_HOME', '~/hf')
-    assert find.places('a/b')[1] == tmp_path / 'hf/hub/models--a--b/snapshots'
+    assert cache_of() == tmp_path / 'hf' / 'hub'
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'c'))
+    cache = tmp_path / 'c' / 'models--a--b'
+    make_folder(cache / 'snapshots' / '123', 'llama')
+    (cache / 'refs').mkdir()
+    (cache / 'refs' / 'main').write_text('123')
+    assert find.download('a/b') == cache / 'snapshots' / '123'
 
 
-@pytest.mark.parametrize('name', ['out/mine', './a', '../a/b', 'out-x/y'])
+@pytest.mark.parametrize('name', ['runs/exp1', 'out/mine', 'checkpoints/a', 'Runs/a', './a', '../a/b',
+                                  'out-x/y'])
 def test_a_path_of_ours_that_does_not_exist_is_not_looked_up_on_the_hub(name, workdir, monkeypatch, refused):
     monkeypatch.setattr(find, 'download', lambda *_: pytest.fail("asked the hub"))
     assert 'there is no ' in refused(name)

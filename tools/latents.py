@@ -15,13 +15,15 @@ that they were written from.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 import common
+import latent
 import vae
-from configurator import Count, Filename, Natural, NonNegative, fail, script, settings
+from configurator import Count, Filename, Natural, NonNegative, fail, help_of_rules, script, settings
 from hub import find
 from text.latents import cached
 from text.prompts import starts
@@ -35,6 +37,8 @@ class Config(source.Config):
     windows: Natural = 0     # how many, evenly spread; 0: all
     judge: Filename = ''     # an autoregressive checkpoint, as for out_dir: out-ar, gpt2-large
     steps: Count = 64        # latent: of the sampler
+    rule: Literal[('', *latent.RULES)] = ''  # latent: of the sampler; '': dpmpp_2m_sde
+    cfg: NonNegative = 0.0   # latent: guidance towards the windows before; 0: none
     # decoder
     tau: NonNegative = 0.0   # share of the noise on z, temperature of tokens; 0: neither
     decoder_noise: NonNegative = 0.0  # noise on z that the decoder assumes; left out: latent, the model's own
@@ -87,9 +91,11 @@ def condition_effect(model, x, before, at_once):
     (N, n_prev, W), are nearer in angle to the true ones than to those of another window: rows of a table.
     Windows without any before are left out."""
     kept = (before[:, -1] != model.mask_id).any(-1)
-    guess = torch.cat([model.expected(*model.context(part)) for part in before[kept].split(at_once)])
-    z = torch.cat([model.vae.encode(part) for part in x[kept].split(at_once)]).flatten(1)
-    guess = guess.flatten(1)
+    guesses, truths = [], []
+    for part, past in zip(x[kept].split(at_once), before[kept].split(at_once)):
+        guesses.append(model.expected(*model.context(past)).flatten(1))
+        truths.append(model.vae.encode(part).flatten(1))
+    guess, z = torch.cat(guesses), torch.cat(truths)
     right, wrong = F.cosine_similarity(guess, z), F.cosine_similarity(guess, z.roll(len(z) // 2, 0))
     figure = lambda values: f"{values.mean():.4f} ± {values.std() / len(values) ** 0.5:.4f}"
     return [('true next window nearer than another', figure((right > wrong).double())),
@@ -97,10 +103,10 @@ def condition_effect(model, x, before, at_once):
 
 
 @torch.no_grad()
-def window_texts(model, x, prefix, before=None, tau=0.0, decoder_noise=None, steps=64):
+def window_texts(model, x, prefix, before=None, tau=0.0, decoder_noise=None, cfg=0.0, **how):
     """What becomes of windows x (N, W): name -> tokens (N, W), their latents and those that they were
-    written from (N, n d). Of latent diffusion, with the windows `before`, also windows drawn in their place
-    in so many steps, and what the decoder makes of pure noise."""
+    written from (N, n d). Of latent diffusion, with the windows `before`, also windows drawn in their place,
+    and what the decoder makes of pure noise. how: of model.sample_latents."""
     encoder, texts = model if before is None else model.vae, {}
 
     def write(name, z, prefix, noise):
@@ -110,10 +116,10 @@ def window_texts(model, x, prefix, before=None, tau=0.0, decoder_noise=None, ste
     if before is not None:
         z, there = model.context(before)
         noise = model.decoder_noise if decoder_noise is None else decoder_noise
-        *_, drawn = model.sample_latents(z, there, steps)
+        *_, drawn = model.sample_latents(z, there, cfg=cfg, **how)
         write('next windows', drawn, prefix, noise)
         write('noise in place of their latents', torch.randn_like(drawn), prefix, noise)
-        *_, drawn = model.sample_latents(z, there & False, steps)
+        *_, drawn = model.sample_latents(z, there & False, cfg=0.0, **how)
         write('windows out of nothing', drawn, torch.full_like(x, encoder.mask_id), noise)
     return texts
 
@@ -133,7 +139,9 @@ def report(config, given, checkpoint, model, tokenizer, device, amp):
     print('\n'.join(f"| {name} | {figure} |" for name, figure in table))
     if not scorer:
         return
-    how = dict(steps=config.steps, tau=config.tau, decoder_noise=given.get('decoder_noise'))
+    how = dict(steps=config.steps, rule=config.rule, cfg=config.cfg, tau=config.tau,
+               decoder_noise=given.get('decoder_noise'))
+    how |= {name: value for name, value in given.items() if name not in vars(config)}  # the rule's own
     parts = zip(*(tensor.split(at_once) for tensor in batch.values()))
     with amp:
         parts = [window_texts(model, **dict(zip(batch, part)), **how) for part in parts]
@@ -156,10 +164,17 @@ def text_of(tokenizer, window):
     return tokenizer.decode(window[window != tokenizer.vocab_size].tolist())
 
 
-def windows_of(encoder, tokenizer, texts):
-    """Texts as windows, a list of (N, W)."""
-    return [encoder.windows_of(torch.tensor(tokenizer.encode(text), device=encoder.mean.device))
-            for text in texts]
+def windows_of(encoder, tokenizer, text):
+    """A text as windows (N, W)."""
+    return encoder.windows_of(torch.tensor(tokenizer.encode(text), device=encoder.mean.device))
+
+
+def reconstruct(encoder, x, tau=0.0, decoder_noise=0.0):
+    """Windows x (B, W) -> latents -> windows again, without a prefix. tau, decoder_noise: of vae.py's
+    `write`."""
+    nothing = torch.full_like(x, encoder.mask_id)
+    again = encoder.write(encoder.posterior(x)[0], nothing, x.size(1), tau, decoder_noise)
+    return again.masked_fill(x == encoder.mask_id, encoder.mask_id)
 
 
 def slerp(a, b, share):
@@ -173,12 +188,10 @@ def slerp(a, b, share):
 
 
 def show_reconstruction(config, encoder, tokenizer):
-    """Print every window of the start, what comes back of its latents alone, and how much."""
-    x = torch.cat(windows_of(encoder, tokenizer, starts(config.start)))
+    """Print every window of the start, what comes back of it, and how much."""
+    x = torch.cat([windows_of(encoder, tokenizer, text) for text in starts(config.start)])
     copies = x.repeat_interleave(config.num_samples, 0)
-    nothing = torch.full_like(copies, encoder.mask_id)
-    again = encoder.write(encoder.posterior(copies)[0], nothing, x.size(1), config.tau, config.decoder_noise)
-    again = again.where(copies != encoder.mask_id, encoder.mask_id)
+    again = reconstruct(encoder, copies, config.tau, config.decoder_noise)
     for row, copies in zip(x, again.split(config.num_samples)):
         print(text_of(tokenizer, row))
         for copy in copies:
@@ -191,7 +204,7 @@ def show_interpolation(config, encoder, tokenizer):
     ends = config.interpolate.split('|')
     if len(ends) != 2 or not all(ends):
         fail("interpolate takes two texts: --interpolate='A|B'")
-    x = windows_of(encoder, tokenizer, ends)
+    x = [windows_of(encoder, tokenizer, text) for text in ends]
     if any(len(rows) > 1 for rows in x):
         fail(f"interpolate is between two windows, of at most {x[0].size(1)} tokens each")
     a, b = encoder.encode(x := torch.cat(x))
@@ -204,7 +217,7 @@ def show_interpolation(config, encoder, tokenizer):
 
 def show_nearest(config, encoder, tokenizer, checkpoint, folder):
     """Print every window of the start and the training windows nearest to it, with their cosines."""
-    x = torch.cat(windows_of(encoder, tokenizer, starts(config.start)))
+    x = torch.cat([windows_of(encoder, tokenizer, text) for text in starts(config.start)])
     dataset = checkpoint['run']['dataset']
     if load_meta(dataset) != checkpoint['tokenizer']:
         fail(f"data/{dataset} has been prepared anew from another text: its windows cannot be compared")
@@ -221,7 +234,8 @@ def show_nearest(config, encoder, tokenizer, checkpoint, folder):
 
 
 def main(argv):
-    config, given = settings(argv, __doc__, Config)
+    config, given = settings(argv, __doc__, Config, functions=latent.RULES.values(),
+                             others=help_of_rules('rules of latent.py', latent.RULES))
     device = common.pick_device(config.device)
     path, checkpoint = find.find(config.out_dir, config.which)
     if checkpoint['objective'] not in ('vae', 'latent'):
@@ -230,7 +244,10 @@ def main(argv):
     encoder = model.vae if checkpoint['objective'] == 'latent' else model
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
     if not (config.reconstruct or config.interpolate or config.nearest):
-        return report(config, given, checkpoint, model, tokenizer, device, amp)
+        try:
+            return report(config, given, checkpoint, model, tokenizer, device, amp)
+        except ValueError as e:  # of the sampler's knobs
+            fail(e)
     with torch.no_grad(), amp:
         common.seed_everything(config.seed)
         if config.reconstruct:

@@ -11,6 +11,7 @@ lines of spaces are left out. The vocabulary (four marks, the bytes that occur, 
 the training lines alone, so validation may contain <unk>. A digit is always a token of its own.
 """
 import collections
+import heapq
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -53,17 +54,26 @@ def train_bpe(lines, vocab_size):
     index = {piece[0]: i for i, piece in enumerate(pieces)}
     words = [([index[b] for b in word.encode()], n) for word, n in counts.items()]
     pairs, where = collections.Counter(), collections.defaultdict(set)
+    changed, heap = set(), []
 
     def count(w, sign):
         word, n = words[w]
         for pair in pairwise(word):
             pairs[pair] += sign * n
             where[pair].add(w)
+            changed.add(pair)
 
     for w in range(len(words)):
         count(w, 1)
-    while len(pieces) < room and (most := max(pairs.values(), default=0)) > 1:
-        left, right = min(pair for pair, n in pairs.items() if n == most)
+    while len(pieces) < room:
+        for pair in changed:
+            heapq.heappush(heap, (-pairs[pair], pair))
+        changed.clear()
+        while heap and -heap[0][0] != pairs[heap[0][1]]:  # counted anew since
+            heapq.heappop(heap)
+        if not heap or heap[0][0] > -2:
+            break
+        _, (left, right) = heapq.heappop(heap)
         for w in where.pop((left, right)):
             count(w, -1)
             words[w] = join(words[w][0], (left, right), len(pieces)), words[w][1]
