@@ -1,6 +1,8 @@
+import contextlib
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,27 +22,59 @@ TINY = ['--dataset=tiny', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_s
         '--dtype=float32', '--device=cpu']
 
 
-@pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    """An empty working folder with a tiny prepared dataset, data/tiny."""
-    folder = tmp_path / 'data' / 'tiny'
+def make_tiny(path):
+    """A tiny prepared dataset, data/tiny."""
+    folder = path / 'data' / 'tiny'
     folder.mkdir(parents=True)
     chars = sorted(set(TEXT))
     tokens = np.array([chars.index(c) for c in TEXT], np.uint16)
     tokens[:4000].tofile(folder / 'train.bin')
     tokens[4000:].tofile(folder / 'val.bin')
     (folder / 'meta.json').write_text(json.dumps(dict(kind='char', chars=chars, source='tests', sha256='')))
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty working folder with a tiny prepared dataset, data/tiny."""
+    make_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.fixture
-def trained(workdir):
-    """A working folder with a tiny masked model in out-m and its AR twin in out-a."""
+@pytest.fixture(scope='session')
+def trainings(tmp_path_factory):
+    """A function (runs of train.py, each its flags) -> a folder as they leave it. Every run is made once."""
     import train
-    train.main([*TINY, '--out_dir=out-m'])
-    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
-    return workdir
+    found = {}
+
+    def after(*runs):
+        if runs not in found:
+            folder = tmp_path_factory.mktemp('trained')
+            if runs:
+                shutil.copytree(after(*runs[:-1]), folder, dirs_exist_ok=True)
+                with contextlib.chdir(folder):
+                    train.main(list(runs[-1]))
+            else:
+                make_tiny(folder)
+            found[runs] = folder
+        return found[runs]
+    return after
+
+
+@pytest.fixture
+def after(workdir, trainings):
+    """A function (runs of train.py, each a list of flags): the working folder becomes a copy of one in which
+    these were made."""
+    def copy(*runs):
+        shutil.copytree(trainings(*map(tuple, runs)), workdir, dirs_exist_ok=True)
+        return workdir
+    return copy
+
+
+@pytest.fixture
+def trained(after):
+    """A working folder with a tiny masked model in out-m and its AR twin in out-a."""
+    return after([*TINY, '--out_dir=out-m'], [*TINY, '--out_dir=out-a', '--objective=ar'])
 
 
 @pytest.fixture

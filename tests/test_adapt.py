@@ -1,4 +1,5 @@
 """From an autoregressive model to a denoiser: shift, annealed attention, marks, what is kept; adapters."""
+import contextlib
 import dataclasses
 
 import pytest
@@ -16,6 +17,7 @@ from parts import adapted, lora
 from conftest import TINY, chi_square_p
 
 SIZES = dict(vocab_size=7, block_size=8, n_layer=2, n_head=2, n_embd=16)
+AR = [*TINY, '--objective=ar', '--out_dir=out-ar']
 ARCHS = [dict(arch='ours'), dict(arch='gpt2'), dict(arch='llama', n_kv_head=1, n_inner=24, tied=True)]
 
 
@@ -149,8 +151,8 @@ def test_mask_begins_as_the_mean_token_bos_is_kept_and_all_else_is_equal(arch, s
 
 
 @pytest.mark.parametrize('objective', ['masked', 'block', 'ar'])
-def test_an_out_dir_of_ours_becomes_any_of_the_three_and_says_so_in_its_checkpoint(workdir, objective):
-    train.main([*TINY, '--objective=ar', '--out_dir=out-ar'])
+def test_an_out_dir_of_ours_becomes_any_of_the_three_and_says_so_in_its_checkpoint(after, objective):
+    after(AR)
     more = ['--block_length=4'] if objective == 'block' else []
     loop = [a for a in TINY if not a.startswith('--n_')]
     train.main([*loop, f'--objective={objective}', '--init_from=out-ar', '--out_dir=out-b', *more])
@@ -168,15 +170,15 @@ def test_a_run_that_goes_on_does_not_anneal_again_but_keeps_the_shift(workdir):
     assert checkpoint['rows'] == dict(random_length=0.0)
 
 
-def test_without_an_objective_of_its_own_a_run_goes_on_with_that_of_the_checkpoint(workdir):
-    train.main([*TINY, '--objective=ar', '--out_dir=out-ar'])
+def test_without_an_objective_of_its_own_a_run_goes_on_with_that_of_the_checkpoint(after):
+    after(AR)
     train.main(['--dataset=tiny', '--init_from=out-ar', '--out_dir=out-b', '--max_iters=1', '--device=cpu',
                 '--compile=False'])
     assert common.load('out-b/last.pt')['objective'] == 'ar'
 
 
-def test_a_run_that_starts_from_a_checkpoint_begins_with_its_averaged_weights(workdir):
-    train.main([*TINY, '--objective=ar', '--out_dir=out-ar'])
+def test_a_run_that_starts_from_a_checkpoint_begins_with_its_averaged_weights(after):
+    after(AR)
     train.main(['--dataset=tiny', '--init_from=out-ar', '--out_dir=out-b', '--max_iters=1', '--device=cpu',
                 '--compile=False', '--lr=0', '--muon_lr=0'])
     a, b = common.load('out-ar/best.pt')['ema'], common.load('out-b/last.pt')['model']
@@ -207,10 +209,10 @@ def test_folded_weights_in_a_plain_model_give_the_logits_of_the_adapted_one(arch
     assert torch.allclose(plain.network(xt), net.network(xt), atol=1e-5)
 
 
-def test_a_second_run_begins_with_the_first_ones_adapters_merged(workdir):
+def test_a_second_run_begins_with_the_first_ones_adapters_merged(after):
     """At no learning rate its weights, merged again, are the first run's."""
     loop = [a for a in TINY if not a.startswith('--n_')]
-    train.main([*TINY, '--objective=ar', '--out_dir=out-ar'])
+    after(AR)
     train.main([*loop, '--objective=masked', '--init_from=out-ar', '--out_dir=out-m', '--lora_rank=2',
                 '--muon_lr=0', '--lr=0.1', '--shift=True', '--block_size=15'])
     first = common.load('out-m/best.pt')
@@ -224,13 +226,12 @@ def test_a_second_run_begins_with_the_first_ones_adapters_merged(workdir):
     assert not torch.allclose(a['gpt.blocks.0.mlp.fc.weight'], base)  # the first had learned
 
 
-def test_a_run_with_adapters_resumes_bit_for_bit(workdir):
+def test_a_run_with_adapters_resumes_bit_for_bit(after):
     loop = [a for a in TINY if not a.startswith(('--n_', '--max'))]
-    train.main([*TINY, '--objective=ar', '--out_dir=out-ar'])
+    after(AR)
     run = [*loop, '--objective=masked', '--init_from=out-ar', '--lora_rank=2', '--muon_lr=0', '--shift=True',
            '--block_size=15', '--max_iters=6', '--anneal_iters=5']
     train.main([*run, '--out_dir=out-whole'])
-    import contextlib
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         own = train.State.save
 

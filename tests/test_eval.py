@@ -18,15 +18,6 @@ from theirs import make_folder
 from tools import frontier, judge
 
 
-@pytest.fixture
-def trained(workdir, capsys):
-    """A masked model in out-m, its twin in out-a; what they print while they train is dropped."""
-    train.main([*TINY, '--out_dir=out-m'])
-    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
-    capsys.readouterr()
-    return workdir
-
-
 def rows_of(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
     names = [cell.strip() for cell in lines[0].strip('|').split('|')]

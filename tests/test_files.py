@@ -1,5 +1,6 @@
 """What people have and what they get: byte order marks, ~, consoles that know few letters, outputs that are
 full or gone, folders that cannot be written, files that are something else."""
+import io
 import json
 import os
 import pickle
@@ -28,9 +29,14 @@ from data import tools
 BOM = b'\xef\xbb\xbf'
 
 
-def run(script, *flags, **how):
-    """A script in a process of its own: what a person runs."""
-    return subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, timeout=120, **how)
+def run(main, *flags):
+    """Run a script as a process of its own would; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [main.__module__, *flags])
+        try:
+            return configurator.script(main) or 0
+        except SystemExit as exit:
+            return exit.code
 
 
 # ---- reading ----------------------------------------------------------------------------------------------
@@ -210,49 +216,59 @@ def test_values_beyond_all_measure_end_in_one_line(flag, workdir, mistake):
 
 # ---- outputs ----------------------------------------------------------------------------------------------
 
-def test_outputs_that_know_few_letters_are_written_in_utf8(workdir, tmp_path):
+def test_outputs_that_know_few_letters_are_written_in_utf8(workdir, monkeypatch):
     """What a console writes to a file in cp1252 or ASCII, and '±' of the log."""
     chars = sorted(set('Мой дядя самых честных правил 日本'))
     ids = np.random.default_rng(0).integers(len(chars), size=400).astype(np.uint16)
     for split in ('train', 'val'):
         ids.tofile(f'data/tiny/{split}.bin')
     Path('data/tiny/meta.json').write_text(json.dumps(dict(kind='char', chars=chars)))
-    done = run('train.py', *TINY, env=os.environ | dict(PYTHONIOENCODING='ascii'))
-    assert done.returncode == 0 and '±' in done.stdout.decode() and Path('out/best.pt').exists()
-    done = run('sample.py', '--steps=2', '--num_samples=1', '--html=x.html',
-               env=os.environ | dict(PYTHONIOENCODING='cp1252'))
-    assert done.returncode == 0 and len(done.stdout.decode().rstrip('\n')) == 16 and Path('x.html').exists()
+    for encoding, main, flags in (('ascii', train.main, TINY), ('cp1252', sample.main, [
+            '--steps=2', '--num_samples=1', '--html=x.html'])):
+        monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding))
+        assert run(main, *flags) == 0
+        text = sys.stdout.buffer.getvalue().decode()
+        assert '±' in text if main is train.main else len(text.rstrip('\n')) == 16
+    assert Path('x.html').exists()
 
 
-def test_a_reader_that_leaves_and_a_full_output_end_without_a_traceback(trained):
-    def shell(command):
-        return subprocess.run(command, shell=True, capture_output=True, timeout=60)
-    command = f"{sys.executable} {ROOT / 'sample.py'} --out_dir=out-m --steps=2 --num_samples=1"
-    done = shell(f'{command} --help | head -c 5')
-    assert done.stdout == b'Write' and b'Traceback' not in done.stderr and b'ignored' not in done.stderr
-    if Path('/dev/full').exists():
-        done = shell(f'{command} --html=x.html > /dev/full')
-        assert done.returncode == 2 and b'standard output' in done.stderr and done.stderr.count(b'\n') == 1
-        assert Path('x.html').exists()  # saved before anything is printed
-        done = shell(f"{sys.executable} {ROOT / 'train.py'} {' '.join(TINY)} > /dev/full")
-        assert done.returncode == 0 and common.load('out/last.pt')['iter'] == 4
+def shell(command, **how):
+    """A command as a person types it; PY is this Python."""
+    return subprocess.run(command.replace('PY', sys.executable), shell=True, capture_output=True, timeout=120,
+                          **how)
 
 
-def test_outputs_that_are_closed_are_as_if_they_were_nowhere(trained):
-    for script, flags, closed in (('train.py', TINY, '>&- 2>&-'), ('sample.py', ['--steps=2'], '2>&-'),
-                                  ('sample.py', ['--steps=2', '--watch', '--num_samples=1'], '>&-')):
-        done = subprocess.run(f"{sys.executable} {ROOT / script} {' '.join(flags)} {closed}", shell=True,
-                              capture_output=True, timeout=60)
-        assert done.returncode == 0 and b'Traceback' not in done.stderr and b'[out' not in done.stdout
+def test_a_reader_that_leaves_ends_a_script_without_a_traceback():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from configurator import script"
+    done = shell(f"""PY -c "{code}; script(lambda argv: print('text' * 10 ** 6))" | head -c 4""")
+    assert done.stdout == b'text' and b'Traceback' not in done.stderr and b'ignored' not in done.stderr
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason="needs /dev/full")
+def test_a_full_output_ends_in_one_line_after_all_else_is_done(trained, monkeypatch, capsys):
+    for main, flags in ((sample.main, ['--out_dir=out-m', '--steps=2', '--html=x.html']), (train.main, TINY)):
+        with open('/dev/full', 'w') as full, monkeypatch.context() as patch:
+            patch.setattr(sys, 'stdout', full)
+            assert run(main, *flags) == 2
+        told = capsys.readouterr().err
+        assert 'standard output' in told and told.count('\n') == 1
+    assert Path('x.html').exists()  # saved before anything is printed
     assert common.load('out/last.pt')['iter'] == 4
 
 
-def test_too_little_memory_ends_in_one_line():
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch\nfrom configurator import script\n"
-            f"script(lambda argv: torch.empty(10 ** 15))")
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith(b'error: out of memory') and \
-        done.stderr.count(b'\n') == 1
+def test_outputs_that_are_closed_are_as_if_they_were_nowhere(trained, monkeypatch, capsys):
+    done = shell(f"PY {ROOT / 'train.py'} {' '.join(TINY)} >&- 2>&-")
+    assert done.returncode == 0 and common.load('out/last.pt')['iter'] == 4
+    for name, flags in (('stderr', []), ('stdout', ['--watch', '--num_samples=1'])):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, None)
+            assert run(sample.main, '--out_dir=out-m', '--steps=2', *flags) == 0
+        out, err = capsys.readouterr()
+        assert '[out' not in out and bool(out) == (name == 'stderr')
+
+
+def test_too_little_memory_ends_in_one_line(mistake):
+    assert 'out of memory' in mistake(lambda argv: configurator.script(lambda argv: torch.empty(10 ** 15)))
 
 
 def test_links_are_followed_and_devices_and_pipes_are_written_to_as_they_are(workdir):
@@ -341,8 +357,8 @@ def test_the_room_that_is_asked_for_is_what_two_checkpoints_and_a_temporary_one_
     assert abs(float(asked[0]) / (best + 2 * last) - 1) < 0.1
 
 
-def test_a_new_run_moves_the_checkpoints_of_an_old_one_aside_and_says_so(workdir, capsys):
-    train.main([*TINY, '--out_dir=out'])
+def test_a_new_run_moves_the_checkpoints_of_an_old_one_aside_and_says_so(workdir, after, capsys):
+    after(TINY)
     old = {name: Path('out', name).read_bytes() for name in ('best.pt', 'last.pt')}
     (workdir / 'out' / 'mine.txt').touch()
     capsys.readouterr()
@@ -358,22 +374,26 @@ def test_a_new_run_moves_the_checkpoints_of_an_old_one_aside_and_says_so(workdir
     assert not (workdir / 'out' / 'old-3').exists()
 
 
-def test_a_new_run_that_has_not_saved_yet_is_not_taken_for_the_old_one(workdir, mistake, monkeypatch):
-    train.main([*TINY, '--out_dir=out'])
-    monkeypatch.setattr(train.State, 'save', lambda *_: None)  # killed before its first checkpoint
-    train.main([*TINY, '--out_dir=out', '--objective=ar'])
+def test_a_new_run_that_has_not_saved_yet_is_not_taken_for_the_old_one(after, mistake, monkeypatch):
+    after(TINY)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, 'step', killed)  # before its first checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*TINY, '--out_dir=out', '--objective=ar'])
     told = mistake(sample.main, '--out_dir=out')
     assert 'there is no checkpoint out/last.pt yet' in told and 'out/old-1/last.pt' in told
 
 
 @pytest.mark.parametrize('flags', [['--expanded=True'], ['--dataset=lines', '--objective=block'],
                                    ['--dataset=empty']])
-def test_a_mistake_moves_nothing(flags, workdir, mistake):
+def test_a_mistake_moves_nothing(flags, workdir, after, mistake):
     from data.lines import prepare as lines
     (workdir / 't.txt').write_text(TEXT)
     lines.main(['--input=t.txt', '--out=data/lines', '--vocab_size=60'])
     tools.write_splits('data/empty', dict(train=[0] * 100, val=[]), dict(kind='byte'))
-    train.main([*TINY, '--out_dir=out'])
+    after(TINY)
     mistake(train.main, *TINY, '--out_dir=out', *flags)
     assert sorted(p.name for p in (workdir / 'out').iterdir()) == ['best.pt', 'last.pt']
 
@@ -401,8 +421,8 @@ def test_two_runs_at_once_cannot_share_a_folder(workdir, mistake):
     assert sorted(p.name for p in (workdir / 'out').iterdir()) == ['best.pt', 'last.pt']
 
 
-def test_a_finished_run_that_is_resumed_says_so(workdir, capsys):
-    train.main(TINY)
+def test_a_finished_run_that_is_resumed_says_so(after, capsys):
+    after(TINY)
     before = Path('out/last.pt').read_bytes()
     capsys.readouterr()
     train.main(['--init_from=resume'])
@@ -412,29 +432,28 @@ def test_a_finished_run_that_is_resumed_says_so(workdir, capsys):
     assert 'done 4 iterations, max_iters is 2' in capsys.readouterr().out
 
 
-def test_a_best_pt_cannot_be_resumed_and_says_why(workdir, mistake):
-    train.main(TINY)
+def test_a_best_pt_cannot_be_resumed_and_says_why(workdir, after, mistake):
+    after(TINY)
     (workdir / 'out' / 'best.pt').rename(workdir / 'out' / 'last.pt')
     assert 'a best.pt has none' in mistake(train.main, '--init_from=resume', '--max_iters=9')
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason="Windows has no SIGHUP")
 @pytest.mark.parametrize('ignored', [False, True])
-def test_a_terminal_that_hangs_up_saves_and_one_that_is_left_alone_by_nohup_goes_on(workdir, ignored):
-    before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
-    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--max_iters=1000000',
-                                '--eval_interval=1000000', '--log_interval=10'],
-                               stdout=subprocess.PIPE, text=True, preexec_fn=before)
-    while 'tokens/s' not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGHUP)
-    if ignored:
-        for _ in range(20):
-            assert 'tokens/s' in process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and '--init_from=resume' in out
-    assert common.load('out/last.pt')['iter'] >= 10
+def test_a_terminal_that_hangs_up_saves_and_one_that_is_left_alone_by_nohup_goes_on(
+        workdir, capsys, monkeypatch, ignored):
+    own, before = train.step, signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    def hanging_up(state, *more):
+        signal.raise_signal(signal.SIGHUP) if state.iter == 1 else None
+        return own(state, *more)
+    monkeypatch.setattr(train, 'step', hanging_up)
+    try:
+        train.main(TINY)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ('--init_from=resume' in capsys.readouterr().out) == (not ignored)
+    assert common.load('out/last.pt')['iter'] == (4 if ignored else 2)
 
 
 def test_the_length_of_a_text_is_checked_before_a_model_is_made(workdir, mistake, monkeypatch):

@@ -26,20 +26,21 @@ LATENT = [*LOOP, '--objective=latent', '--base=out-vae', '--out_dir=out-latent',
 
 
 @pytest.fixture
-def base(workdir):
-    train.main(AR)
-    return workdir
+def base(after):
+    return after(AR)
 
 
 @pytest.fixture
-def both(base):
-    train.main(VAE)
-    train.main(LATENT)
-    return base
+def with_vae(after):
+    return after(AR, VAE)
 
 
-def test_a_vae_takes_its_sizes_and_weights_from_the_base_and_keeps_them(base):
-    train.main(VAE)
+@pytest.fixture
+def both(after):
+    return after(AR, VAE, LATENT)
+
+
+def test_a_vae_takes_its_sizes_and_weights_from_the_base_and_keeps_them(with_vae):
     ar, vae = (common.load(f'out-{name}/last.pt') for name in ('ar', 'vae'))
     assert vae['config']['n_embd'] == 16 and vae['config']['base_context'] == 32
     for name, p in ar['ema'].items():
@@ -48,8 +49,7 @@ def test_a_vae_takes_its_sizes_and_weights_from_the_base_and_keeps_them(base):
         assert torch.equal(vae['ema'][mine], p), name
 
 
-def test_the_latents_of_held_out_windows_have_about_unit_variance(base):
-    train.main(VAE)
+def test_the_latents_of_held_out_windows_have_about_unit_variance(with_vae):
     model, _ = common.load_model(common.load('out-vae/last.pt'), torch.device('cpu'))
     assert not torch.equal(model.std, torch.ones_like(model.std))  # train.py has measured
     model.w_e.weight *= 50  # so few steps leave dimensions that hardly vary, which `measure` keeps small
@@ -201,8 +201,7 @@ def test_windows_that_are_sentences_go_through_all_scripts(base, capsys):
     assert 'upper bound' in row and '20 of 16' in row
 
 
-def test_the_report_of_a_vae_agrees_with_its_reconstructions(base, capsys):
-    train.main(VAE)
+def test_the_report_of_a_vae_agrees_with_its_reconstructions(with_vae, capsys):
     capsys.readouterr()
     latents.main(['--out_dir=out-vae', '--windows=30'])
     report = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', capsys.readouterr().out, re.M))

@@ -59,8 +59,8 @@ def test_what_an_earlier_version_called_otherwise_is_renamed():
     assert older.upgraded(old)['rows'] == {}
 
 
-def test_a_checkpoint_of_today_is_left_as_it_is(workdir):
-    train.main(TINY)
+def test_a_checkpoint_of_today_is_left_as_it_is(after):
+    after(TINY)
     checkpoint = common.load('out/last.pt')
     assert older.upgraded(checkpoint) is checkpoint
     assert find.find('out')[1]['config'] == dataclasses.asdict(common.load_model(checkpoint, 'cpu')[0].config)

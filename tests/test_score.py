@@ -24,12 +24,12 @@ class Exact(score.Model):
 
     def logits(self, x, sigma, E, guess=None, segment=None):
         """sum over all sequences with token v at i of p(sequence) N(x; its points, sigma^2), as log."""
-        points, s = E[self.joint.x].double(), sigma.clamp(min=1e-3).double()         # (N, T, d)
-        far = ((x.double()[:, None] - points) ** 2).sum(-1) / (2 * s[:, None] ** 2)  # (B, N, T)
-        log_joint = self.joint.p.log() - far.sum(-1)                                 # (B, N)
-        log_joint = log_joint - log_joint.amax(-1, keepdim=True)
-        onehot = torch.nn.functional.one_hot(self.joint.x, self.joint.V).double()
-        return torch.einsum('bn,ntv->btv', log_joint.exp(), onehot).clamp(min=1e-300).log().float(), None
+        s, V = sigma.clamp(min=1e-3).double(), self.joint.V
+        far = ((x.double()[:, :, None] - E.double()) ** 2).sum(-1) / (2 * s[..., None] ** 2)  # (B, T, V)
+        onehot = torch.nn.functional.one_hot(self.joint.x, V).double().flatten(1)             # (N, T V)
+        log_joint = self.joint.p.log() - far.flatten(1) @ onehot.T                            # (B, N)
+        weight = (log_joint - log_joint.amax(-1, keepdim=True)).exp()
+        return (weight @ onehot).clamp(min=1e-300).log().float().unflatten(-1, (-1, V)), None
 
 
 def entropy(joint):
@@ -144,7 +144,8 @@ def test_the_probability_flow_draws_the_true_law_in_any_fixed_order(joint, rule,
     """Chi-square over 27 sequences, 4,000 draws; a false alarm has probability 1e-4, the seed is fixed."""
     model = Exact(joint)
     torch.manual_seed(2)
-    *_, samples = model.sample(torch.full((4000, 3), 3), 100, rule=rule, first=first, stagger=2.0)
+    steps = 50 if rule == 'heun' else 100
+    *_, samples = model.sample(torch.full((4000, 3), 3), steps, rule=rule, first=first, stagger=2.0)
     assert chi_square_p(samples, joint.p, 3) > 1e-4
 
 
@@ -529,12 +530,10 @@ def test_weights_and_squared_error_of_the_loss_by_hand():
         assert torch.allclose(loss, expected, rtol=1e-4), knobs
 
 
-@pytest.mark.parametrize('knobs', [dict(self_condition=True),
-                                   dict(given_share=0.5, mse=0.1, loss_weight='edm'),
+@pytest.mark.parametrize('knobs', [dict(self_condition=True, given_share=0.5, mse=0.1, loss_weight='edm'),
                                    dict(reads='scaled', per_token=0.5, time_warp=False)], ids=str)
-@pytest.mark.parametrize('segment', [None, torch.tensor([[0, 0, 1]] * 4)], ids=['windows', 'packed'])
-def test_every_option_traces_as_one_graph(knobs, segment):
-    model = score.Model(score.Config(**SIZES, **knobs))
+def test_every_option_traces_as_one_graph(knobs):
+    model, segment = score.Model(score.Config(**SIZES, **knobs)), torch.tensor([[0, 0, 1]] * 4)
     loss, _ = torch.compile(model, backend='eager', fullgraph=True)(torch.randint(3, (4, 3)), segment)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad and p.grad is not None)

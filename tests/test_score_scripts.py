@@ -12,11 +12,9 @@ from tools import frontier
 
 
 @pytest.fixture
-def trained(workdir):
+def trained(after):
     """A working folder with a tiny score model in out-s and an autoregressive judge in out-a."""
-    train.main([*TINY, '--out_dir=out-s', '--objective=score'])
-    train.main([*TINY, '--out_dir=out-a', '--objective=ar'])
-    return workdir
+    return after([*TINY, '--out_dir=out-a', '--objective=ar'], [*TINY, '--out_dir=out-s', '--objective=score'])
 
 
 def test_prompts_infilling_templates_and_files_of_starts_work_as_for_masked_diffusion(trained, capsys):

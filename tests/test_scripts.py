@@ -3,7 +3,7 @@ import contextlib
 import dataclasses
 import json
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -22,9 +22,11 @@ from conftest import ROOT, TEXT, TINY
 
 # ---- the commands -----------------------------------------------------------------------------------------
 
-def test_the_commands_of_the_readme_work_end_to_end(tmp_path):
+def test_the_commands_of_the_readme_work_end_to_end(tmp_path, monkeypatch, capsys):
+    """In this process; test_files.py and test_train.py start scripts as a person does."""
     readme = (ROOT / 'README.md').read_text()
     (tmp_path / 'text.txt').write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
     out = {}
     for command, tiny in {
         'python data/shakespeare_char/prepare.py': ['--input=text.txt', '--out=data/shakespeare_char'],
@@ -35,11 +37,11 @@ def test_the_commands_of_the_readme_work_end_to_end(tmp_path):
         'python eval.py --out_dir=out-ar': ['--windows=10'],
     }.items():
         assert command in readme, command
-        words = [sys.executable, *(str(ROOT / w) if w.endswith('.py') else w for w in command.split()[1:]),
-                 *tiny]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        out[command] = done.stdout
+        words = [str(ROOT / w) if w.endswith('.py') else w for w in command.split()[1:]]
+        monkeypatch.setattr(sys, 'argv', words + tiny)
+        capsys.readouterr()
+        runpy.run_path(words[0], run_name='__main__')
+        out[command] = capsys.readouterr().out
     assert len(out['python sample.py --steps=64'].replace('-' * 60, '')) >= 2 * 16
     assert ('| upper bound |' in out['python eval.py --out_dir=out-mdlm']
             and '| exact |' in out['python eval.py --out_dir=out-ar'])
