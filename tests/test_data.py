@@ -516,14 +516,13 @@ def documents_of(folder):
 
 def test_documents_go_into_one_stream_with_an_end_behind_each(tiny_gpt2, tmp_path, mistake, monkeypatch):
     main, folder = preparer('openwebtext').main, tmp_path / 'docs/deep'
-    monkeypatch.setattr(preparer('openwebtext'), 'VAL_EVERY', 4)
     monkeypatch.setattr(preparer('openwebtext'), 'BATCH', 3)
     folder.mkdir(parents=True)
     rows = [{'text': f'the document {i}\n\n€', 'url': 'x'} for i in range(10)] + [{'text': ' '}]
     (folder / 'a.jsonl').write_text('\n\n'.join(map(json.dumps, rows)))
     (folder / 'b.txt').write_text('one\ntwo\n<|endoftext|>\nthree\n')
     (folder / 'c.csv').write_text('no text')
-    main([f'--input={tmp_path}/docs', f'--out={tmp_path}/a'])
+    main([f'--input={tmp_path}/docs', f'--out={tmp_path}/a', '--val_every=4'])
     texts = [row['text'] for row in rows[:10]] + ['one\ntwo\n', 'three\n']
     assert documents_of(tmp_path / 'a') == dict(
         val=texts[::4], train=[text for i, text in enumerate(texts) if i % 4])
@@ -532,6 +531,7 @@ def test_documents_go_into_one_stream_with_an_end_behind_each(tiny_gpt2, tmp_pat
     (tmp_path / 'bad.jsonl').write_text('{"text": "good"}\n{"txt": "bad"}\n')
     assert 'bad.jsonl, line 2' in mistake(main, f'--input={tmp_path}/bad.jsonl', f'--out={tmp_path}/b')
     assert not list((tmp_path / 'b').iterdir())
+    assert 'val_every=1' in mistake(main, '--val_every=1')
     for path in ('none.txt', str(tmp_path / 'a')):
         assert path in mistake(main, f'--input={path}', f'--out={tmp_path}/c')
     (tmp_path / 'one.txt').write_text('one\n')

@@ -18,18 +18,19 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import Filename, fail
+from configurator import Filename, Range, fail
 from data import tools
 from text import files
 from text.vocabulary import Tokenizer
 
 NAME = 'Skylion007/openwebtext'
-VAL_EVERY = 2000  # one document in so many is for validation
+Every = Annotated[int, Range(lambda n: n >= 2, "must be at least 2")]
 BATCH = 1024      # documents in memory at a time
 
 
@@ -76,14 +77,14 @@ def documents(path):
     return itertools.chain.from_iterable(map(file_documents, paths)), root.name
 
 
-def write_tokens(texts, tokenizer, train, val):
-    """Write the tokens of the texts into the open files train and val, batch by batch.
-    Returns ({'train': tokens, 'val': tokens}, sha256 of the texts)."""
+def write_tokens(texts, tokenizer, train, val, val_every):
+    """Write the tokens of the texts into the open files train and val, of which val gets one text in
+    val_every, batch by batch. Returns ({'train': tokens, 'val': tokens}, sha256 of the texts)."""
     counts, digest, number = dict(train=0, val=0), hashlib.sha256(), 0
     with ThreadPoolExecutor() as pool, tqdm(unit=' documents', disable=not sys.stderr.isatty()) as bar:
         while batch := list(itertools.islice(texts, BATCH)):
             for text, ids in zip(batch, pool.map(tokenizer.encode, batch)):
-                split, file = ('val', val) if number % VAL_EVERY == 0 else ('train', train)
+                split, file = ('val', val) if number % val_every == 0 else ('train', train)
                 file.write(np.array([*ids, tokenizer.end], np.uint16).tobytes())
                 digest.update(text.encode(errors='replace'))
                 counts[split] += len(ids) + 1
@@ -94,13 +95,14 @@ def write_tokens(texts, tokenizer, train, val):
 
 def prepare(out, *,
             input: Filename = '',  # .txt, .jsonl or a folder of them, instead of OpenWebText
+            val_every: Every = 2000,  # one document in so many is for validation
             revision: str = ''):  # of the dataset, e.g. refs/convert/parquet; '': the main one
     texts, source = documents(input) if input else (hub_documents(revision), NAME)
     first = next(texts, '')  # a source that does not open ends the script here, before anything is written
     texts = filter(str.strip, itertools.chain([first], texts))
     tokenizer, out = Tokenizer(dict(kind='gpt2')), Path(out)
     with files.writing(out / 'train.bin') as train, files.writing(out / 'val.bin') as val:
-        counts, sha256 = write_tokens(texts, tokenizer, train, val)
+        counts, sha256 = write_tokens(texts, tokenizer, train, val, val_every)
         if not all(counts.values()):
             fail(f"{source} holds fewer than two documents; a single text: data/text/prepare.py")
         for file in (train, val):
