@@ -429,36 +429,40 @@ def test_mutual_information_is_zero_for_latents_that_tell_nothing_and_log_b_for_
 
 def exact(net, x, prefix):
     """-log p(x | prefix) of a VAE with one latent dimension, by quadrature."""
-    z = torch.linspace(-8, 8, 1601)
+    z = torch.linspace(-8, 8, 801)
     prior = (-z ** 2 / 2 - math.log(2 * math.pi) / 2)
-    with torch.no_grad():
-        nats = torch.stack([net.window_nats(torch.full((len(x), 1, 1), float(v)), x, prefix) for v in z])
-    return -((prior[:, None] - nats).logsumexp(0) + math.log(0.01))
+    x, prefix = (ids.repeat(801, 1) for ids in (x, prefix))
+    nats = net.window_nats(z.repeat_interleave(len(x) // 801).view(-1, 1, 1), x, prefix).view(801, -1)
+    return -((prior[:, None] - nats).logsumexp(0) + math.log(0.02))
 
 
 @pytest.mark.parametrize('learned', [False, True])
 def test_the_bound_is_above_the_truth_and_falls_to_it_with_more_draws(learned):
+    """The seed is fixed."""
     net = random_model(n_latent=1, d_latent=1, learned_variance=learned, std=0.5)
     torch.nn.init.normal_(net.w_d.bias)  # without it the decoder's first norm leaves of z its sign alone
     net.eval().requires_grad_(False)
     x, prefix = text(3), text(3, seed=2)
     true = exact(net, x, prefix)
     torch.manual_seed(0)
-    one = torch.stack([net.nats(x, 1, prefix) for _ in range(300)])
-    many = torch.stack([net.nats(x, 300, prefix) for _ in range(10)])
-    error = one.std(0) / 300 ** 0.5
-    assert (one.mean(0) > true).all() and (one.mean(0) > many.mean(0) - error).all()
-    assert torch.allclose(many.mean(0), true, atol=0.15) and (many.mean(0) > true - 0.02).all()
+    one = net.nats(x.repeat(1000, 1), 1, prefix.repeat(1000, 1)).view(1000, 3)
+    many = net.nats(x.repeat(20, 1), 300, prefix.repeat(20, 1)).view(20, 3)
+    one_error, error = one.std(0) / 1000 ** 0.5, many.std(0) / 20 ** 0.5
+    assert (one.mean(0) > true + one_error).all() and (one.mean(0) > many.mean(0) + one_error).all()
+    # 4 standard errors; what is left of 300 draws' own gap is half their variance
+    assert ((many.mean(0) - true - many.var(0) / 2).abs() < 4 * error).all() and (error < 0.05).all()
 
 
 def test_one_draw_is_the_negative_elbo_whose_kl_is_known():
     net = random_model().eval().requires_grad_(False)
     x, prefix = text(3), text(3, seed=2)
     torch.manual_seed(0)
-    draws = torch.stack([net.nats(x, 1, prefix) for _ in range(600)])
+    many, before = x.repeat(600, 1), prefix.repeat(600, 1)
+    draws = net.nats(many, 1, before).view(600, 3)
     mu, logvar = net.posterior(x)
+    z = mu.repeat(600, 1, 1)
     torch.manual_seed(1)
-    rec = torch.stack([net.window_nats(mu + torch.randn_like(mu), x, prefix) for _ in range(600)])
+    rec = net.window_nats(z + torch.randn_like(z), many, before).view(600, 3)
     known = rec.mean(0) + vae.kl_to_prior(mu, logvar).sum((1, 2))
     error = ((draws.var(0) + rec.var(0)) / 600).sqrt()
     assert ((draws.mean(0) - known).abs() < 5 * error).all()  # 3 rows at 5 standard errors
