@@ -14,7 +14,8 @@ from tools import frontier
 @pytest.fixture
 def trained(after):
     """A working folder with a tiny score model in out-s and an autoregressive judge in out-a."""
-    return after([*TINY, '--out_dir=out-a', '--objective=ar'], [*TINY, '--out_dir=out-s', '--objective=score'])
+    return after([*TINY, '--out_dir=out-a', '--objective=ar'],
+                 [*TINY, '--out_dir=out-s', '--objective=score'])
 
 
 def test_prompts_infilling_templates_and_files_of_starts_work_as_for_masked_diffusion(trained, capsys):
