@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from text.windows import END, OTHER, SPACE, Passages, last, place, sentence_ends, sentences, tokens_before
+from text.windows import (END, OTHER, SPACE, Passages, Rows, last, place, sentence_ends, sentences,
+                          tokens_before)
 
 V = 7  # six tokens of text and one, 6, between documents
 ENDS = torch.tensor([END if i in (1, 4) else SPACE if i == 3 else OTHER for i in range(V)])
@@ -283,3 +284,16 @@ def test_tokens_before_and_place_read_and_write_every_row_at_its_own_position():
     assert place(xt, start, window, V).tolist() == [[0, 1, 2, 4, 4, V, V], [3, 5, 6, 5, V, V, V]]
     cut = place(xt, torch.tensor([5, 5]), window, V)
     assert cut.tolist()[1] == [3, V, V, V, V, 5, 6]
+
+
+def test_random_length_cuts_the_share_of_rows_that_it_says_to_any_length():
+    """5 standard errors: a false alarm in 10^6 runs; the seed is fixed."""
+    torch.manual_seed(0)
+    rows = Rows(torch.arange(1000) % 50, None, 16, random_length=0.25)
+    batch, n = rows.batch(4000)
+    kept = batch['segment'] == 0
+    share = 0.25 * 15 / 16  # a length of 16 cuts nothing
+    assert abs((~kept).any(-1).double().mean() - share) < 5 * (share * (1 - share) / 4000) ** 0.5
+    assert set(kept.sum(-1).tolist()) == set(range(1, 17)) and n == 4000 * 16
+    assert (kept[:, 1:] <= kept[:, :-1]).all() and (batch['segment'][~kept] == -1).all()
+    assert rows.all()['x'].shape == (62, 16) and 'segment' not in rows.all()
