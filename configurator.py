@@ -215,9 +215,9 @@ def build(knobs, *classes, functions=()):
     must be a field of one of the dataclasses or one of the functions', or the script ends."""
     known = check_names(knobs, *classes, *functions)
     try:
-        given = {key: convert(known[key], value) for key, value in knobs.items()}
-        return [cls(**{name: given[name] for name in knobs_of(cls) if name in given})
-                for cls in classes] + [given]
+        chosen = {key: convert(known[key], value) for key, value in knobs.items()}
+        return [cls(**{name: chosen[name] for name in knobs_of(cls) if name in chosen})
+                for cls in classes] + [chosen]
     except ValueError as e:
         fail(e)
 
@@ -232,16 +232,16 @@ def settings(argv, doc, *classes, functions=(), others=''):
     return build({**files, **flags}, *classes, functions=functions)
 
 
-def arguments(function, given, defaults):
-    """What to call a function with: all of `given`, and of the defaults what it takes. Raises ValueError for
+def arguments(function, chosen, defaults):
+    """What to call a function with: all of `chosen`, and of the defaults what it takes. Raises ValueError for
     one that was given and is none of its arguments."""
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    wrong = [name for name in given if name not in parameters and not takes_all]
+    wrong = [name for name in chosen if name not in parameters and not takes_all]
     if wrong:
         own = [name for name in parameters if name not in ('self', 'xt')]
         raise ValueError(f"{', '.join(wrong)} is not for this model: its sampler takes {', '.join(own)}")
-    return {name: value for name, value in defaults.items() if name in parameters} | given
+    return {name: value for name, value in defaults.items() if name in parameters} | chosen
 
 
 def help_lines(thing, indent='  '):

@@ -103,13 +103,13 @@ def judge_texts(config, how, checkpoint, model, tokenizer, device, amp):
 
 
 def main(argv):
-    config, given = settings(argv, __doc__, Config, functions=judge.samplers())
-    said = judge.said(config, given)
+    config, chosen = settings(argv, __doc__, Config, functions=judge.samplers())
+    said = judge.said(config, chosen)
     if said and not config.judge:
         fail(f"{', '.join(said)}: for texts, which need a judge, for example --judge=out-ar")
     device = common.pick_device(config.device)
     _, checkpoint = find.find(config.out_dir, config.which)
-    changed = in_steps(checkpoint, config.T) if 'T' in given else checkpoint
+    changed = in_steps(checkpoint, config.T) if 'T' in chosen else checkpoint
     if config.block_size:
         changed = source.shortened(changed, config.block_size)
     model, tokenizer = common.load_model(changed, device, config.weights)

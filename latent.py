@@ -174,9 +174,9 @@ class Model(nn.Module):
         z, low, high = self.vae.encode(x), self.config.decode_sigma, self.config.sigma_high
         noisy = z + low * torch.randn_like(z)
         # the noise in the VAE's units, beyond the posterior's, if training told the decoder of any
-        told = (low * low * self.vae.std.square() - self.vae.blur.square()).mean().clamp(min=0).sqrt()
-        told = told * (self.vae.config.latent_noise > 0)
-        text = self.vae.window_nats(self.vae.raw(noisy), x, prefix, told)
+        noise = (low * low * self.vae.std.square() - self.vae.blur.square()).mean().clamp(min=0).sqrt()
+        noise = noise * (self.vae.config.latent_noise > 0)
+        text = self.vae.window_nats(self.vae.raw(noisy), x, prefix, noise)
         end = (math.log1p(high ** -2) + (z.square() - 1) / (high ** 2 + 1)).sum((1, 2)) / 2
         a, b = (-0.5 * math.log1p(s ** -2) for s in (low, high))  # log c_out
         total = text + end

@@ -234,18 +234,18 @@ def samplers():
 
 def main(argv):
     functions, rules = samplers()
-    config, given = settings(argv, __doc__, Config, functions=functions, others=rules)
+    config, chosen = settings(argv, __doc__, Config, functions=functions, others=rules)
     if config.html:
         files.writable(config.html, 'html')
     device = common.pick_device(config.device)
     path, checkpoint = find.find(config.out_dir, config.which)
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     block_size = model.config.block_size
-    if model.any_length and 'overlap' in given:
+    if model.any_length and 'overlap' in chosen:
         fail(f"overlap is not for {checkpoint['objective']}, which writes a text of any length in one go")
     if not model.any_length and config.overlap >= block_size:
         fail(f"overlap={config.overlap} must be smaller than block_size={block_size}")
-    asked = {name: value for name, value in given.items() if name in SAMPLER or name not in knobs_of(Config)}
+    asked = {name: value for name, value in chosen.items() if name in SAMPLER or name not in knobs_of(Config)}
     try:
         how = arguments(model.sample, asked, {name: getattr(config, name) for name in SAMPLER})
         rows = [make_canvas(config, start, tokenizer, block_size, model.any_length)

@@ -29,14 +29,14 @@ def script_of(prepare, doc, name):
     runs if that is what Python was called with, as __name__ tells."""
     def main(argv):
         lines = [line for function in (prepare, place) for line in help_lines(function)]
-        given, = settings(argv, doc, functions=(prepare, place), others='\n\nknobs:\n' + '\n'.join(lines))
-        prepare(place(prepare, out=given.pop('out', '')), **given)
+        chosen, = settings(argv, doc, functions=(prepare, place), others='\n\nknobs:\n' + '\n'.join(lines))
+        prepare(place(prepare, out=chosen.pop('out', '')), **chosen)
     if name == '__main__':
         script(main)
     return main
 
 
-def given(path):
+def read_input(path):
     """The file that --input= names -> (its bytes, its name), or the script ends."""
     if not path:
         fail("which text? --input=FILE")

@@ -86,16 +86,16 @@ def sentences(tokens, W, ends, end):
     sentence, or None.
     """
     place = torch.arange(len(tokens), device=tokens.device)
-    apart = tokens == end if end is not None else torch.zeros_like(tokens, dtype=torch.bool)
-    first = begins(ends[tokens].where(~apart, OTHER))
+    between = tokens == end if end is not None else torch.zeros_like(tokens, dtype=torch.bool)
+    first = begins(ends[tokens].where(~between, OTHER))
     first[:1] = True
-    first[1:] |= apart[:-1] | apart[1:]
+    first[1:] |= between[:-1] | between[1:]
     begun = torch.where(first, place, 0).cummax(0).values  # where the sentence of every token began
     first = (place - begun) % W == 0
     start = place[first]
     length = torch.diff(start, append=torch.tensor([len(tokens)], device=tokens.device))
-    document = apart.cumsum(0)[start]
-    kept = ~apart[start]
+    document = between.cumsum(0)[start]
+    kept = ~between[start]
     return start[kept], length[kept], document[kept]
 
 

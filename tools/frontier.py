@@ -125,7 +125,7 @@ def plot(rows, path):
 
 
 def main(argv):
-    config, given = settings(argv, __doc__, Config, functions=judge.samplers())
+    config, chosen = settings(argv, __doc__, Config, functions=judge.samplers())
     if config.csv:
         files.writable(config.csv, 'csv')
     if config.plot:
@@ -136,7 +136,7 @@ def main(argv):
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
     try:
-        points = list(points_of(config, judge.said(config, given), model.sample,
+        points = list(points_of(config, judge.said(config, chosen), model.sample,
                                 common.concept(checkpoint['objective']).RULES))
         frontier(config, points, checkpoint, model, tokenizer, device, amp)
     except ValueError as e:

@@ -48,9 +48,9 @@ def samplers():
     return [unmask.unmask, *(f for m in modules for f in (m.Model.sample, *m.RULES.values()))]
 
 
-def said(config, given):
-    """What a person said about sampling: of `given`, all that is for a sampler."""
-    return {name: value for name, value in given.items() if name in SHARED or name not in vars(config)}
+def said(config, chosen):
+    """What a person said about sampling: of `chosen`, all that is for a sampler."""
+    return {name: value for name, value in chosen.items() if name in SHARED or name not in vars(config)}
 
 
 def how_to_write(sampler, config, said):

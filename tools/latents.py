@@ -124,7 +124,7 @@ def window_texts(model, x, prefix, before=None, tau=0.0, decoder_noise=None, cfg
     return texts
 
 
-def report(config, given, checkpoint, model, tokenizer, device, amp):
+def report(config, chosen, checkpoint, model, tokenizer, device, amp):
     """Print what the latents of the validation windows tell."""
     scorer = judge.load_judge(config.judge, device) if config.judge else None
     common.seed_everything(config.seed)
@@ -140,8 +140,8 @@ def report(config, given, checkpoint, model, tokenizer, device, amp):
     if not scorer:
         return
     how = dict(steps=config.steps, rule=config.rule, cfg=config.cfg, tau=config.tau,
-               decoder_noise=given.get('decoder_noise'))
-    how |= {name: value for name, value in given.items() if name not in vars(config)}  # the rule's own
+               decoder_noise=chosen.get('decoder_noise'))
+    how |= {name: value for name, value in chosen.items() if name not in vars(config)}  # the rule's own
     parts = zip(*(tensor.split(at_once) for tensor in batch.values()))
     with amp:
         parts = [window_texts(model, **dict(zip(batch, part)), **how) for part in parts]
@@ -234,7 +234,7 @@ def show_nearest(config, encoder, tokenizer, checkpoint, folder):
 
 
 def main(argv):
-    config, given = settings(argv, __doc__, Config, functions=latent.RULES.values(),
+    config, chosen = settings(argv, __doc__, Config, functions=latent.RULES.values(),
                              others=help_of_rules('rules of latent.py', latent.RULES))
     device = common.pick_device(config.device)
     path, checkpoint = find.find(config.out_dir, config.which)
@@ -245,7 +245,7 @@ def main(argv):
     amp = common.autocast(device, common.pick_dtype(config.dtype, device))
     if not (config.reconstruct or config.interpolate or config.nearest):
         try:
-            return report(config, given, checkpoint, model, tokenizer, device, amp)
+            return report(config, chosen, checkpoint, model, tokenizer, device, amp)
         except ValueError as e:  # of the sampler's knobs
             fail(e)
     with torch.no_grad(), amp:

@@ -209,7 +209,7 @@ def measure(name, items, model, tokenizer, device, draws, seed, how, execute=Fal
 
 
 def main(argv):
-    config, given = settings(argv, __doc__, Config, functions=judge.samplers(),
+    config, chosen = settings(argv, __doc__, Config, functions=judge.samplers(),
                              others='\n\ntasks: ' + ', '.join(TASKS))
     device = common.pick_device(config.device)
     _, checkpoint = find.find(config.out_dir, config.which)
@@ -223,7 +223,7 @@ def main(argv):
     if tokenizer.sep is None and any(TASKS[name].pairs for name in found):
         fail("task=gsm8k is for a model that was fine-tuned on pairs (config/sft_gsm8k.py)")
     try:
-        how = judge.how_to_write(model.sample, config, judge.said(config, given))
+        how = judge.how_to_write(model.sample, config, judge.said(config, chosen))
         print(f"| {checkpoint['objective']} | items | figures |\n|---|---|---|", flush=True)
         for name, items in found.items():
             if 0 < config.items < len(items):

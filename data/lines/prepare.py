@@ -85,7 +85,7 @@ def train_bpe(lines, vocab_size):
 def prepare(out, *,
             input: Filename = '',  # the text
             vocab_size: Size = 512):  # marks, bytes and byte pairs together, at most
-    data, source = tools.given(input)
+    data, source = tools.read_input(input)
     lines = [line for line in tools.decode(data, source).split('\n') if line.strip()]
     if len(lines) < 10:
         fail(f"{source} has {len(lines)} lines that are not empty: too few, 10 are the least")

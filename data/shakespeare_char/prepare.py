@@ -58,7 +58,7 @@ def plays():
 def find_text(path):
     """(bytes of the text, where they came from) from the first source that has it, or the script ends."""
     if path:
-        return tools.given(path)
+        return tools.read_input(path)
     if (HERE / 'input.txt').is_file():
         return files.read_bytes(HERE / 'input.txt'), 'input.txt'
     try:

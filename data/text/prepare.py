@@ -23,7 +23,7 @@ from data import tools
 def prepare(out, *,
             input: Filename = '',  # the text
             tokenizer: Filename = 'byte'):  # byte | char | gpt2 | a model, see hub/find.py
-    tools.prepare_bytes(*tools.given(input), tokenizer, out)
+    tools.prepare_bytes(*tools.read_input(input), tokenizer, out)
 
 
 main = tools.script_of(prepare, __doc__, __name__)
