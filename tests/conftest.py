@@ -107,7 +107,8 @@ class Joint:
         agrees = ((canvases[:, None] == self.x) | (canvases[:, None] == V)).all(-1)
         weight = agrees * self.p
         onehot = torch.nn.functional.one_hot(self.x, V).double()                     # (V^T, T, V)
-        self.conditionals = (torch.einsum('bn,ntv->btv', weight, onehot) / weight.sum(-1)[:, None, None]).log()
+        joint = torch.einsum('bn,ntv->btv', weight, onehot)
+        self.conditionals = (joint / weight.sum(-1)[:, None, None]).log()
 
     def logp(self, xt):
         """log p(x0_i = v | unmasked tokens of xt), (B, T, V); V in xt is the mask."""
