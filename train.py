@@ -11,7 +11,7 @@ Writes out_dir/last.pt (everything a resume needs) and out_dir/best.pt (the weig
 figure). The checkpoints of an earlier run in out_dir are moved to out_dir/old-1. On Ctrl-C, SIGTERM or a
 closed terminal it saves and exits.
 
-From top to bottom: knobs, model and optimizer, data, a step, the loop. hub/start.py finds what a run begins
+From top to bottom: knobs, data, model and optimizer, a step, the loop. hub/start.py finds what a run begins
 with, tools/machine.py has processes, signals and the compiler.
 """
 import copy
@@ -71,6 +71,22 @@ class Config:
     log_interval: Count = 50            # iterations between log lines
 
 
+# ---- data -------------------------------------------------------------------------------------------------
+
+def open_data(state):
+    """(rows of training, validation rows as one batch, which of its tokens are scored, windows of training on
+    which the model measures something, or None). A model may cut the text itself, so it comes first."""
+    run, V, tokenizer = state.run, state.config.vocab_size, Tokenizer(state.meta)
+    tokens = [load_tokens(run.dataset, split, V, state.device) for split in ('train', 'val')]
+    rows = open_rows(tokens[0], tokenizer, state.model, state.row_knobs, run.out_dir)
+    val = open_rows(tokens[1], tokenizer, state.model, state.row_knobs).all(run.eval_windows)
+    calibration = None
+    if state.model.measures:
+        batches = range(-(-1024 // run.batch_size))
+        calibration = torch.cat([rows.batch(run.batch_size)[0]['x'] for _ in batches])
+    return rows, val, common.scored_tokens(val, state.model.mask_id), calibration
+
+
 # ---- model and optimizer ----------------------------------------------------------------------------------
 
 class State:
@@ -127,22 +143,6 @@ class State:
             common.save(state, Path(self.run.out_dir, 'best.pt'))
         state |= dict(optimizers=[o.state_dict() for o in self.optimizers])
         common.save(state, Path(self.run.out_dir, 'last.pt'))
-
-
-# ---- data -------------------------------------------------------------------------------------------------
-
-def open_data(state):
-    """(rows of training, validation rows as one batch, which of its tokens are scored, windows of training on
-    which the model measures something, or None). A model may cut the text itself, so it comes first."""
-    run, V, tokenizer = state.run, state.config.vocab_size, Tokenizer(state.meta)
-    tokens = [load_tokens(run.dataset, split, V, state.device) for split in ('train', 'val')]
-    rows = open_rows(tokens[0], tokenizer, state.model, state.row_knobs, run.out_dir)
-    val = open_rows(tokens[1], tokenizer, state.model, state.row_knobs).all(run.eval_windows)
-    calibration = None
-    if state.model.measures:
-        batches = range(-(-1024 // run.batch_size))
-        calibration = torch.cat([rows.batch(run.batch_size)[0]['x'] for _ in batches])
-    return rows, val, common.scored_tokens(val, state.model.mask_id), calibration
 
 
 # ---- a step -----------------------------------------------------------------------------------------------
