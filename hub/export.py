@@ -32,7 +32,7 @@ def main(argv):
     files.folder(config.to, 'to')
     path, checkpoint = find(config.out_dir, config.which)
     tensors = write_folder(checkpoint, config.to)
-    print(f"{path}: {len(tensors)} tensors and the rows of the marks, to {config.to}/")
+    print(f"{path}: {len(tensors)} tensors, the rows of the marks among them, to {config.to}/")
 
 
 if __name__ == '__main__':
