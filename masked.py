@@ -11,7 +11,7 @@ Bound. The negative ELBO of a batch in nats per token (MDLM arXiv 2406.07524, MD
 
 The weighted sum is divided by B T, all tokens but padding and prompts, which are not scored. Divided by the
 number of masked tokens it is another quantity: with t uniform half of the tokens are masked, so the figure
-about doubles. (Weight and masks together are the mean: T / k times a sum over k masks, divided by T.)
+about doubles. (The weight averages already: T / k times a sum over k masked tokens, / T, is their mean.)
 
 Training loss. What is trained differs from the bound in two ways, because it then learns faster (NOTES.md,
 "The recipe of masked diffusion"). Every masked token counts alike (`loss_weight='flat'`): with m(t) = t the
@@ -26,7 +26,7 @@ that; its variance is far lower.
 
 SUBS, MDLM's parameterization, is two substitutions in the network's output: [MASK] is never predicted (the
 head has no row for it), and clean tokens are carried over (`denoise`). sedd.py keeps both and changes the
-loss. d3pm.py gives up both in its loss and its bound, but not in sampling.
+loss. d3pm.py gives up both in its loss and its bound (unless `carry_over`), but not in sampling.
 Given xt, the distribution of the hidden tokens does not depend on t, so the network needs no time input
 (RADD 2406.03736).
 """

@@ -17,7 +17,7 @@ from parts import lora
 
 ONE_TRANSFORMER = ('ar', 'masked', 'sedd', 'd3pm', 'block')  # objectives whose weights are model.GPT's alone
 SHAPE = {f.name for f in fields(model.Config)} - {'dropout'}
-TRAINING_ONLY = ('dropout', 'anneal_iters')  # knobs of a run's training, as are those of lora.py
+TRAINING_ONLY = ('dropout', 'anneal_iters')  # knobs of a run's training, as are those of parts/lora.py
 
 
 def knobs_of_start(checkpoint, knobs, source):
