@@ -86,7 +86,7 @@ class Model(nn.Module):
         The same canvas as for a denoiser, so the same scripts serve both. steps is not used: it takes one for
         each token. Raises ValueError if something is given after a V.
         """
-        start, cache = prompt_length(xt, self.mask_id), model.Cache(self.config.n_layer)
+        start, cache = prompt_length(xt, self.mask_id), model.Cache()
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):
             logp = self.gpt(new, cache=cache)[:, -1].float().log_softmax(-1)

@@ -77,6 +77,19 @@ def block_mask(T, block_length, device=None):
     return torch.cat([noisy, clean])
 
 
+def block_beside(block_length):
+    """`model.beside` in [noisy x, clean x]: beside a noisy token stand its own noisy block and the clean text
+    before, beside a clean one the clean text up to the end of its block."""
+    def near(h, j, t):
+        T = t // 2
+        noisy, clean = (model.beside(half, j, T) for half in h.chunk(2, dim=1))
+        block = torch.arange(T, device=h.device)[:, None] // block_length
+        theirs = (torch.arange(T, device=h.device)[:, None] + j) // block_length
+        return torch.cat([torch.where(block == theirs, noisy, clean) * (theirs <= block),
+                          clean * (theirs <= block)], dim=1)
+    return near
+
+
 def block_causal(start, T, block_length, device=None):
     """The attention mask of clean tokens start..T-1 over 0..T-1: (T - start, T) bool."""
     block = torch.arange(T, device=device) // block_length
@@ -124,7 +137,8 @@ class Model(nn.Module):
         T, n = x.size(1), self.config.block_length
         both = torch.cat([x.where(~masked, self.mask_id), x], dim=1)
         position = torch.arange(T, device=x.device).repeat(2)
-        h = self.gpt.trunk(self.gpt.embed(both), block_mask(T, n, x.device), where=position)
+        h = self.gpt.trunk(self.gpt.embed(both), block_mask(T, n, x.device), where=position,
+                           near=block_beside(n))
         return (token_nats(self.gpt.logits(h[:, :T]), x) * masked).view(x.size(0), -1, n).sum(-1)
 
     def nats(self, x, n=1):
@@ -145,12 +159,12 @@ class Model(nn.Module):
 
     def read(self, x, cache):
         """Take the clean blocks x (B, t) into the cache."""
-        end = len(cache) + x.size(1)
-        self.gpt(x, block_causal(len(cache), end, self.config.block_length, x.device), cache)
+        end = cache.length + x.size(1)
+        self.gpt(x, block_causal(cache.length, end, self.config.block_length, x.device), cache)
 
     def denoise_block(self, xt, cache):
         """log p(x0 | noisy block xt, cache), (B, t, V) float32, normalised; the cache stays as it is."""
-        before = len(cache)
+        before = cache.length
         logp = self.gpt(xt, cache=cache).float().log_softmax(-1)
         cache.trim(before)
         return logp
@@ -167,7 +181,7 @@ class Model(nn.Module):
         if own.get('cfg'):
             raise ValueError("cfg is not for block diffusion, whose prompt is in the cache")
         how = dict(temperature=temperature, top_k=top_k, top_p=top_p, **own)
-        n, cache = self.config.block_length, model.Cache(self.config.n_layer)
+        n, cache = self.config.block_length, model.Cache()
         first = prompt_length(xt, self.mask_id) // n * n
         if first:
             self.read(xt[:, :first], cache)

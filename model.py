@@ -130,24 +130,59 @@ def attention(q, k, v, causal, mask=None):
 
 
 class Cache:
-    """Keys and values of the tokens already read, for sampling from left to right."""
+    """What the modules of a network keep of the tokens already read, for sampling from left to right."""
 
-    def __init__(self, n_layer):
-        self.kv = [None] * n_layer
+    def __init__(self):
+        self.length, self.kept = 0, {}
 
-    def __len__(self):
-        return 0 if self.kv[0] is None else self.kv[0][0].size(2)
-
-    def append(self, layer, k, v):
-        """k, v (B, H, t, D) of t new tokens -> k, v (B, H, T, D) of all tokens so far."""
-        if self.kv[layer] is not None:
-            k, v = (torch.cat(old_new, dim=2) for old_new in zip(self.kv[layer], (k, v)))
-        self.kv[layer] = k, v
-        return k, v
+    def append(self, module, *new):
+        """Tensors (B, ..., t, .) of t new tokens -> (B, ..., T, .) of all that `module` was given so far."""
+        if module in self.kept:
+            new = tuple(torch.cat(old_new, dim=-2) for old_new in zip(self.kept[module], new))
+        self.kept[module] = new
+        return new
 
     def trim(self, length):
         """Forget all but the first `length` tokens."""
-        self.kv = [(k[:, :, :length], v[:, :, :length]) for k, v in self.kv]
+        self.length = length
+        self.kept = {module: tuple(x[..., :length, :] for x in kept) for module, kept in self.kept.items()}
+
+
+TAPS = 5  # of the convolutions over neighbouring tokens
+
+
+def beside(h, j, t):
+    """What stands j places to the right of the last t tokens of h (B, T, C): (B, t, C), 0 beyond the ends."""
+    return F.pad(h, (0, 0, -j, j))[:, -t:]
+
+
+def seen_beside(mask, t):
+    """`beside` for t tokens whose attention has a mask, broadcast to (B, 1, t, T): 0, too, where a token does
+    not see its neighbour."""
+    mask = mask.expand(*mask.shape[:-2], t, -1)
+    mask = mask[:, 0] if mask.dim() == 4 else mask
+    first = mask.size(-1) - t  # the key of the first query
+
+    def near(h, j, t):
+        seen, before = mask.diagonal(first + j, -2, -1), max(0, -first - j)  # before: places left of all keys
+        seen = F.pad(seen, (before, t - before - seen.size(-1)))
+        return beside(h, j, t) * seen[..., None]
+    return near
+
+
+class Neighbours(nn.Module):
+    """h + sum over j of taps_j * (h, j places to the right): a depthwise convolution, zero at first. j is -4
+    to 0 in a causal network, else -2 to 2 (Primer arXiv 2109.08668; Canon layers, Allen-Zhu 2025)."""
+
+    def __init__(self, config, causal):
+        super().__init__()
+        self.taps = nn.Parameter(torch.zeros(TAPS, config.n_embd))
+        self.first = 1 - TAPS if causal else -(TAPS // 2)
+
+    def forward(self, h, near, cache):
+        t, taps = h.size(1), self.taps.type_as(h)
+        there = h if cache is None else cache.append(self, h)[0][:, -(t + TAPS - 1):]
+        return h + sum(taps[i] * near(there, self.first + i, t) for i in range(TAPS))
 
 
 class Norm(nn.Module):
@@ -177,7 +212,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, heads * self.width, bias=not self.rotary)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.rotary)
 
-    def forward(self, x, rotary, mask, cache, layer):
+    def forward(self, x, rotary, mask, cache):
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)
         # (B, n_head, T, D), twice (B, n_kv_head, T, D)
@@ -187,7 +222,7 @@ class Attention(nn.Module):
         if self.rotary:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            k, v = cache.append(self, k, v)
         y = attention(q, k, v, self.causal, mask)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -220,18 +255,25 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, causal, timed):
         super().__init__()
+        ours = config.arch == 'ours'
         self.norm1, self.attn = Norm(config), Attention(config, causal)
         self.norm2, self.mlp = Norm(config), MLP(config)
+        self.near1, self.near2 = (Neighbours(config, causal) if ours else None for _ in range(2))
         self.drop = nn.Dropout(config.dropout)
         self.film = nn.Linear(TIME_WAVES, 4 * config.n_embd) if timed else None
 
-    def forward(self, x, rotary, mask, cache, layer, time):
-        if self.film is None:
-            x = x + self.drop(self.attn(self.norm1(x), rotary, mask, cache, layer))
-            return x + self.drop(self.mlp(self.norm2(x)))
-        scale1, shift1, scale2, shift2 = self.film(time).chunk(4, dim=-1)  # (B, 1 or T, C) each
-        x = x + self.drop(self.attn(self.norm1(x) * (1 + scale1) + shift1, rotary, mask, cache, layer))
-        return x + self.drop(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
+    def forward(self, x, rotary, mask, cache, near, time):
+        # scale and shift (B, 1 or T, C) each
+        film = [None] * 4 if self.film is None else self.film(time).chunk(4, dim=-1)
+        h = self.read(self.norm1(x), *film[:2], self.near1, near, cache)
+        x = x + self.drop(self.attn(h, rotary, mask, cache))
+        h = self.read(self.norm2(x), *film[2:], self.near2, near, cache)
+        return x + self.drop(self.mlp(h))
+
+    def read(self, h, scale, shift, neighbours, near, cache):
+        """What attention or MLP reads: h, changed by the time and by what stands beside it."""
+        h = h if scale is None else h * (1 + scale) + shift
+        return h if neighbours is None else neighbours(h, near, cache)
 
 
 class GPT(nn.Module):
@@ -261,7 +303,7 @@ class GPT(nn.Module):
             if p.dim() < 2:
                 continue  # norms keep their initial values; the biases of Linear are zeroed below
             into_residual = name.endswith('proj.weight')
-            if ours and (into_residual or name == 'head.weight') or 'film.' in name:
+            if ours and (into_residual or name == 'head.weight' or '.near' in name) or 'film.' in name:
                 nn.init.zeros_(p)
             elif ours:
                 nn.init.normal_(p, std=1.0 if name == 'embed.weight' else p.size(1) ** -0.5)
@@ -275,15 +317,15 @@ class GPT(nn.Module):
         """Logits (B, T, V) of tokens x (B, T) int64 in [0, V]; the rest as in `trunk`."""
         return self.logits(self.trunk(self.embed(x), mask, cache, time, where))
 
-    def trunk(self, h, mask=None, cache=None, time=None, where=None):
+    def trunk(self, h, mask=None, cache=None, time=None, where=None, near=None):
         """Embeddings h (B, T, C) -> normalised hidden states (B, T, C).
 
         mask: bool, broadcast to (B, H, T, T), True where a query may see a key. With a cache, h continues
         what was read before. time: (B,), or (B, T) one per token, in [0, 1], if it is timed. where: the
-        positions (T,) or (B, T) of the tokens, if not one after the other. Raises ValueError beyond
-        block_size.
+        positions (T,) or (B, T) of the tokens, if not one after the other. near: as `beside`, if a token's
+        neighbours are not those in h that it sees. Raises ValueError beyond block_size.
         """
-        past = 0 if cache is None else len(cache)
+        past = 0 if cache is None else cache.length
         end = past + h.size(1)
         if end > self.config.block_size and where is None:
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
@@ -296,8 +338,11 @@ class GPT(nn.Module):
         if rotary[0].dim() == 3:  # positions of every row, for all heads
             rotary = rotary[0][:, None], rotary[1][:, None]
         waves = None if time is None else cosines(time if time.dim() == 2 else time[:, None])
-        for i, block in enumerate(self.blocks):
-            h = block(h, rotary, mask, cache, i, waves)
+        near = near or (beside if mask is None else seen_beside(mask, h.size(1)))
+        for block in self.blocks:
+            h = block(h, rotary, mask, cache, near, waves)
+        if cache is not None:
+            cache.length += h.size(1)
         return self.norm(h)
 
     def logits(self, h):

@@ -243,7 +243,7 @@ class Model(nn.Module):
         if tau:  # without, no random number is drawn: what is only shown must not change what follows
             z = z + tau ** 0.5 * self.blur * torch.randn_like(z)
         h, seen, where = self.opening(z, prefix, decoder_noise)
-        cache, x = model.Cache(self.config.n_layer), [torch.full_like(prefix[:, :1], self.mask_id)]
+        cache, x = model.Cache(), [torch.full_like(prefix[:, :1], self.mask_id)]
         for i in range(length):
             h = torch.cat([h, self.decoder.embed(x[-1])], 1)
             seen, where = F.pad(seen, (0, 1), value=True), F.pad(where, (0, 1), value=prefix.size(1) + i)

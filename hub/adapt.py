@@ -10,6 +10,7 @@ is the same without a change of objective.
 from dataclasses import fields
 
 import torch
+import torch.nn.functional as F
 
 import model
 from configurator import fail
@@ -48,6 +49,13 @@ def marks(objective, config):
     return ['bos'] if objective == 'ar' else ['mask'] + ['bos'] * config.get('shift', False)
 
 
+def turned(taps, was_causal):
+    """The taps (TAPS, C) of model.Neighbours for the other kind of network: those of neighbours that both
+    reach stay, the others are lost (begin at zero)."""
+    shift = len(taps) // 2  # places between a causal network's first neighbour and a denoiser's
+    return F.pad(taps[shift:], (0, 0, 0, shift)) if was_causal else F.pad(taps[:-shift], (0, 0, shift, 0))
+
+
 @torch.no_grad()
 def take_over(net, objective, config, checkpoint):
     """Give a network the averaged weights of a checkpoint, maybe of another objective, adapters merged. A
@@ -62,6 +70,9 @@ def take_over(net, objective, config, checkpoint):
     if 'gpt.pos.weight' in weights:  # the context may be cut
         rows = config['block_size'] + config.get('shift', False)  # [BOS] takes one
         weights['gpt.pos.weight'] = weights['gpt.pos.weight'][:rows]
+    was, will = (objective == 'ar' for objective in (checkpoint['objective'], objective))
+    for name in [name for name in weights if name.endswith('.taps') and was != will]:
+        weights[name] = turned(weights[name], was)
     homeless = weights.keys() - {name.replace('.linear.', '.') for name in net.state_dict()}
     if homeless:
         raise ValueError(f"objective={objective} has no place for {min(homeless)}")

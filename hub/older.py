@@ -3,6 +3,8 @@ Checkpoints that earlier versions of this repository wrote, with today's names.
 """
 import re
 
+from model import TAPS
+
 OBJECTIVES = dict(subs='masked', sedd='sedd', d3pm='d3pm')  # by `parameterization`, all once `masked`
 CONFIG_GONE = ('copy_weight', 'bell_center', 'bell_width', 'random_length', 'parameterization', 'law_mean',
                'law_std')
@@ -14,6 +16,7 @@ def upgraded(checkpoint):
     (hub/folder.py), is left as it is."""
     config, run = dict(checkpoint['config']), dict(checkpoint['run'])
     objective, meta = checkpoint['objective'], checkpoint['tokenizer']
+    checkpoint = {**checkpoint, **{name: with_taps(checkpoint[name]) for name in ('model', 'ema')}}
     if 'packed' not in run:
         return checkpoint
     if objective == 'masked':
@@ -39,3 +42,16 @@ def renamed(weights):
     """A state dict with today's names of a VAE's tensors, its own or embedded in a latent diffusion."""
     return {re.sub(r'^(vae\.)?told$', r'\1noise_embedding', name): tensor
             for name, tensor in weights.items() if name not in ('steps', 'vae.steps')}
+
+
+def with_taps(weights):
+    """A state dict of arch='ours' with the convolutions that its blocks did not have: zero, they do nothing.
+    """
+    out = dict(weights)
+    for name, matrix in weights.items():
+        at, _, rest = name.rpartition('blocks.')
+        number, _, last = rest.partition('.')
+        if last in ('attn.qkv.weight', 'attn.qkv.linear.weight') and f'{at}blocks.{number}.norm1.weight' not in weights:
+            for near in ('near1', 'near2'):
+                out.setdefault(f'{at}blocks.{number}.{near}.taps', matrix.new_zeros(TAPS, matrix.size(1)))
+    return out

@@ -7,20 +7,38 @@ move equally far.
 import torch
 
 
-def orthogonal(G, steps=5):
-    """G (m, n) with its singular values moved close to 1, by Newton-Schulz steps with Muon's coefficients."""
-    tall = G.size(0) > G.size(1)
-    X = G.T if tall else G
-    X = X / X.norm().clamp(min=1e-7)
-    for _ in range(steps):
-        A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
-    return X.T if tall else X
+STEPS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)  # of Newton-Schulz, Muon's
+
+
+def orthogonal(G, dtype=torch.float32):
+    """G (b, m, n) with its singular values moved close to 1: X <- (a + b A + c A^2) X with A = X X', 5 times,
+    in `dtype`; returned in it.
+
+    A and its polynomials commute, so in float32 the products with X, the large ones, can wait: A alone is
+    carried on, and the product Q of the polynomials meets X at the end. In bfloat16 that would blow up
+    (NOTES.md): there A comes from X in every step.
+    """
+    tall, every = G.size(1) > G.size(2), 1 if dtype == torch.bfloat16 else STEPS
+    X = (G.mT if tall else G).to(dtype)
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for i in range(STEPS):
+        if i % every == 0:
+            A, Q = X @ X.mT, None
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        P.diagonal(dim1=1, dim2=2).add_(a)
+        Q = P if Q is None else P @ Q
+        if (i + 1) % every == 0:
+            X = Q @ X
+        else:
+            A = P @ (P @ A)
+    return X.mT if tall else X
 
 
 class Muon(torch.optim.Optimizer):
-    """A step is lr sqrt(max(1, m / n)) long. As torch.optim.Muon, which always works in bfloat16; on a CPU
-    without instructions for it a training step then takes 3.5 times as long as with float32 (NOTES.md)."""
+    """A step is lr sqrt(max(1, m / n)) long. As torch.optim.Muon, but matrices of one shape go together, and
+    that always works in bfloat16: on a CPU without instructions for it a training step then takes 3.5 times
+    as long (NOTES.md)."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -29,12 +47,17 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            shapes = {}
             for p in group['params']:
-                buffer = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p.grad))
-                buffer.lerp_(p.grad, 1 - group['momentum'])
-                update = orthogonal(p.grad.lerp(buffer, group['momentum']).to(self.dtype))  # Nesterov's
-                p.mul_(1 - group['lr'] * group['weight_decay'])
-                p.add_(update, alpha=-group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5)
+                shapes.setdefault(p.shape, []).append(p)
+            for (m, n), alike in shapes.items():
+                grads = [p.grad for p in alike]
+                buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in alike]
+                torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
+                nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group['momentum']))
+                update = orthogonal(nesterov, self.dtype).to(alike[0].dtype)
+                torch._foreach_mul_(alike, 1 - group['lr'] * group['weight_decay'])
+                torch._foreach_add_(alike, update.unbind(), alpha=-group['lr'] * max(1, m / n) ** 0.5)
 
 
 def optimizers(model, lr, muon_lr, weight_decay=0.0, dtype=torch.bfloat16):
@@ -44,7 +67,7 @@ def optimizers(model, lr, muon_lr, weight_decay=0.0, dtype=torch.bfloat16):
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            muon = muon_lr and 'blocks.' in name and 'film.' not in name and p.dim() == 2
+            muon = muon_lr and 'blocks.' in name and 'film.' not in name and '.near' not in name and p.dim() == 2
             (matrices if muon else others).append(p)
     groups = [{'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0}]

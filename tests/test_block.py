@@ -190,8 +190,8 @@ def test_what_block_diffusion_cannot_do_is_said(mistake):
 
 
 def test_trimming_a_cache_forgets_the_end():
-    net, cache = random_model(2), model.Cache(2)
+    net, cache = random_model(2), model.Cache()
     net.read(torch.tensor([[0, 1, 2, 0]]), cache)
     kept = [k.clone() for k, _ in cache.kv]
     net.denoise_block(torch.tensor([[3, 3]]), cache)
-    assert len(cache) == 4 and all(torch.equal(a, b[0]) for a, b in zip(kept, cache.kv))
+    assert cache.length == 4 and all(torch.equal(a, b[0]) for a, b in zip(kept, cache.kv))

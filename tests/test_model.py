@@ -35,7 +35,7 @@ def test_with_the_causal_mask_a_token_changes_no_earlier_logits_and_without_it_a
 def test_reading_through_the_cache_in_any_pieces_equals_reading_at_once(arch):
     gpt, x = random_gpt(True, arch), torch.randint(7, (3, 12))
     for pieces in ([1] * 12, [5, 1, 6], [12]):
-        cache = model.Cache(2)
+        cache = model.Cache()
         with torch.no_grad():
             logits = torch.cat([gpt(part, cache=cache) for part in x.split(pieces, dim=1)], dim=1)
         assert torch.allclose(logits, gpt(x), atol=1e-5)
