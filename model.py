@@ -153,7 +153,8 @@ TAPS = 5  # of the convolutions over neighbouring tokens
 
 def beside(h, j, t):
     """What stands j places to the right of the last t tokens of h (B, T, C): (B, t, C), 0 beyond the ends."""
-    return F.pad(h, (0, 0, -j, j))[:, -t:]
+    left, right = max(0, -j), max(0, j)
+    return F.pad(h, (0, 0, left, right))[:, right:right + h.size(1)][:, -t:]
 
 
 def seen_beside(mask, t):
@@ -164,7 +165,7 @@ def seen_beside(mask, t):
     first = mask.size(-1) - t  # the key of the first query
 
     def near(h, j, t):
-        seen, before = mask.diagonal(first + j, -2, -1), max(0, -first - j)  # before: places left of all keys
+        seen, before = mask.diagonal(first + j, -2, -1), min(t, max(0, -first - j))  # before all keys
         seen = F.pad(seen, (before, t - before - seen.size(-1)))
         return beside(h, j, t) * seen[..., None]
     return near

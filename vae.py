@@ -170,10 +170,10 @@ class Model(nn.Module):
             scores = (self.queries @ h.transpose(1, 2)).float()  # (B, n, W)
             scores = scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
             return scores.softmax(-1).type_as(h) @ h
-        where = torch.cat([torch.arange(x.size(1), device=x.device), self.centres])
-        h = torch.cat([h, self.queries.expand(len(x), -1, -1).type_as(h)], 1)
-        seen = F.pad(seen, (0, len(self.queries)), value=True)
-        return self.encoder.trunk(h, seen[:, None, None], where=where)[:, x.size(1):]
+        where = torch.cat([self.centres, torch.arange(x.size(1), device=x.device)])
+        h = torch.cat([self.queries.expand(len(x), -1, -1).type_as(h), h], 1)
+        seen = F.pad(seen, (len(self.queries), 0), value=True)
+        return self.encoder.trunk(h, seen[:, None, None], where=where)[:, :len(self.queries)]
 
     def posterior(self, x):
         """mu and log variance (B, n, d) of q(z | x), float32."""

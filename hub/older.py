@@ -16,7 +16,7 @@ def upgraded(checkpoint):
     (hub/folder.py), is left as it is."""
     config, run = dict(checkpoint['config']), dict(checkpoint['run'])
     objective, meta = checkpoint['objective'], checkpoint['tokenizer']
-    checkpoint = {**checkpoint, **{name: with_taps(checkpoint[name]) for name in ('model', 'ema')}}
+    checkpoint |= {which: with_taps(checkpoint[which]) for which in ('model', 'ema')}
     if 'packed' not in run:
         return checkpoint
     if objective == 'masked':

@@ -192,6 +192,7 @@ def test_what_block_diffusion_cannot_do_is_said(mistake):
 def test_trimming_a_cache_forgets_the_end():
     net, cache = random_model(2), model.Cache()
     net.read(torch.tensor([[0, 1, 2, 0]]), cache)
-    kept = [k.clone() for k, _ in cache.kv]
+    kept = {module: [x.clone() for x in tensors] for module, tensors in cache.kept.items()}
     net.denoise_block(torch.tensor([[3, 3]]), cache)
-    assert cache.length == 4 and all(torch.equal(a, b[0]) for a, b in zip(kept, cache.kv))
+    assert cache.length == 4 and len(kept) == 2 * 3  # attention and two convolutions a block
+    assert all(torch.equal(a, b) for module in kept for a, b in zip(kept[module], cache.kept[module]))

@@ -64,3 +64,24 @@ def test_a_checkpoint_of_today_is_left_as_it_is(after):
     checkpoint = common.load('out/last.pt')
     assert older.upgraded(checkpoint) is checkpoint
     assert find.find('out')[1]['config'] == dataclasses.asdict(common.load_model(checkpoint, 'cpu')[0].config)
+
+
+@pytest.mark.parametrize('knobs', [[], ['--init_from=out', '--lora_rank=2']])
+def test_a_network_without_convolutions_gets_some_that_do_nothing(knobs, after):
+    runs = [[*TINY, '--objective=ar'], [*TINY, '--objective=ar', '--out_dir=out-2', *knobs]]
+    path = after(*runs[:1 + bool(knobs)]) / ('out-2' if knobs else 'out') / 'last.pt'
+    checkpoint = common.load(path)
+    x = torch.arange(8)[None] % checkpoint['config']['vocab_size']
+    for weights in (checkpoint['model'], checkpoint['ema']):
+        for name in [name for name in weights if name.endswith('.taps')]:
+            weights[name].zero_()
+    zeroed, _ = common.load_model(checkpoint, 'cpu')
+    checkpoint |= {which: {name: t for name, t in checkpoint[which].items() if not name.endswith('.taps')}
+                   for which in ('model', 'ema')}
+    old, _ = common.load_model(older.upgraded(checkpoint), 'cpu')
+    assert torch.equal(old.nats(x), zeroed.nats(x))
+
+
+def test_networks_of_gpt2_and_llama_get_no_convolutions():
+    weights = {'gpt.blocks.0.attn.qkv.weight': torch.zeros(2, 2), 'gpt.blocks.0.norm1.weight': torch.ones(2)}
+    assert older.with_taps(weights) == weights
