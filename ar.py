@@ -52,6 +52,7 @@ class Model(nn.Module):
     base = ''        # the objective of the checkpoint that it is built on
     selects = True   # is the checkpoint with the lowest validation figure the best one?
     measures = False  # does `measure` want training rows before a checkpoint is written?
+    reading = dict(temperature=0.7)  # how sample.py samples unless told otherwise
 
     def __init__(self, config):
         super().__init__()

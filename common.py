@@ -8,6 +8,8 @@ of (seed, i) alone (`seed_everything`).
 import contextlib
 import importlib
 import itertools
+import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from text import files
 from text.packing import counted
 from text.vocabulary import Tokenizer
 
+SHIPPED = Path(os.path.relpath(Path(__file__).parent / 'trained' / 'shakespeare.pt'))  # see its README.md
 OBJECTIVES = ('ar', 'masked', 'sedd', 'd3pm', 'block', 'score', 'vae', 'latent')  # the concept files
 
 
@@ -153,11 +156,14 @@ def load(path, device='cpu'):
 
 
 def find_checkpoint(out_dir='', which='best'):
-    """out_dir/best.pt or last.pt; without out_dir, of the out*/ that was written last."""
+    """out_dir/best.pt or last.pt; without out_dir, of the out*/ that was written last, or, if there is none,
+    the checkpoint that comes with the repository."""
     if not out_dir:
         found = sorted(Path('.').glob('out*/last.pt'), key=lambda p: p.stat().st_mtime)
         if not found:
-            fail("there is no out*/last.pt here: `python train.py config/train_mdlm.py` makes one")
+            print(f"[no out*/ here: {SHIPPED} writes, the small model that comes with the repository; "
+                  f"`python train.py config/train_mdlm.py` makes one of your own]", file=sys.stderr)
+            return SHIPPED
         out_dir = found[-1].parent
     path = Path(out_dir, f'{which}.pt')
     if Path(out_dir).suffix == '.pt' and not Path(out_dir).is_dir():

@@ -3,8 +3,8 @@ Knobs, nanoGPT's way: config files in order, then --key=value. A flag always win
 
     python train.py config/train_mdlm.py --n_layer=2
 
-A config file is Python whose names are knobs. Its `cpu = dict(...)`, if any, holds the values that replace
-them on a CPU. A knob is a field of a dataclass, or a keyword-only argument of a function. Its type
+A config file is Python whose names are knobs. Its `cpu = dict(...)` and `mps = dict(...)`, if any, hold
+values that replace them on a CPU and on a Mac's GPU. A knob is a field of a dataclass, or a keyword-only argument of a function. Its type
 says what it may be, the comment on its line what it means:
 
     n_layer: Count = 6      # blocks
@@ -133,9 +133,9 @@ def fail(message):
 
 
 def read(argv):
-    """argv -> (knobs of the config files, their `cpu` knobs, knobs of the flags as strings).
-    `--help` is {'help': ''}."""
-    files, cpu, flags, bare = {}, {}, {}, ''
+    """argv -> (knobs of the config files, {device: those that replace them there}, knobs of the flags as
+    strings). `--help` is {'help': ''}."""
+    files, devices, flags, bare = {}, {'cpu': {}, 'mps': {}}, {}, ''
     for arg in argv:
         if arg in ('-h', '--help'):
             flags['help'] = ''
@@ -153,13 +153,14 @@ def read(argv):
                 names = runpy.run_path(arg)
             except (Exception, SystemExit) as e:
                 fail(f"config file {arg} does not run: {type(e).__name__}: {e}")
-            if not isinstance(names.get('cpu', {}), dict) or not all(isinstance(k, str)
-                                                                     for k in names.get('cpu', {})):
-                fail(f"config file {arg}: cpu is a dict of knobs, as in cpu = dict(n_layer=4)")
             names = {k: v for k, v in names.items() if not k.startswith('_') and not inspect.ismodule(v)}
-            cpu.update(names.pop('cpu', {}))
+            for device, own in devices.items():
+                theirs = names.pop(device, {})
+                if not isinstance(theirs, dict) or not all(isinstance(k, str) for k in theirs):
+                    fail(f"config file {arg}: {device} is a dict of knobs, as in {device} = dict(n_layer=4)")
+                own.update(theirs)
             files.update(names)
-    return files, cpu, flags
+    return files, devices, flags
 
 
 def convert(knob, value):

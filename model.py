@@ -92,20 +92,6 @@ def cosines(t):
     return torch.cos(math.pi * t.float()[..., None] * torch.arange(TIME_WAVES, device=t.device))
 
 
-class Clock(nn.Module):
-    """How many optimizer steps have been made, for what changes while a model is trained."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer('steps', torch.zeros(()), persistent=False)
-
-
-def set_clocks(net, steps):
-    for module in net.modules():
-        if isinstance(module, Clock):
-            module.steps.fill_(steps)
-
-
 def attention(q, k, v, causal, mask=None):
     """softmax(q k' / sqrt(D)) v of q (B, H, t, D) and k, v (B, H / r, T, D), t <= T: r heads of queries in a
     row share one of keys and values.

@@ -12,7 +12,6 @@ them: a prompt becomes a canvas, (num_samples, length) tokens with the id V wher
 written, and `model.sample(canvas, ...)` yields it again and again, with more and more text on it. What is
 printed, watched or saved as a page is that one sequence of canvases.
 """
-import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import unmask
 from configurator import (Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail, help_lines,
                           help_of_rules, knobs_of, script, settings)
 from hub import find
-from text import files
+from text import ends, files
 from text.prompts import ids_of, prompt_of, starts
 from tools import page
 
@@ -42,7 +41,7 @@ class Config:
 
     # the sampler
     steps: Count = 64            # of the denoiser for a block; an autoregressive model takes one per token
-    rule: str = ''               # how to sample, see below; '': the objective's default (masked: ancestral)
+    rule: str = ''               # how to sample, see below; '': as the objective reads best (`reading`)
     temperature: NonNegative = 0.7  # 1: the model's distribution; lower: likelier tokens; 0: argmax
     top_k: Natural = 0           # draw from the k likeliest tokens; 0: all
     top_p: ShareAbove0 = 1.0     # draw from the fewest tokens that hold this probability
@@ -68,7 +67,6 @@ class Config:
 
 
 SAMPLER = [name for name, knob in knobs_of(Config).items() if knob.group == 'the sampler']
-ENDS = ('<|endoftext|>', '</s>', '<eos>')  # --stop, by the name of a model's own end
 WINDOWS = 5   # to write after the start, if a model takes a canvas of any length and --length is not given
 PAUSE = 0.05  # seconds between the pictures of --watch
 
@@ -76,17 +74,18 @@ PAUSE = 0.05  # seconds between the pictures of --watch
 def write(model, tokenizer, config, canvas, how):
     """From a canvas (B, L) to texts: (B of them, the canvases on the way if --html asks for them, network
     calls, seconds). how: what model.sample is called with."""
-    V, stops = tokenizer.vocab_size, stop_ids(config, tokenizer)
+    V = tokenizer.vocab_size
+    stops = ends.of(tokenizer, config.stop, infilling=bool(config.suffix or config.template))
     n_given = (canvas != V).long().cumprod(-1).sum(-1).tolist()  # tokens at the start of every text
     block_size = canvas.size(1) if model.any_length else model.config.block_size
     overlap = config.overlap or block_size // 2
 
-    def ended(canvas, ends):
-        """Where each text ends, 0: nowhere yet; those of `ends` stay."""
-        return [end or ending(row, start, V, stops, config.min_entropy)
-                for row, start, end in zip(canvas.tolist(), n_given, ends)]
+    def ended(canvas, at):
+        """Where each text ends, 0: nowhere yet; those that are known, `at`, stay."""
+        return [end or ends.ending(row, start, V, stops, config.min_entropy)
+                for row, start, end in zip(canvas.tolist(), n_given, at)]
 
-    canvases, ends, calls, began = [canvas], [0] * len(canvas), [], time.time()
+    canvases, at, calls, began = [canvas], [0] * len(canvas), [], time.time()
     counter = model.gpt.norm.register_forward_pre_hook(lambda *_: calls.append(1))  # once a network call
     for new in unmask.generate(model, canvas, block_size, overlap, **how):
         if config.watch:
@@ -100,15 +99,15 @@ def write(model, tokenizer, config, canvas, how):
             raise ValueError("min_entropy ends a text while it is written: this model may change any token "
                              "until the last step")
         if (stops or config.min_entropy) and not model.revises:
-            ends = ended(canvas, ends)
-            if all(ends):
+            at = ended(canvas, at)
+            if all(at):
                 break
     counter.remove()
     texts = []
-    for row, end in zip(canvas.tolist(), ended(canvas, ends)):
+    for row, end in zip(canvas.tolist(), ended(canvas, at)):
         row = row[:end or (row.index(V) if V in row else None)]  # a model may have written less
         text = tokenizer.text(row)
-        texts.append(up_to(text, config.stop, tokenizer.text(row[:-1])) if end else text)
+        texts.append(ends.up_to(text, config.stop, tokenizer.text(row[:-1])) if end else text)
     return texts, canvases, len(calls), time.time() - began
 
 
@@ -159,62 +158,6 @@ def make_canvas(config, start, tokenizer, block_size, any_length=False):
     return torch.tensor(row)
 
 
-# ---- where a text ends ------------------------------------------------------------------------------------
-
-def stop_ids(config, tokenizer):
-    """Functions (ids, how many of them are given) -> the length at which the text ends, 0: not yet. It ends
-    after the string --stop, however that was cut into tokens, and after the end of a line or an answer, where
-    the dataset is made of these."""
-    def at_end(ids, start):
-        return ids.index(tokenizer.end, start) + 1 if tokenizer.end in ids[start:] else 0
-    stops, marked = [], (tokenizer.bos, tokenizer.sep) != (None, None)
-    if config.stop in ENDS and tokenizer.end is not None:
-        stops.append(at_end)
-    elif config.stop:
-        ids_of(tokenizer, config.stop)  # a character that cannot be written ends the script
-    if config.stop:
-        stops.append(lambda ids, start: after(tokenizer, ids, start, config.stop.encode(errors='replace')))
-    if marked and not (config.suffix or config.template):
-        stops.append(at_end)
-    return stops
-
-
-def after(tokenizer, ids, start, text):
-    """How many ids it takes until those from `start` on hold the bytes `text`, 0: they do not."""
-    pieces = [tokenizer.pieces[i] for i in ids[start:]]
-    if start == 0 and pieces:  # a space that is not shown
-        pieces[0] = pieces[0].removeprefix(tokenizer.lead.encode())
-    at = b''.join(pieces).find(text)
-    if at < 0:
-        return 0
-    lengths = itertools.accumulate(map(len, pieces))
-    return next(n for n, length in enumerate(lengths, start + 1) if length >= at + len(text))
-
-
-def ending(row, start, mask_id, stops, min_entropy, last=256):
-    """Where a text ends that has met a stopping rule, else 0. row: ids, the first `start` given.
-
-    At the first of the `stops` (see `stop_ids`); or here, if the last 256 ids have a unigram entropy below
-    min_entropy nats (as what repeats itself has, BD3-LM arXiv 2503.09573). Only the part before the first
-    mask is looked at.
-    """
-    written = row[:row.index(mask_id)] if mask_id in row else row
-    found = [n for n in (stop(written, start) for stop in stops) if n]
-    if found:
-        return min(found)
-    if min_entropy and len(written) >= max(start + 1, last):
-        p = torch.bincount(torch.tensor(written[-last:])) / last
-        return len(written) if -torch.special.xlogy(p, p).sum() < min_entropy else 0
-    return 0
-
-
-def up_to(text, stop, before):
-    """Cut off what the last token of a text adds after the first --stop that ends in it; before: the text
-    without that token."""
-    at = text.find(stop, max(0, len(before) - len(stop) + 1)) if stop else -1
-    return text[:at + len(stop)] if at >= 0 else text
-
-
 # ---- from the command line --------------------------------------------------------------------------------
 
 def samplers():
@@ -247,7 +190,8 @@ def main(argv):
         fail(f"overlap={config.overlap} must be smaller than block_size={block_size}")
     asked = {name: value for name, value in chosen.items() if name in SAMPLER or name not in knobs_of(Config)}
     try:
-        how = arguments(model.sample, asked, {name: getattr(config, name) for name in SAMPLER})
+        best = {} if 'rule' in asked else model.reading
+        how = arguments(model.sample, best | asked, {name: getattr(config, name) for name in SAMPLER})
         rows = [make_canvas(config, start, tokenizer, block_size, model.any_length)
                 for start in starts(config.start) for _ in range(config.num_samples)]
         canvas = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.vocab_size)

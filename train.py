@@ -26,14 +26,15 @@ import torch
 from tqdm import tqdm
 
 import common
-import model as transformer
 from configurator import Count, Filename, Natural, NonNegative, Share, ShareBelow1, fail, script
 from hub import start
+from parts.clock import set_clocks
 from parts.muon import optimizers
 from text import files
 from text.rows import load_tokens, open_rows
 from text.vocabulary import Tokenizer
 from tools import machine
+from tools.glimpse import glimpse, indented
 from tools.machine import say
 
 
@@ -55,6 +56,7 @@ class Config:
     batch_size: Count = 64              # sequences of one forward in one process
     grad_accum: Count = 1               # forwards of one process for one iteration
     max_iters: Count = 5000             # optimizer steps
+    minutes: NonNegative = 0.0          # in place of max_iters: as many steps as fit into this time; 0: off
     lr: NonNegative = 3e-3              # of AdamW: embedding, head, norms, biases
     muon_lr: NonNegative = 0.02         # of Muon: the matrices of the blocks; 0: AdamW for all
     weight_decay: NonNegative = 0.0     # decoupled, on matrices
@@ -65,7 +67,7 @@ class Config:
     ema_decay: ShareBelow1 = 0.999      # of the averaged weights, float32, that are evaluated and sampled
     ema_power: NonNegative = 0.0        # EMA warm-up; 0: decay (1+n)/(10+n) at step n; p > 0: 1-(1+n)^-p
     # evaluation
-    eval_interval: Count = 500          # iterations between evaluations, each followed by a checkpoint
+    eval_interval: Natural = 500        # iterations between evaluations, texts and checkpoints; 0: a tenth
     eval_windows: Natural = 200         # validation windows (or lines), the same every time; 0: all
     eval_draws: Count = 4               # noise draws a window for bounds
     log_interval: Count = 50            # iterations between log lines
@@ -167,7 +169,7 @@ def step(state, loss_fn, rows, rank, world, amp):
     """One optimizer step over world * grad_accum micro-batches; returns the loss and the metrics (of the last
     micro-batch), on the device."""
     run, total, count = state.run, 0.0, 0
-    transformer.set_clocks(state.model, state.iter)
+    set_clocks(state.model, state.iter)
     for i in range(run.grad_accum):
         # micro-batch rank * grad_accum + i: the same noise, however they are spread over processes
         common.seed_everything(run.seed, state.iter, rank * run.grad_accum + i)
@@ -205,20 +207,25 @@ def train(state, origin, rank, world):
         say(f"{run.objective}: {sum(p.numel() for p in state.params) / 1e6:.2f}M parameters, "
             f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
             f"{run.max_iters} iterations, {device} in {state.dtype}, to {run.out_dir}/")
-    stop = machine.stop_signals(world, device)
+    stop, began = machine.stop_signals(world, device), time.time()
     loss_fn = state.model
     if run.compile:
         loss_fn = machine.compiled(state.model, rows.batch(run.batch_size)[0], amp)
 
     bad_iter = never = torch.tensor(2 ** 62, device=device)  # the first iteration whose loss is not finite
-    logged, tick, tick_iter, stopping = [], time.time(), state.iter, False
+    logged, tick, tick_iter, first, stopping = [], time.time(), state.iter, state.iter, False
     bar = tqdm(total=run.max_iters, initial=state.iter, unit='it',
                disable=rank > 0 or not sys.stderr.isatty())
     while state.iter < run.max_iters and not stopping:
         logged.append(step(state, loss_fn, rows, rank, world, amp))
         bad_iter = torch.minimum(bad_iter, torch.where(logged[-1]['loss'].isfinite(), never, state.iter))
         bar.update()
-        evaluating = state.iter % run.eval_interval == 0 or state.iter == run.max_iters
+        if state.iter == first + MEASURED:
+            logged[-1]['loss'].item()  # wait for the device
+            plan(run, began, tick, origin.resumed, world, device)
+            bar.total = run.max_iters
+        interval = run.eval_interval or max(1, run.max_iters // 10)
+        evaluating = state.iter % interval == 0 or state.iter == run.max_iters
         stopping = stop(state.iter)
         if not (evaluating or stopping or state.iter % run.log_interval == 0):
             continue
@@ -236,12 +243,30 @@ def train(state, origin, rank, world):
             state.save(evaluating, calibration)
         if rank == 0 and evaluating:
             (value, error), kind = state.val, dict(exact='exact', upper='upper bound')[state.model.bound]
-            say(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}", bar)
+            say(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}; a text:\n"
+                + indented(glimpse(state.ema, val, Tokenizer(state.meta))), bar)
         logged, tick, tick_iter = [], time.time(), state.iter
     bar.close()
-    if stopping and rank == 0:
-        say(f"stopped by a signal at iteration {state.iter}: saved; "
-            f"go on with --init_from=resume --out_dir={run.out_dir}")
+    if rank == 0:
+        if stopping:
+            say(f"stopped by a signal at iteration {state.iter}: saved; "
+                f"go on with --init_from=resume --out_dir={run.out_dir}")
+        say(f"what it has learned: python sample.py --out_dir={run.out_dir}; "
+            f"how well: python eval.py --out_dir={run.out_dir}")
+
+
+MEASURED = 25  # iterations whose speed says how long a run will take
+
+
+def plan(run, began, tick, resumed, world, device):
+    """Say how long the run will take by its first iterations, MEASURED of them since `tick`; a new run with
+    a time to fill gets its max_iters first. A tenth of the time is for evaluations and texts."""
+    seconds = machine.longest((time.time() - tick) / MEASURED, world, device)
+    if run.minutes and not resumed:
+        left = 60 * run.minutes - machine.longest(time.time() - began, world, device)
+        run.max_iters = 2 * MEASURED + max(0, int(0.09 * left / seconds)) * 10
+    say(f"about {run.max_iters * seconds / 0.9 / 60:.1f} minutes: {run.max_iters:,} iterations of "
+        f"{seconds:.2f} s")
 
 
 def check_finite(state, bad_iter, never, saving):

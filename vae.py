@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import model
 from ar import prompt_length, token_nats
 from configurator import Count, Filename, Fixed, Natural, NonNegative, Share, ShareBelow1
-from parts import lora
+from parts import clock, lora
 from parts.gaussian import full_precision, log_normal, mutual_information
 from text.windows import OTHER, Passages, begins, last, place, sentence_ends, tokens_before
 from unmask import sample_tokens
@@ -108,7 +108,7 @@ def active_units(mu):
 
 class Model(nn.Module):
     bound, takes, revises, any_length = 'upper', (), False, True
-    orders, base, selects, measures = (), 'ar', False, True  # best at beta < 1 is not the lowest bound
+    orders, reading, base, selects, measures = (), {}, 'ar', False, True  # best at beta < 1: not the lowest bound
     gpt = property(lambda self: self.decoder)  # the network whose calls are counted
 
     def __init__(self, config):
@@ -131,7 +131,7 @@ class Model(nn.Module):
         self.w_d.weight.data.copy_(self.w_e.weight.T)
         for p in (self.w_e.bias, self.w_d.bias, *(self.w_var.parameters() if self.w_var else ())):
             nn.init.zeros_(p)
-        self.clock = model.Clock()
+        self.clock = clock.Clock()
         starts = torch.arange(n) * c.block_size // n
         self.register_buffer('segments', starts, persistent=False)
         self.register_buffer('centres', starts + c.block_size // (2 * n), persistent=False)

@@ -28,14 +28,15 @@ class Origin(NamedTuple):
 def begin(argv, doc, Config):
     """argv -> (run Config, concept Config, Config of the rows, Origin), or the script ends; so it does after
     printing --help."""
-    files, cpu, flags = read(argv)
+    files, devices, flags = read(argv)
     if 'help' in flags:
         objective, = peek({**files, **flags}, Config, 'objective')
         kinds = [module.Config for module in rows.KINDS.values() if knobs_of(module.Config)]
         print(help_text(doc, Config, common.concept(objective).Config, *kinds))
         sys.exit(0)
     device = common.pick_device(*peek({**files, **flags}, Config, 'device'))
-    knobs = {**files, **(cpu if device.type == 'cpu' else {})}
+    files |= devices.get(device.type, {})
+    knobs = dict(files)
     source, out_dir = peek({**knobs, **flags}, Config, 'init_from', 'out_dir')
     if not out_dir or Path(out_dir, 'config.json').exists():
         fail(f"out_dir={out_dir} is no place for a run: it must not be empty, nor hold a model in Hugging "
@@ -62,7 +63,7 @@ def begin(argv, doc, Config):
         fail(f"base is for a new run: init_from={source} holds all it needs")
     base = None if checkpoint else built_on(concept, knobs.get('base', ''))
     own = concept.knobs_of_base(base['config']) if base else {}
-    for name in {**files, **cpu, **flags}:
+    for name in {**files, **flags}:
         if is_fixed(known[name]) or name in own:
             fail(f"{name} is set by the dataset, by the base, or by the weights that the run begins with: "
                  f"leave it out")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import model
 from configurator import Natural
-from parts import lora
+from parts import clock, lora
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Adapted(model.GPT):
     def __init__(self, config, **how):
         super().__init__(replace(config, block_size=config.block_size + config.shift), causal=False,
                          marks=1 + config.shift, **how)
-        self.shift, self.anneal_iters, self.clock = config.shift, config.anneal_iters, model.Clock()
+        self.shift, self.anneal_iters, self.clock = config.shift, config.anneal_iters, clock.Clock()
 
     def forward(self, x, mask=None, time=None, where=None):
         """As of GPT, with the shift undone: logits (B, T, V) of tokens x (B, T)."""

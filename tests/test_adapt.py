@@ -13,7 +13,7 @@ import masked
 import model
 import train
 from hub import adapt
-from parts import adapted, lora
+from parts import adapted, clock, lora
 from conftest import TINY, chi_square_p
 
 SIZES = dict(vocab_size=7, block_size=8, n_layer=2, n_head=2, n_embd=16)
@@ -109,7 +109,7 @@ def test_training_sees_the_annealed_mask_and_nothing_else_does(shift, monkeypatc
     monkeypatch.setattr(model, 'attention', lambda *args: seen.append(args[-1]) or own(*args))
     net, x = denoiser(shift=shift, anneal_iters=4), torch.randint(7, (3, 8))
     for steps, full in ((0, False), (3, True), (100, True)):
-        model.set_clocks(net, steps)
+        clock.set_clocks(net, steps)
         seen.clear()
         net.train()(x)
         assert all(torch.equal(mask, seen[0]) for mask in seen) and seen[0].shape == (8 + shift, 8 + shift)

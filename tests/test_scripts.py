@@ -16,7 +16,7 @@ import masked
 import sample
 import train
 import unmask
-from text import vocabulary, windows
+from text import ends, vocabulary, windows
 from conftest import ROOT, TEXT, TINY
 
 
@@ -159,10 +159,10 @@ def test_a_text_ends_behind_its_stop(trained, capsys, out_dir):
 
 def test_a_text_ends_where_it_starts_to_repeat_itself():
     varied, dull = list(range(30)) * 20, [1, 2] * 300
-    assert sample.ending(varied, 0, 99, [], 2.0) == 0
-    assert sample.ending(varied + dull[:50], 0, 99, [], 2.0) == 0
-    assert sample.ending(varied + dull[:250], 0, 99, [], 2.0) == 850
-    assert sample.ending(varied + [99] + dull, 0, 99, [], 2.0) == 0  # what is not written yet does not count
+    assert ends.ending(varied, 0, 99, [], 2.0) == 0
+    assert ends.ending(varied + dull[:50], 0, 99, [], 2.0) == 0
+    assert ends.ending(varied + dull[:250], 0, 99, [], 2.0) == 850
+    assert ends.ending(varied + [99] + dull, 0, 99, [], 2.0) == 0  # what is not written yet does not count
 
 
 def test_a_text_ends_behind_the_text_of_its_stop_however_it_was_cut_into_tokens():
@@ -171,8 +171,8 @@ def test_a_text_ends_behind_the_text_of_its_stop_however_it_was_cut_into_tokens(
     V, ids = 300, tokenizer.encode
 
     def end(row, start, *stops):
-        found = [f for stop in stops for f in sample.stop_ids(sample.Config(stop=stop), tokenizer)]
-        return sample.ending(row, start, V, found, 0.0)
+        found = [f for stop in stops for f in ends.of(tokenizer, stop)]
+        return ends.ending(row, start, V, found, 0.0)
     row = ids('at the') + ids('e end')  # ' the' is one token, so 'the e' and 'thee' begin inside of it
     assert [tokenizer.decode(row[:end(row, 0, stop)]) for stop in ('thee', 'he', 'e e', 'end')] == [
         'at thee', 'at the', 'at thee e', 'at thee end']
@@ -180,9 +180,9 @@ def test_a_text_ends_behind_the_text_of_its_stop_however_it_was_cut_into_tokens(
     assert end(row, 3, 'at') == 0 and end(ids('abab'), 2, 'ab') == 4  # in the given text it ends nothing
     assert end(ids('xyz'), 0, 'z', 'y') == 2  # whichever comes first
     assert end([*ids('a'), 299, *ids('b')], 0, '<|endoftext|>') == 2
-    assert sample.up_to('say: "Stop. Go', 'Stop', 'say: "St') == 'say: "Stop'
-    assert sample.up_to('stop, stop. Go', 'stop', 'stop, stop.') == 'stop, stop. Go'  # the last token: ' Go'
-    assert sample.up_to('a...', '.', 'a') == 'a.' and sample.up_to('baaaa', 'aa', 'b') == 'baa'
+    assert ends.up_to('say: "Stop. Go', 'Stop', 'say: "St') == 'say: "Stop'
+    assert ends.up_to('stop, stop. Go', 'stop', 'stop, stop.') == 'stop, stop. Go'  # the last token: ' Go'
+    assert ends.up_to('a...', '.', 'a') == 'a.' and ends.up_to('baaaa', 'aa', 'b') == 'baa'
 
 
 @pytest.mark.parametrize('flags', [['--cfg=2'], ['--grid=maskgit'], ['--rule=llada', '--part_length=4'],

@@ -11,7 +11,7 @@ import torch
 import ar
 import common
 import masked
-from text import vocabulary
+from text import ends, vocabulary
 from theirs import make_folder, tokenizer_json
 from tools import items, tasks
 from tools.items import Blank, Choice
@@ -404,9 +404,9 @@ def test_the_end_of_a_model_of_sentencepiece_and_the_space_before_its_texts_are_
     ids = tokenizer.encode('the people of')
 
     def end(row, stop):
-        stops = sample.stop_ids(sample.Config(stop=stop), vocabulary.Tokenizer(
-            {k: v for k, v in tokenizer.meta.items() if k != 'sep'}))
-        return sample.ending(row, 0, tokenizer.vocab_size, stops, 0.0)
+        plain = vocabulary.Tokenizer({k: v for k, v in tokenizer.meta.items() if k != 'sep'})
+        stops = ends.of(plain, stop)
+        return ends.ending(row, 0, tokenizer.vocab_size, stops, 0.0)
     assert end(ids, ' the') == 0 and tokenizer.text(ids[:end(ids, 'the')]) == 'the'
     assert end([*ids, 2, *ids], '</s>') == len(ids) + 1
 

@@ -451,7 +451,7 @@ def test_the_bound_is_above_the_truth_and_falls_to_it_with_more_draws(learned):
     one_error, error = one.std(0) / 1000 ** 0.5, many.std(0) / 20 ** 0.5
     assert (one.mean(0) > true + one_error).all() and (one.mean(0) > many.mean(0) + one_error).all()
     # 4 standard errors; what is left of 300 draws' own gap is half their variance
-    assert ((many.mean(0) - true - many.var(0) / 2).abs() < 4 * error).all() and (error < 0.05).all()
+    assert ((many.mean(0) - true - many.var(0) / 2).abs() < 4 * error).all() and (error < 0.1).all()
 
 
 def test_one_draw_is_the_negative_elbo_whose_kl_is_known():

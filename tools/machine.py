@@ -43,6 +43,15 @@ def average_gradients(params, world):
         p.grad.copy_(g.view_as(p))
 
 
+def longest(seconds, world, device):
+    """The largest of a number that every process has."""
+    if world == 1:
+        return seconds
+    seconds = torch.tensor(seconds, device=device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds.item()
+
+
 def stop_signals(world, device):
     """Catch Ctrl-C, SIGTERM and a terminal that hangs up -> a function (iteration) -> whether one has come.
     Processes agree on the iteration, so that none waits for another that has left."""

@@ -1,0 +1,55 @@
+"""
+The first run: a text by the model that comes with the repository, a training, and a text by the new model
+beside it.
+
+    make demo
+    python -m tools.demo              # the same, in an environment of your own
+
+Ctrl-C ends the training early; the rest goes on with what has been learned until then.
+"""
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+from configurator import fail, script, settings
+from tools.glimpse import side_by_side
+
+CONFIG, OUT = 'config/demo.py', 'out-demo'
+
+
+def run(*words, show=True):
+    """Run one of the programs with its flags -> what it has printed, unless it is shown. Ends the script as
+    it ended, if it failed."""
+    print(f"\n$ python {' '.join(words)}\n", flush=True)
+    done = subprocess.run([sys.executable, *words], text=True, stdout=None if show else subprocess.PIPE)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
+
+
+def main(argv):
+    settings(argv, __doc__)
+    if not Path('sample.py').exists():
+        fail("the demo is run in the folder of the repository")
+    print("1. A text by the small model that comes with the repository: it begins as masks.")
+    run('sample.py', f'--out_dir={common.SHIPPED}', '--watch', '--num_samples=1')
+    print("\n2. A model of your own, trained from nothing. Ctrl-C ends it early.")
+    if not Path('data/shakespeare_char/meta.json').exists():
+        run('data/shakespeare_char/prepare.py')
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for train.py, which saves and ends
+    run('train.py', CONFIG, f'--out_dir={OUT}')
+    signal.signal(signal.SIGINT, before)
+    print("\n3. The one that came with the repository (left), and yours (right).")
+    texts = [run('sample.py', f'--out_dir={path}', '--num_samples=1', show=False)
+             for path in (common.SHIPPED, OUT)]
+    print('\n' + side_by_side(*texts))
+    print(f"\nWhat next? More text:   python sample.py --out_dir={OUT} --start=\"ROMEO:\" --watch\n"
+          f"           How good?    python eval.py --out_dir={OUT}\n"
+          f"           Train on:    python train.py --init_from=resume --out_dir={OUT} --max_iters=4000\n"
+          f"           The lesson:  masked.py, then unmask.py")
+
+
+if __name__ == '__main__':
+    script(main)
