@@ -33,7 +33,7 @@ from parts.muon import optimizers
 from text import files
 from text.rows import load_tokens, open_rows
 from text.vocabulary import Tokenizer
-from tools import machine
+from tools import machine, parallel
 from tools.machine import say
 
 
@@ -51,6 +51,7 @@ class Config:
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the networks
     compile: bool = True                # torch.compile of the loss
     seed: Natural = 1337                # of the weights, the batches and the noise
+    shard: bool = False                 # several processes: each keeps a part of the model only (FSDP2)
     # the optimizer
     batch_size: Count = 64              # sequences of one forward in one process
     grad_accum: Count = 1               # forwards of one process for one iteration
@@ -97,11 +98,14 @@ class State:
         self.run, self.config, self.row_knobs, self.meta = run, config, row_knobs, origin.meta
         self.device, self.dtype = device, common.pick_dtype(run.dtype, device)
         try:
-            self.model = common.concept(run.objective).Model(config).to(device)
+            self.model = common.concept(run.objective).Model(config)
         except ValueError as e:
             fail(e)
         start.weights(self.model, run, config, origin)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if origin.resumed:
+            self.ema.load_state_dict(origin.checkpoint['ema'])
+        parallel.place(self.model, self.ema, device, run.shard)
         trained = [(p, e) for p, e in zip(self.model.parameters(), self.ema.parameters()) if p.requires_grad]
         self.params, self.averages = [p for p, _ in trained], [e for _, e in trained]
         try:
@@ -113,7 +117,7 @@ class State:
         self.iter, self.tokens, self.best, self.val = 0, 0, float('inf'), None
         if origin.resumed:
             old = origin.checkpoint
-            self.ema.load_state_dict(old['ema'])
+            parallel.take_whole_states(self.optimizers)
             start.resume_optimizers(self.optimizers, run, origin)
             self.iter, self.tokens = old['iter'], old['tokens']
             if all(old['run'][name] == getattr(run, name) for name in ('eval_windows', 'eval_draws')):
@@ -125,7 +129,7 @@ class State:
         at_once = common.rows_at_once(self.config.block_size, self.config.vocab_size)
         nats = lambda **part: self.ema.nats(n=self.run.eval_draws, **part)
         with amp:
-            self.val = common.evaluate(nats, batch, scored, at_once)
+            self.val = parallel.of_first(common.evaluate(nats, batch, scored, at_once))
 
     def save(self, just_evaluated, calibration):
         """Write last.pt with everything, and best.pt when `val` is the best so far (vae: at every
@@ -140,9 +144,9 @@ class State:
                      rows=asdict(self.row_knobs), tokenizer=self.meta, iter=self.iter, tokens=self.tokens,
                      val=self.val, best=self.best, ema=self.ema.state_dict(), model=self.model.state_dict())
         if improved:
-            common.save(state, Path(self.run.out_dir, 'best.pt'))
+            parallel.save(state, Path(self.run.out_dir, 'best.pt'))
         state |= dict(optimizers=[o.state_dict() for o in self.optimizers])
-        common.save(state, Path(self.run.out_dir, 'last.pt'))
+        parallel.save(state, Path(self.run.out_dir, 'last.pt'))
 
 
 # ---- a step -----------------------------------------------------------------------------------------------
@@ -172,12 +176,11 @@ def step(state, loss_fn, rows, rank, world, amp):
         # micro-batch rank * grad_accum + i: the same noise, however they are spread over processes
         common.seed_everything(run.seed, state.iter, rank * run.grad_accum + i)
         batch, n = rows.batch(run.batch_size)
-        with amp:
-            loss, metrics = loss_fn(**batch)
-        (loss / run.grad_accum).backward()
+        with parallel.micro_batch(loss_fn, last=i + 1 == run.grad_accum):
+            with amp:
+                loss, metrics = loss_fn(**batch)
+            (loss / run.grad_accum).backward()
         count, total = count + n, total + loss.detach() / run.grad_accum
-    if world > 1:
-        machine.average_gradients(state.params, world)
     if run.grad_clip:
         torch.nn.utils.clip_grad_norm_(state.params, run.grad_clip)
     for optimizer, peak in zip(state.optimizers, state.peak):
@@ -206,9 +209,9 @@ def train(state, origin, rank, world):
             f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
             f"{run.max_iters} iterations, {device} in {state.dtype}, to {run.out_dir}/")
     stop = machine.stop_signals(world, device)
-    loss_fn = state.model
+    loss_fn = parallel.averaging(state.model)
     if run.compile:
-        loss_fn = machine.compiled(state.model, rows.batch(run.batch_size)[0], amp)
+        machine.compile_loss(loss_fn, rows.batch(run.batch_size)[0], amp)
 
     bad_iter = never = torch.tensor(2 ** 62, device=device)  # the first iteration whose loss is not finite
     logged, tick, tick_iter, stopping = [], time.time(), state.iter, False
@@ -230,9 +233,9 @@ def train(state, origin, rank, world):
         bar.set_postfix_str(line)
         if rank == 0 and bar.disable:
             say(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left")
-        if rank == 0 and evaluating:
+        if evaluating:
             state.evaluate(val, scored, amp)
-        if rank == 0 and (evaluating or stopping):
+        if evaluating or stopping:
             state.save(evaluating, calibration)
         if rank == 0 and evaluating:
             (value, error), kind = state.val, dict(exact='exact', upper='upper bound')[state.model.bound]
