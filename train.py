@@ -12,7 +12,7 @@ figure). The checkpoints of an earlier run in out_dir are moved to out_dir/old-1
 closed terminal it saves and exits.
 
 From top to bottom: knobs, data, model and optimizer, a step, the loop. hub/start.py finds what a run begins
-with, tools/machine.py has processes, signals and the compiler.
+with, tools/parallel.py has processes, tools/machine.py signals and the compiler.
 """
 import copy
 import math
