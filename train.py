@@ -12,7 +12,7 @@ figure). The checkpoints of an earlier run in out_dir are moved to out_dir/old-1
 closed terminal it saves and exits.
 
 From top to bottom: knobs, data, model and optimizer, a step, the loop. hub/start.py finds what a run begins
-with, tools/parallel.py has processes, tools/machine.py signals and the compiler.
+with, tools/machine.py has signals and the compiler, tools/parallel.py what several processes share.
 """
 import copy
 import math

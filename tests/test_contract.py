@@ -102,7 +102,7 @@ def test_forward_compiles_as_one_graph_and_draws_new_noise_every_call(concept):
 OTHERWISE = {'masked': [dict(masking='count', time_input=True), dict(shift=True, anneal_iters=2, lora_rank=2),
                         dict(t_law='uniform', schedule='cosine', loss_weight='elbo')],
              'd3pm': [dict(carry_over=True)], 'block': [dict(loss_weight='elbo'), dict(block_length=1)],
-             'score': [dict(self_condition=True, mse=0.1, loss_weight='edm', reads='scaled', time_warp=False)],
+             'score': [dict(self_condition=True, mse=0.1, loss_weight='edm', reads='scaled')],
              'vae': [dict(pooled=True, learned_variance=True, sentences=True, short=0.5, free_bits=0.1),
                      dict(whole=True)],
              'latent': [dict(sigma_law='lognormal', error_weight='x0')], 'sedd': [dict(masking='count')],

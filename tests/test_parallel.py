@@ -1,6 +1,7 @@
 """Several processes against one: DDP, FSDP2, compiled, frozen parts, resumed."""
 import copy
 import functools
+import os
 import socket
 
 import pytest
@@ -47,7 +48,7 @@ def assert_close(two, one, atol=1e-4):
         for name, p in one[key].items():
             assert torch.allclose(p, two[key][name], atol=atol), (key, name)
     for a, b in zip(two['optimizers'], one['optimizers'], strict=True):
-        assert a['state'].keys() == b['state'].keys() and a['param_groups'][0].keys() == b['param_groups'][0].keys()
+        assert a['state'].keys() == b['state'].keys() and len(a['param_groups']) == len(b['param_groups'])
         for i, state in b['state'].items():
             assert all(torch.allclose(p, a['state'][i][name], atol=atol) for name, p in state.items())
 
@@ -82,6 +83,20 @@ def test_so_they_do_compiled(workdir, processes, monkeypatch, how):
     run = [*RUN, '--compile=True', '--n_layer=2']
     processes(*run, *how, '--grad_accum=2', '--out_dir=two')
     train.main([*run, '--grad_accum=4', '--out_dir=one'])
+    assert_close('two', 'one')
+
+
+def test_where_one_process_has_no_compiler_all_go_on_without(workdir, processes, monkeypatch, capfd):
+    def compile(model):
+        if os.environ['RANK'] == '1':
+            raise RuntimeError('no compiler for you')
+        return functools.partial(real, backend='eager')(model)
+    real = torch.compile
+    monkeypatch.setattr(torch, 'compile', compile)
+    processes(*RUN, '--compile=True', '--out_dir=two')
+    err = capfd.readouterr().err
+    assert 'no compiler for you' in err and 'another process could not' in err
+    train.main([*RUN, '--grad_accum=2', '--out_dir=one'])
     assert_close('two', 'one')
 
 
@@ -126,7 +141,7 @@ def test_a_process_keeps_its_part_of_what_is_trained_and_of_the_blocks():
             parts = {name: len(p.to_local()) / len(p) for name, p in net.named_parameters()
                      if hasattr(p, 'to_local')}
             assert [name for name, _ in net.named_parameters() if name not in parts] == left
-            assert all(part == 1 / 4 for name, part in parts.items() if '.taps' not in name and 'head' not in name)
+            assert all(part == 1 / 4 for name, part in parts.items() if 'taps' not in name and 'head' not in name)
     dist.destroy_process_group()
 
 
@@ -183,4 +198,5 @@ def test_muon_and_adamw_load_into_shards_what_whole_ones_have_saved(group):
                 optimizer.step()
         states.append(parallel.whole([optimizer.state_dict() for optimizer in own]))
     for a, b in zip(*states):
-        assert all(torch.equal(p, b['state'][i][name]) for i, s in a['state'].items() for name, p in s.items())
+        for i, state in a['state'].items():
+            assert all(torch.equal(p, b['state'][i][name]) for name, p in state.items())

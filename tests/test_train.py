@@ -1,4 +1,5 @@
-"""The loop: resume, averaging, processes, signals, kills, and the mistakes people make."""
+"""The loop: resume, averaging, the compiler, signals, kills, and the mistakes people make."""
+import functools
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import common
 import configurator
@@ -14,6 +16,7 @@ import masked
 import train
 from conftest import TINY, started
 from hub import start
+from test_latent_scripts import AR, LATENT, VAE
 from text import windows
 
 
@@ -322,3 +325,21 @@ def test_without_a_compiler_training_goes_on_with_a_warning(workdir, monkeypatch
     err = capsys.readouterr().err
     assert 'warning: torch.compile' in err and 'RuntimeError: no compiler for you)' in err
     assert common.load('out/last.pt')['iter'] == 4
+
+
+RUNS = {name: [*TINY, f'--objective={name}', f'--out_dir=out-{name}'] for name in common.OBJECTIVES}
+RUNS |= {'vae': VAE, 'latent': LATENT, 'random_length': [*TINY, '--random_length=0.5'],
+         'annealed': [*TINY, '--objective=masked', '--init_from=out-ar', '--anneal_iters=3',
+                      '--shift=True', '--lora_rank=2']}
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_a_run_compiles_its_loss_once_whatever_comes_between(after, monkeypatch, capsys, name):
+    """Two micro-batches a step, evaluations that end in a smaller batch, checkpoints, an odd last step."""
+    after(AR, VAE)
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=counter, fullgraph=True))
+    monkeypatch.setattr(common, 'rows_at_once', lambda T, V: 5)
+    torch._dynamo.reset()
+    train.main([*RUNS[name], '--out_dir=out', '--compile=True', '--grad_accum=2', '--max_iters=5'])
+    assert counter.frame_count == 1 and 'warning' not in capsys.readouterr().err
