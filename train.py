@@ -12,7 +12,7 @@ figure). The checkpoints of an earlier run in out_dir are moved to out_dir/old-1
 closed terminal it saves and exits.
 
 From top to bottom: knobs, data, model and optimizer, a step, the loop. hub/start.py finds what a run begins
-with, tools/machine.py has processes, signals and the compiler.
+with, tools/machine.py has signals and the compiler, tools/parallel.py what several processes share.
 """
 import copy
 import math
@@ -33,7 +33,7 @@ from parts.muon import optimizers
 from text import files
 from text.rows import load_tokens, open_rows
 from text.vocabulary import Tokenizer
-from tools import machine
+from tools import machine, parallel
 from tools.glimpse import glimpse, indented
 from tools.machine import say
 
@@ -52,6 +52,7 @@ class Config:
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the networks
     compile: bool = True                # torch.compile of the loss
     seed: Natural = 1337                # of the weights, the batches and the noise
+    shard: bool = False                 # several processes: each keeps a part of the model only (FSDP2)
     # the optimizer
     batch_size: Count = 64              # sequences of one forward in one process
     grad_accum: Count = 1               # forwards of one process for one iteration
@@ -99,11 +100,14 @@ class State:
         self.run, self.config, self.row_knobs, self.meta = run, config, row_knobs, origin.meta
         self.device, self.dtype = device, common.pick_dtype(run.dtype, device)
         try:
-            self.model = common.concept(run.objective).Model(config).to(device)
+            self.model = common.concept(run.objective).Model(config)
         except ValueError as e:
             fail(e)
         start.weights(self.model, run, config, origin)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if origin.resumed:
+            self.ema.load_state_dict(origin.checkpoint['ema'])
+        parallel.place(self.model, self.ema, device, run.shard)
         trained = [(p, e) for p, e in zip(self.model.parameters(), self.ema.parameters()) if p.requires_grad]
         self.params, self.averages = [p for p, _ in trained], [e for _, e in trained]
         try:
@@ -115,7 +119,7 @@ class State:
         self.iter, self.tokens, self.best, self.val = 0, 0, float('inf'), None
         if origin.resumed:
             old = origin.checkpoint
-            self.ema.load_state_dict(old['ema'])
+            parallel.take_whole_states(self.optimizers)
             start.resume_optimizers(self.optimizers, run, origin)
             self.iter, self.tokens = old['iter'], old['tokens']
             if all(old['run'][name] == getattr(run, name) for name in ('eval_windows', 'eval_draws')):
@@ -127,7 +131,7 @@ class State:
         at_once = common.rows_at_once(self.config.block_size, self.config.vocab_size)
         nats = lambda **part: self.ema.nats(n=self.run.eval_draws, **part)
         with amp:
-            self.val = common.evaluate(nats, batch, scored, at_once)
+            self.val = parallel.of_first(common.evaluate(nats, batch, scored, at_once))
 
     def save(self, just_evaluated, calibration):
         """Write last.pt with everything, and best.pt when `val` is the best so far (vae: at every
@@ -142,9 +146,9 @@ class State:
                      rows=asdict(self.row_knobs), tokenizer=self.meta, iter=self.iter, tokens=self.tokens,
                      val=self.val, best=self.best, ema=self.ema.state_dict(), model=self.model.state_dict())
         if improved:
-            common.save(state, Path(self.run.out_dir, 'best.pt'))
+            parallel.save(state, Path(self.run.out_dir, 'best.pt'))
         state |= dict(optimizers=[o.state_dict() for o in self.optimizers])
-        common.save(state, Path(self.run.out_dir, 'last.pt'))
+        parallel.save(state, Path(self.run.out_dir, 'last.pt'))
 
 
 # ---- a step -----------------------------------------------------------------------------------------------
@@ -174,12 +178,11 @@ def step(state, loss_fn, rows, rank, world, amp):
         # micro-batch rank * grad_accum + i: the same noise, however they are spread over processes
         common.seed_everything(run.seed, state.iter, rank * run.grad_accum + i)
         batch, n = rows.batch(run.batch_size)
-        with amp:
-            loss, metrics = loss_fn(**batch)
-        (loss / run.grad_accum).backward()
+        with parallel.micro_batch(loss_fn, last=i + 1 == run.grad_accum):
+            with amp:
+                loss, metrics = loss_fn(**batch)
+            (loss / run.grad_accum).backward()
         count, total = count + n, total + loss.detach() / run.grad_accum
-    if world > 1:
-        machine.average_gradients(state.params, world)
     if run.grad_clip:
         torch.nn.utils.clip_grad_norm_(state.params, run.grad_clip)
     for optimizer, peak in zip(state.optimizers, state.peak):
@@ -197,7 +200,7 @@ def step(state, loss_fn, rows, rank, world, amp):
 def train(state, origin, rank, world):
     """From state.iter to max_iters, or until a signal comes."""
     run, config, device = state.run, state.config, state.device
-    amp = common.autocast(device, state.dtype)
+    amp, tokenizer = common.autocast(device, state.dtype), Tokenizer(state.meta)
     rows, val, scored, calibration = open_data(state)
     if rank == 0:
         if report := rows.report(run.batch_size):
@@ -208,9 +211,9 @@ def train(state, origin, rank, world):
             f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
             f"{run.max_iters} iterations, {device} in {state.dtype}, to {run.out_dir}/")
     stop, began = machine.stop_signals(world, device), time.time()
-    loss_fn = state.model
+    loss_fn = parallel.averaging(state.model)
     if run.compile:
-        loss_fn = machine.compiled(state.model, rows.batch(run.batch_size)[0], amp)
+        machine.compile_loss(loss_fn, rows.batch(run.batch_size)[0], amp)
 
     bad_iter = never = torch.tensor(2 ** 62, device=device)  # the first iteration whose loss is not finite
     logged, tick, tick_iter, first, stopping = [], time.time(), state.iter, state.iter, False
@@ -220,10 +223,13 @@ def train(state, origin, rank, world):
         logged.append(step(state, loss_fn, rows, rank, world, amp))
         bad_iter = torch.minimum(bad_iter, torch.where(logged[-1]['loss'].isfinite(), never, state.iter))
         bar.update()
-        if state.iter == first + MEASURED:
+        if state.iter == first + machine.MEASURED:
             logged[-1]['loss'].item()  # wait for the device
-            plan(run, began, tick, origin.resumed, world, device)
+            times = (time.time() - tick) / machine.MEASURED, time.time() - began
+            words = machine.plan(run, *parallel.of_first(times), origin.resumed)
             bar.total = run.max_iters
+            if rank == 0:
+                say(words, bar)
         interval = run.eval_interval or max(1, run.max_iters // 10)
         evaluating = state.iter % interval == 0 or state.iter == run.max_iters
         stopping = stop(state.iter)
@@ -237,14 +243,17 @@ def train(state, origin, rank, world):
         bar.set_postfix_str(line)
         if rank == 0 and bar.disable:
             say(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left")
-        if rank == 0 and evaluating:
+        if evaluating:
             state.evaluate(val, scored, amp)
-        if rank == 0 and (evaluating or stopping):
+        if evaluating or stopping:
             state.save(evaluating, calibration)
-        if rank == 0 and evaluating:
+        if evaluating:  # by all: a sharded model needs them
             (value, error), kind = state.val, dict(exact='exact', upper='upper bound')[state.model.bound]
+            with amp:
+                text = glimpse(state.ema, val, tokenizer)
+        if evaluating and rank == 0:
             say(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}; a text:\n"
-                + indented(glimpse(state.ema, val, Tokenizer(state.meta))), bar)
+                f"{indented(text)}", bar)
         logged, tick, tick_iter = [], time.time(), state.iter
     bar.close()
     if rank == 0:
@@ -253,20 +262,6 @@ def train(state, origin, rank, world):
                 f"go on with --init_from=resume --out_dir={run.out_dir}")
         say(f"what it has learned: python sample.py --out_dir={run.out_dir}; "
             f"how well: python eval.py --out_dir={run.out_dir}")
-
-
-MEASURED = 25  # iterations whose speed says how long a run will take
-
-
-def plan(run, began, tick, resumed, world, device):
-    """Say how long the run will take by its first iterations, MEASURED of them since `tick`; a new run with
-    a time to fill gets its max_iters first. A tenth of the time is for evaluations and texts."""
-    seconds = machine.longest((time.time() - tick) / MEASURED, world, device)
-    if run.minutes and not resumed:
-        left = 60 * run.minutes - machine.longest(time.time() - began, world, device)
-        run.max_iters = 2 * MEASURED + max(0, int(0.09 * left / seconds)) * 10
-    say(f"about {run.max_iters * seconds / 0.9 / 60:.1f} minutes: {run.max_iters:,} iterations of "
-        f"{seconds:.2f} s")
 
 
 def check_finite(state, bad_iter, never, saving):

@@ -35,6 +35,19 @@ def orthogonal(G, dtype=torch.float32):
     return X.mT if tall else X
 
 
+def whole(G):
+    """The matrices G, gathered from all processes if each has a part of them (tools/parallel.py)."""
+    return G.full_tensor() if hasattr(G, 'full_tensor') else G
+
+
+def part(G, like):
+    """This process's part of the whole matrices G, if `like` is shared out among processes."""
+    if not hasattr(like, 'full_tensor'):
+        return G
+    from torch.distributed.tensor import distribute_tensor  # takes a while
+    return distribute_tensor(G, like.device_mesh, like.placements, src_data_rank=None)
+
+
 class Muon(torch.optim.Optimizer):
     """A step is lr sqrt(max(1, m / n)) long. As torch.optim.Muon, but matrices of one shape go together, and
     that always works in bfloat16: on a CPU without instructions for it a training step then takes 3.5 times
@@ -55,9 +68,10 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in alike]
                 torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group['momentum']))
-                update = orthogonal(nesterov, self.dtype).to(alike[0].dtype)
+                update = orthogonal(whole(nesterov), self.dtype).to(alike[0].dtype)
                 torch._foreach_mul_(alike, 1 - group['lr'] * group['weight_decay'])
-                torch._foreach_add_(alike, update.unbind(), alpha=-group['lr'] * max(1, m / n) ** 0.5)
+                torch._foreach_add_(alike, part(update, nesterov).unbind(),
+                                    alpha=-group['lr'] * max(1, m / n) ** 0.5)
 
 
 def optimizers(model, lr, muon_lr, weight_decay=0.0, dtype=torch.bfloat16):

@@ -1,6 +1,7 @@
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -75,6 +76,15 @@ def after(workdir, trainings):
 def trained(after):
     """A working folder with a tiny masked model in out-m and its AR twin in out-a."""
     return after([*TINY, '--out_dir=out-m'], [*TINY, '--out_dir=out-a', '--objective=ar'])
+
+
+def started(*flags):
+    """Training in a process of its own; a copy of this one, where there are copies, is there at once."""
+    kind = 'fork' if sys.platform == 'linux' else 'spawn'
+    import train
+    process = multiprocessing.get_context(kind).Process(target=train.main, args=(list(flags),))
+    process.start()
+    return process
 
 
 @pytest.fixture

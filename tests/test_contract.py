@@ -1,15 +1,22 @@
 """What every concept file promises the scripts (one parametrised test file, no base class)."""
+import contextlib
+import copy
 import dataclasses
 import inspect
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 import configurator
+import train
 import vae
+from parts.muon import optimizers
 from text import rows
 
 SIZES = dict(vocab_size=7, block_size=8, n_layer=2, n_head=2, n_embd=16)
@@ -91,10 +98,66 @@ def test_forward_compiles_as_one_graph_and_draws_new_noise_every_call(concept):
     torch._dynamo.reset()
 
 
-def test_forward_runs_without_memory_so_it_makes_no_tensor_elsewhere(concept):
-    model, batch = random_model(concept), batch_of(concept)
-    loss, metrics = model.to('meta')(**{name: tensor.to('meta') for name, tensor in batch.items()})
-    assert all(value.device.type == 'meta' for value in (loss, *metrics.values()))
+# knobs that lead through other lines of `forward` and `nats`
+OTHERWISE = {'masked': [dict(masking='count', time_input=True), dict(shift=True, anneal_iters=2, lora_rank=2),
+                        dict(t_law='uniform', schedule='cosine', loss_weight='elbo')],
+             'd3pm': [dict(carry_over=True)], 'block': [dict(loss_weight='elbo'), dict(block_length=1)],
+             'score': [dict(self_condition=True, mse=0.1, loss_weight='edm', reads='scaled')],
+             'vae': [dict(pooled=True, learned_variance=True, sentences=True, short=0.5, free_bits=0.1),
+                     dict(whole=True)],
+             'latent': [dict(sigma_law='lognormal', error_weight='x0')], 'sedd': [dict(masking='count')],
+             'ar': [dict(arch='gpt2')]}
+CASES = [(name, knobs) for name in common.OBJECTIVES for knobs in [{}, *OTHERWISE.get(name, [])]]
+
+
+def apart(model, B=6):
+    """What a model may be told of its rows beside the tokens: segments, prompts."""
+    kinds = dict(lines=('segment', torch.long), pairs=('given', torch.bool))
+    return {name: torch.zeros(B, 8, dtype=dtype) for kind, (name, dtype) in kinds.items()
+            if kind in model.takes}
+
+
+def on_meta(batch):
+    return {name: tensor.to('meta') for name, tensor in batch.items()}
+
+
+class MetaOnly(TorchDispatchMode):
+    """Fails where an operation makes a tensor on another device than `meta`."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert all(t.is_meta for t in tree_leaves(out) if isinstance(t, torch.Tensor)), function
+        return out
+
+
+@pytest.mark.parametrize('name, knobs', CASES)
+def test_a_training_step_makes_no_tensor_elsewhere_and_waits_for_nothing(name, knobs):
+    """On `meta` no number can be read. (AdamW keeps its step count on the CPU.)"""
+    concept = common.concept(name)
+    model = random_model(concept, n_layer=1, **knobs).to('meta')
+    ema = copy.deepcopy(model)
+    pairs = [(p, e) for p, e in zip(model.parameters(), ema.parameters()) if p.requires_grad]
+    params, averages = zip(*pairs)
+    state = SimpleNamespace(run=train.Config(batch_size=6), model=model, iter=0, tokens=0,
+                            optimizers=optimizers(model, 0.1, 0.1), peak=[0.1, 0.1], params=params,
+                            averages=averages)
+
+    def loss_fn(**batch):
+        with MetaOnly():
+            return model(**batch)
+    batch = on_meta({**batch_of(concept), **(apart(model) if knobs else {})})
+    rows = SimpleNamespace(batch=lambda B: (batch, 48))
+    metrics = train.step(state, loss_fn, rows, 0, 1, contextlib.nullcontext())
+    assert all(value.is_meta for value in metrics.values())
+
+
+@pytest.mark.parametrize('name, knobs', CASES)
+def test_the_bound_makes_no_tensor_elsewhere_and_waits_for_nothing(name, knobs):
+    model = random_model(common.concept(name), n_layer=1, **knobs).to('meta').eval()
+    batch = on_meta(dict(x=torch.randint(7, (6, 8)), **apart(model)))
+    with torch.no_grad(), MetaOnly():
+        nats = model.nats(n=2, **batch)
+    assert nats.is_meta and nats.shape == (6,)
 
 
 def test_nats_has_a_value_for_each_row_that_is_a_function_of_the_seed(concept):

@@ -136,7 +136,7 @@ def programs():
 def test_the_commands_in_the_documents_name_scripts_configs_and_knobs_that_exist():
     known = programs()
     for path in DOCS:
-        command = r'(?:python|torchrun \S+) ((?:-m )?[\w./]+)((?: +[^\n`#|]+)?)'
+        command = r'(?:python|torchrun(?: --\S+)+)(?: \\\n)? +((?:-m )?[\w./]+)((?: +[^\n`#|]+)?)'
         for program, rest in re.findall(command, path.read_text()):
             if program not in known:
                 own = program.endswith('.py') or '.' in program

@@ -1,22 +1,22 @@
-"""The loop: resume, averaging, processes, signals, kills, and the mistakes people make."""
-import multiprocessing
+"""The loop: resume, averaging, the compiler, signals, kills, and the mistakes people make."""
+import functools
 import os
 import shutil
 import signal
-import socket
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import common
 import configurator
 import masked
 import train
-from conftest import TINY
+from conftest import TINY, started
 from hub import start
+from test_latent_scripts import AR, LATENT, VAE
 from text import windows
 
 
@@ -75,36 +75,6 @@ def test_evaluating_more_often_does_not_change_the_training(workdir):
     train.main([*TINY, '--out_dir=often', '--eval_interval=1'])
     train.main([*TINY, '--out_dir=once', '--eval_interval=100'])
     assert same(common.load('often/last.pt')['model'], common.load('once/last.pt')['model'])
-
-
-def started(*flags):
-    """Training in a process of its own; a copy of this one, where there are copies, is there at once."""
-    kind = 'fork' if sys.platform == 'linux' else 'spawn'
-    process = multiprocessing.get_context(kind).Process(target=train.main, args=(list(flags),))
-    process.start()
-    return process
-
-
-def test_two_processes_equal_one_with_twice_the_accumulation(workdir, monkeypatch):
-    tiny = [*TINY, '--grad_accum=1', '--max_iters=10']
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        job = dict(WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=free.getsockname()[1])  # as of torchrun
-    processes = []
-    with monkeypatch.context() as patch:
-        for rank in (0, 1):
-            for name, value in dict(job, RANK=rank, LOCAL_RANK=rank).items():
-                patch.setenv(name, str(value))
-            processes.append(started(*tiny, '--out_dir=two'))
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    train.main([*tiny, '--grad_accum=2', '--out_dir=one'])
-    two, one = common.load('two/last.pt'), common.load('one/last.pt')
-    assert two['tokens'] == one['tokens']
-    for name, p in one['model'].items():
-        assert torch.allclose(p, two['model'][name], atol=1e-3), name  # Muon computes in bfloat16
-    assert abs(two['val'][0] - one['val'][0]) < 1e-3
 
 
 def test_averaged_weights_follow_the_formula_and_leave_the_start_behind():
@@ -337,10 +307,10 @@ def test_help_lists_every_knob_in_groups_and_starts_nothing(workdir, capsys):
     assert '  the optimizer\n  --batch_size=64' in out and 'vocab_size' not in out
 
 
-def test_at_most_45_knobs_train_a_masked_model():
+def test_at_most_46_knobs_train_a_masked_model():
     knobs = {name: knob for thing in (train.Config, masked.Config, windows.Config)
              for name, knob in configurator.knobs_of(thing).items() if not configurator.is_fixed(knob)}
-    assert len(knobs) <= 45, len(knobs)
+    assert len(knobs) <= 46, len(knobs)
 
 
 def test_what_the_data_or_the_weights_set_is_no_flag(workdir, mistake):
@@ -355,3 +325,21 @@ def test_without_a_compiler_training_goes_on_with_a_warning(workdir, monkeypatch
     err = capsys.readouterr().err
     assert 'warning: torch.compile' in err and 'RuntimeError: no compiler for you)' in err
     assert common.load('out/last.pt')['iter'] == 4
+
+
+RUNS = {name: [*TINY, f'--objective={name}', f'--out_dir=out-{name}'] for name in common.OBJECTIVES}
+RUNS |= {'vae': VAE, 'latent': LATENT, 'random_length': [*TINY, '--random_length=0.5'],
+         'annealed': [*TINY, '--objective=masked', '--init_from=out-ar', '--anneal_iters=3',
+                      '--shift=True', '--lora_rank=2']}
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_a_run_compiles_its_loss_once_whatever_comes_between(after, monkeypatch, capsys, name):
+    """Two micro-batches a step, evaluations that end in a smaller batch, checkpoints, an odd last step."""
+    after(AR, VAE)
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=counter, fullgraph=True))
+    monkeypatch.setattr(common, 'rows_at_once', lambda T, V: 5)
+    torch._dynamo.reset()
+    train.main([*RUNS[name], '--out_dir=out', '--compile=True', '--grad_accum=2', '--max_iters=5'])
+    assert counter.frame_count == 1 and 'warning' not in capsys.readouterr().err

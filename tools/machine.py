@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from common import pick_device
 from configurator import fail
+from tools import parallel
 
 
 def join(name):
@@ -33,23 +34,6 @@ def leave(world):
     if world > 1:
         dist.barrier()  # rank 0 may still be writing the last checkpoint
         dist.destroy_process_group()
-
-
-def average_gradients(params, world):
-    """Replace every gradient by its mean over the processes."""
-    flat = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(flat)
-    for p, g in zip(params, (flat / world).split([p.numel() for p in params])):
-        p.grad.copy_(g.view_as(p))
-
-
-def longest(seconds, world, device):
-    """The largest of a number that every process has."""
-    if world == 1:
-        return seconds
-    seconds = torch.tensor(seconds, device=device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return seconds.item()
 
 
 def stop_signals(world, device):
@@ -73,23 +57,40 @@ def stop_signals(world, device):
     return stop
 
 
-def compiled(model, batch, amp):
-    """torch.compile(model), tried on a batch under autocast; the model itself, with a line of warning, where
-    there is no compiler."""
+def compile_loss(loss_fn, batch, amp):
+    """Compile the loss of a model, in place, and try it on a batch under autocast; a line of warning, and it
+    stays as it is, where there is no compiler."""
+    model = getattr(loss_fn, 'module', loss_fn)  # under DDP, which then cuts the graph at its buckets
+    alone = loss_fn.no_sync() if hasattr(loss_fn, 'no_sync') else contextlib.nullcontext()
+    device, why = next(iter(batch.values())).device, 'another process could not'
     try:
-        loss_fn = torch.compile(model)
-        with amp:
-            loss, _ = loss_fn(**batch)
-        loss.backward()
-        model.zero_grad()
-        return loss_fn
+        model.compile()
+        with alone:
+            with amp:
+                loss, _ = loss_fn(**batch)
+            loss.backward()
+        works = True
     except Exception as e:  # no C++ compiler, no Triton, an old GPU: many kinds
-        why = next((line for line in str(e).splitlines() if line.strip()), 'no reason given')
-        print(f"warning: torch.compile does not work here ({type(e).__name__}: {why.strip()}), going on "
-              f"without", file=sys.stderr)
+        first = next((line for line in str(e).splitlines() if line.strip()), 'no reason given')
+        works, why = False, f"{type(e).__name__}: {first.strip()}"
+    model.zero_grad()
+    if not parallel.everywhere(works, device):
+        print(f"warning: torch.compile does not work here ({why}), going on without", file=sys.stderr)
         torch._dynamo.reset()
-        model.zero_grad()
-        return model
+        model._compiled_call_impl = None  # as before nn.Module.compile
+
+
+MEASURED = 25  # iterations whose speed says how long a run will take
+
+
+def plan(run, seconds, spent, resumed):
+    """Say how long a run (train.Config) will take at these seconds an iteration; a new one with a time to
+    fill, of which so many seconds are spent, gets its max_iters first. A tenth is for evaluations and texts.
+    """
+    if run.minutes and not resumed:
+        run.max_iters = 2 * MEASURED + max(0, int(0.09 * (60 * run.minutes - spent) / seconds)) * 10
+    return (f"about {run.max_iters * seconds / 0.9 / 60:.1f} minutes: {run.max_iters:,} iterations of "
+            f"{seconds:.2f} s")
 
 
 def say(line, bar=None):
