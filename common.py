@@ -7,9 +7,6 @@ of (seed, i) alone (`seed_everything`).
 """
 import contextlib
 import importlib
-import itertools
-import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -21,7 +18,6 @@ from text import files
 from text.packing import counted
 from text.vocabulary import Tokenizer
 
-SHIPPED = Path(os.path.relpath(Path(__file__).parent / 'trained' / 'shakespeare.pt'))  # see its README.md
 OBJECTIVES = ('ar', 'masked', 'sedd', 'd3pm', 'block', 'score', 'vae', 'latent')  # the concept files
 
 
@@ -115,20 +111,6 @@ def save(checkpoint, path):
             raise e if isinstance(e, OSError) else OSError(str(e).splitlines()[0])
 
 
-def set_aside(folder):
-    """Move the checkpoints of an earlier run in this folder into old-1/ (or -2 ...) there, so that a new run
-    neither mixes with it nor destroys it -> that folder, or None if there are none."""
-    old = [path for path in (Path(folder, 'best.pt'), Path(folder, 'last.pt')) if path.exists()]
-    if not old:
-        return None
-    there = next(p for i in itertools.count(1) if not (p := Path(folder, f'old-{i}')).exists())
-    with files.disk(there):
-        there.mkdir()
-        for path in old:
-            path.rename(there / path.name)
-    return there
-
-
 KINDS = dict(objective=str, config=dict, run=dict, tokenizer=dict, model=dict, ema=dict, iter=int, tokens=int)
 
 
@@ -153,22 +135,6 @@ def load(path, device='cpu'):
                                                    for name, kind in KINDS.items()):
         fail(f"{path} is not a checkpoint of this repository")
     return checkpoint
-
-
-def find_checkpoint(out_dir='', which='best'):
-    """out_dir/best.pt or last.pt; without out_dir, of the out*/ that was written last, or, if there is none,
-    the checkpoint that comes with the repository."""
-    if not out_dir:
-        found = sorted(Path('.').glob('out*/last.pt'), key=lambda p: p.stat().st_mtime)
-        if not found:
-            print(f"[no out*/ here: {SHIPPED} writes, the small model that comes with the repository; "
-                  f"`python train.py config/train_mdlm.py` makes one of your own]", file=sys.stderr)
-            return SHIPPED
-        out_dir = found[-1].parent
-    path = Path(out_dir, f'{which}.pt')
-    if Path(out_dir).suffix == '.pt' and not Path(out_dir).is_dir():
-        fail(f"there is no checkpoint {out_dir}")
-    return path if path.exists() else Path(out_dir, 'last.pt')
 
 
 def concept(objective):

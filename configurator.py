@@ -4,8 +4,8 @@ Knobs, nanoGPT's way: config files in order, then --key=value. A flag always win
     python train.py config/train_mdlm.py --n_layer=2
 
 A config file is Python whose names are knobs. Its `cpu = dict(...)` and `mps = dict(...)`, if any, hold
-values that replace them on a CPU and on a Mac's GPU. A knob is a field of a dataclass, or a keyword-only argument of a function. Its type
-says what it may be, the comment on its line what it means:
+values that replace them on a CPU and on a Mac's GPU. A knob is a field of a dataclass, or a keyword-only
+argument of a function. Its type says what it may be, the comment on its line what it means:
 
     n_layer: Count = 6      # blocks
 

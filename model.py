@@ -214,24 +214,20 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-def relu2(x):
-    return F.relu(x).square()
-
-
-def gelu(x):
-    return F.gelu(x, approximate='tanh')
-
-
 def swiglu(x):
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+ACTIVATIONS = dict(ours=lambda x: F.relu(x).square(), gpt2=lambda x: F.gelu(x, approximate='tanh'),
+                   llama=swiglu)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         inner, bias = config.n_inner or 4 * config.n_embd, config.arch == 'gpt2'
-        self.act = dict(ours=relu2, gpt2=gelu, llama=swiglu)[config.arch]
+        self.act = ACTIVATIONS[config.arch]
         self.fc = nn.Linear(config.n_embd, inner * (1 + (config.arch == 'llama')), bias=bias)
         self.proj = nn.Linear(inner, config.n_embd, bias=bias)
 

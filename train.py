@@ -70,8 +70,10 @@ class Config:
     # evaluation
     eval_interval: Natural = 500        # iterations between evaluations, texts and checkpoints; 0: a tenth
     eval_windows: Natural = 200         # validation windows (or lines), the same every time; 0: all
-    eval_draws: Count = 4               # noise draws a window for bounds
-    log_interval: Count = 50            # iterations between log lines
+
+
+DRAWS = 4         # of the noise for a validation window, for bounds
+LOG_SECONDS = 10  # between two lines
 
 
 # ---- data -------------------------------------------------------------------------------------------------
@@ -122,14 +124,14 @@ class State:
             parallel.take_whole_states(self.optimizers)
             start.resume_optimizers(self.optimizers, run, origin)
             self.iter, self.tokens = old['iter'], old['tokens']
-            if all(old['run'][name] == getattr(run, name) for name in ('eval_windows', 'eval_draws')):
-                self.best = old['best']  # only comparable on the same windows and draws
+            if old['run']['eval_windows'] == run.eval_windows:
+                self.best = old['best']  # only comparable on the same windows
 
     def evaluate(self, batch, scored, amp):
         """Set `val`, the validation figure of the averaged weights in nats per token, and its standard error;
         arguments as of common.evaluate."""
         at_once = common.rows_at_once(self.config.block_size, self.config.vocab_size)
-        nats = lambda **part: self.ema.nats(n=self.run.eval_draws, **part)
+        nats = lambda **part: self.ema.nats(n=DRAWS, **part)
         with amp:
             self.val = parallel.of_first(common.evaluate(nats, batch, scored, at_once))
 
@@ -205,7 +207,7 @@ def train(state, origin, rank, world):
     if rank == 0:
         if report := rows.report(run.batch_size):
             say(report)
-        if not origin.resumed and (old := common.set_aside(run.out_dir)):
+        if not origin.resumed and (old := machine.set_aside(run.out_dir)):
             say(f"{run.out_dir}/ holds the checkpoints of an earlier run: they are in {old}/ from now on")
         say(f"{run.objective}: {sum(p.numel() for p in state.params) / 1e6:.2f}M parameters, "
             f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
@@ -233,7 +235,7 @@ def train(state, origin, rank, world):
         interval = run.eval_interval or max(1, run.max_iters // 10)
         evaluating = state.iter % interval == 0 or state.iter == run.max_iters
         stopping = stop(state.iter)
-        if not (evaluating or stopping or state.iter % run.log_interval == 0):
+        if not (evaluating or stopping or time.time() - tick > LOG_SECONDS):
             continue
         check_finite(state, bad_iter, never, evaluating or stopping)
         seconds = (time.time() - tick) / (state.iter - tick_iter)

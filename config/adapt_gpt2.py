@@ -12,7 +12,7 @@ t_law, loss_weight = 'uniform', 'elbo'
 batch_size, grad_accum, max_iters = 64, 8, 20000
 lr, muon_lr, weight_decay = 3e-4, 0.0, 0.1
 lr_schedule, warmup_iters = 'cosine', 2000
-eval_interval, log_interval = 1000, 10
+eval_interval = 1000
 
 # adapters and the embedding alone, short texts: something to watch, not a model
 cpu = dict(block_size=127, batch_size=8, grad_accum=1, max_iters=300, anneal_iters=0, lora_rank=32, lr=1e-3,

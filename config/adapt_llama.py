@@ -12,7 +12,7 @@ shift = True
 batch_size, max_iters = 32, 2000
 lr, muon_lr, weight_decay = 3e-4, 0.0, 0.1
 lr_schedule, warmup_iters = 'cosine', 100
-eval_interval, log_interval = 250, 10
+eval_interval = 250
 
 # adapters on all matrices and the embedding (which is the head too)
 cpu = dict(block_size=256, batch_size=4, max_iters=450, lora_rank=32, lr=1e-3, warmup_iters=20,

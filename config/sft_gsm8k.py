@@ -12,7 +12,7 @@ lora_rank, lora_alpha = 16, 32.0
 batch_size, max_iters = 64, 5000
 lr, muon_lr, weight_decay = 1e-4, 0.0, 0.0
 lr_schedule, warmup_iters = 'cosine', 100
-eval_interval, log_interval = 250, 10
+eval_interval = 250
 
 cpu = dict(block_size=256, batch_size=4, max_iters=300, lr=1e-3, warmup_iters=20, ema_decay=0.99,
            eval_interval=100, eval_windows=50)

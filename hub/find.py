@@ -13,6 +13,7 @@ names a mirror; HF_TOKEN is needed for models that ask for consent.
 import functools
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from hub.folder import read_folder, shards, tokenizer_of
 from hub.older import upgraded
 from text import files
 
+SHIPPED = Path(__file__).parents[1] / 'trained' / 'shakespeare.pt'  # how it was made: README.md there
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # the first part of a path that rather means a folder here than an owner on the hub
 OURS = re.compile(r'out.*|(run|experiment|exp|log|checkpoint|ckpt|model|result|save|train|test|tmp|data'
@@ -45,8 +47,24 @@ def find(source, which='best'):
     if source and not path.exists() and len(path.parts) == 1 and not source.startswith('out'):
         fail(f"there is no {source} here: `python train.py config/train_mdlm.py` makes a checkpoint; "
              f"others' are {', '.join(GPT2)}, and owner/name on the hub")
-    path = common.find_checkpoint(source, which)
+    path = of_ours(source, which)
     return path, upgraded(common.load(path))
+
+
+def of_ours(out_dir, which):
+    """out_dir/best.pt or last.pt; without out_dir, of the out*/ that was written last, or, if there is none,
+    the checkpoint that comes with the repository."""
+    if not out_dir:
+        found = sorted(Path('.').glob('out*/last.pt'), key=lambda p: p.stat().st_mtime)
+        if not found:
+            print(f"[no out*/ here: {SHIPPED} writes, the small model that comes with the repository; "
+                  f"`python train.py config/train_mdlm.py` makes one of your own]", file=sys.stderr)
+            return SHIPPED
+        out_dir = found[-1].parent
+    path = Path(out_dir, f'{which}.pt')
+    if Path(out_dir).suffix == '.pt' and not Path(out_dir).is_dir():
+        fail(f"there is no checkpoint {out_dir}")
+    return path if path.exists() else Path(out_dir, 'last.pt')
 
 
 def tokenizer(source):

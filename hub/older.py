@@ -8,7 +8,7 @@ from model import TAPS
 OBJECTIVES = dict(subs='masked', sedd='sedd', d3pm='d3pm')  # by `parameterization`, all once `masked`
 CONFIG_GONE = ('copy_weight', 'bell_center', 'bell_width', 'random_length', 'parameterization', 'law_mean',
                'law_std')
-RUN_GONE = ('packed', 'expanded', 'inserted', 'slow_decay', 'base')
+RUN_GONE = ('packed', 'expanded', 'inserted', 'slow_decay', 'base', 'eval_draws', 'log_interval')
 
 
 def upgraded(checkpoint):
@@ -17,6 +17,7 @@ def upgraded(checkpoint):
     config, run = dict(checkpoint['config']), dict(checkpoint['run'])
     objective, meta = checkpoint['objective'], checkpoint['tokenizer']
     checkpoint |= {which: with_taps(checkpoint[which]) for which in ('model', 'ema')}
+    checkpoint['run'] = {k: v for k, v in run.items() if k not in RUN_GONE}
     if 'packed' not in run:
         return checkpoint
     if objective == 'masked':
@@ -51,7 +52,8 @@ def with_taps(weights):
     for name, matrix in weights.items():
         at, _, rest = name.rpartition('blocks.')
         number, _, last = rest.partition('.')
-        if last in ('attn.qkv.weight', 'attn.qkv.linear.weight') and f'{at}blocks.{number}.norm1.weight' not in weights:
+        ours = f'{at}blocks.{number}.norm1.weight' not in weights  # the others have gains
+        if ours and last in ('attn.qkv.weight', 'attn.qkv.linear.weight'):
             for near in ('near1', 'near2'):
                 out.setdefault(f'{at}blocks.{number}.{near}.taps', matrix.new_zeros(TAPS, matrix.size(1)))
     return out

@@ -74,6 +74,9 @@ class Muon(torch.optim.Optimizer):
                                     alpha=-group['lr'] * max(1, m / n) ** 0.5)
 
 
+SMALL = ('film.', '.near')  # of the blocks, but AdamW's: time input, convolutions
+
+
 def optimizers(model, lr, muon_lr, weight_decay=0.0, dtype=torch.bfloat16):
     """[AdamW, Muon]: Muon, in `dtype`, for the matrices of the blocks, AdamW for the rest (their time input
     too). With muon_lr = 0 AdamW for all. One that would have nothing to do is left out; raises ValueError if
@@ -81,7 +84,8 @@ def optimizers(model, lr, muon_lr, weight_decay=0.0, dtype=torch.bfloat16):
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            muon = muon_lr and 'blocks.' in name and 'film.' not in name and '.near' not in name and p.dim() == 2
+            matrix = 'blocks.' in name and p.dim() == 2 and not any(part in name for part in SMALL)
+            muon = muon_lr and matrix
             (matrices if muon else others).append(p)
     groups = [{'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0}]

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 60
 TINY = ['--dataset=tiny', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
-        '--max_iters=4', '--eval_interval=2', '--eval_windows=8', '--log_interval=2', '--compile=False',
+        '--max_iters=4', '--eval_interval=2', '--eval_windows=8', '--compile=False',
         '--dtype=float32', '--device=cpu']
 
 

@@ -283,10 +283,10 @@ def test_eval_refuses_a_dataset_that_changed_under_the_checkpoint(trained, mista
 # ---- the knobs --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('path', sorted(ROOT.glob('config/*.py')), ids=lambda p: p.name)
-def test_every_config_file_builds_on_both_kinds_of_device(path):
-    files, cpu, _ = configurator.read([str(path)])
+def test_every_config_file_builds_on_all_kinds_of_device(path):
+    files, devices, _ = configurator.read([str(path)])
     concept = common.concept(files['objective'])
-    for knobs in (files, {**files, **cpu}):
+    for knobs in (files, *(files | own for own in devices.values())):
         configurator.build(knobs, train.Config, concept.Config, windows.Config)
 
 

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
 from configurator import fail, script, settings
+from hub.find import SHIPPED
 from tools.glimpse import side_by_side
 
 CONFIG, OUT = 'config/demo.py', 'out-demo'
@@ -34,7 +34,7 @@ def main(argv):
     if not Path('sample.py').exists():
         fail("the demo is run in the folder of the repository")
     print("1. A text by the small model that comes with the repository: it begins as masks.")
-    run('sample.py', f'--out_dir={common.SHIPPED}', '--watch', '--num_samples=1')
+    run('sample.py', f'--out_dir={SHIPPED}', '--watch', '--num_samples=1')
     print("\n2. A model of your own, trained from nothing. Ctrl-C ends it early.")
     if not Path('data/shakespeare_char/meta.json').exists():
         run('data/shakespeare_char/prepare.py')
@@ -43,7 +43,7 @@ def main(argv):
     signal.signal(signal.SIGINT, before)
     print("\n3. The one that came with the repository (left), and yours (right).")
     texts = [run('sample.py', f'--out_dir={path}', '--num_samples=1', show=False)
-             for path in (common.SHIPPED, OUT)]
+             for path in (SHIPPED, OUT)]
     print('\n' + side_by_side(*texts))
     print(f"\nWhat next? More text:   python sample.py --out_dir={OUT} --start=\"ROMEO:\" --watch\n"
           f"           How good?    python eval.py --out_dir={OUT}\n"

@@ -28,7 +28,7 @@ def canvas_of(model, batch, tokenizer):
 
 @torch.no_grad()
 def glimpse(model, batch, tokenizer):
-    """A text of the model, sampled as sample.py does it. Arguments as of `canvas_of`; draws random numbers."""
+    """A text of the model, sampled as sample.py does it. Arguments as of `canvas_of`."""
     V, canvas = tokenizer.vocab_size, canvas_of(model, batch, tokenizer)
     how = arguments(model.sample, model.reading, dict(steps=STEPS))
     for canvas in unmask.generate(model, canvas, canvas.size(1), 0, **how):

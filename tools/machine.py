@@ -2,6 +2,7 @@
 The machine under a training: several processes, signals, the compiler, the disk.
 """
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from common import pick_device
 from configurator import fail
+from text import files
 from tools import parallel
 
 
@@ -78,6 +80,20 @@ def compile_loss(loss_fn, batch, amp):
         print(f"warning: torch.compile does not work here ({why}), going on without", file=sys.stderr)
         torch._dynamo.reset()
         model._compiled_call_impl = None  # as before nn.Module.compile
+
+
+def set_aside(folder):
+    """Move the checkpoints of an earlier run in this folder into old-1/ (or -2 ...) there, so that a new run
+    neither mixes with it nor destroys it -> that folder, or None if there are none."""
+    old = [path for path in (Path(folder, 'best.pt'), Path(folder, 'last.pt')) if path.exists()]
+    if not old:
+        return None
+    there = next(p for i in itertools.count(1) if not (p := Path(folder, f'old-{i}')).exists())
+    with files.disk(there):
+        there.mkdir()
+        for path in old:
+            path.rename(there / path.name)
+    return there
 
 
 MEASURED = 25  # iterations whose speed says how long a run will take
