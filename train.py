@@ -204,6 +204,8 @@ def train(state, origin, rank, world):
     run, config, device = state.run, state.config, state.device
     amp, tokenizer = common.autocast(device, state.dtype), Tokenizer(state.meta)
     rows, val, scored, calibration = open_data(state)
+    if run.minutes and not origin.resumed:
+        run.max_iters = machine.UNPLANNED
     if rank == 0:
         if report := rows.report(run.batch_size):
             say(report)
@@ -211,7 +213,7 @@ def train(state, origin, rank, world):
             say(f"{run.out_dir}/ holds the checkpoints of an earlier run: they are in {old}/ from now on")
         say(f"{run.objective}: {sum(p.numel() for p in state.params) / 1e6:.2f}M parameters, "
             f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
-            f"{run.max_iters} iterations, {device} in {state.dtype}, to {run.out_dir}/")
+            f"{machine.length(run)}, {device} in {state.dtype}, to {run.out_dir}/")
     stop, began = machine.stop_signals(world, device), time.time()
     loss_fn = parallel.averaging(state.model)
     if run.compile:
@@ -228,7 +230,7 @@ def train(state, origin, rank, world):
         if state.iter == first + machine.MEASURED:
             logged[-1]['loss'].item()  # wait for the device
             times = (time.time() - tick) / machine.MEASURED, time.time() - began
-            words = machine.plan(run, *parallel.of_first(times), origin.resumed)
+            words = machine.plan(run, *parallel.of_first(times))
             bar.total = run.max_iters
             if rank == 0:
                 say(words, bar)
@@ -267,8 +269,7 @@ def train(state, origin, rank, world):
 
 
 def check_finite(state, bad_iter, never, saving):
-    """A loss, or weights about to be saved, that are no numbers end the script. Called now and then only: on
-    a GPU every look waits for the device."""
+    """A loss, or weights about to be saved, that are no numbers end the script. Every look waits for a GPU."""
     before = f"{state.run.out_dir}/last.pt, if there is one, is from before"
     if int(bad_iter) < int(never):
         sys.exit(f"error: the loss of iteration {int(bad_iter)} is not finite; {before}; a smaller --lr or "

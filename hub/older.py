@@ -17,8 +17,8 @@ def upgraded(checkpoint):
     config, run = dict(checkpoint['config']), dict(checkpoint['run'])
     objective, meta = checkpoint['objective'], checkpoint['tokenizer']
     checkpoint |= {which: with_taps(checkpoint[which]) for which in ('model', 'ema')}
-    checkpoint['run'] = {k: v for k, v in run.items() if k not in RUN_GONE}
     if 'packed' not in run:
+        checkpoint['run'] = {k: v for k, v in run.items() if k not in RUN_GONE}
         return checkpoint
     if objective == 'masked':
         objective = OBJECTIVES[config['parameterization']]

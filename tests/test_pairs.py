@@ -143,7 +143,7 @@ def test_the_preparer_writes_pairs_without_the_calculator(sums):
                                    ['--objective=masked'], ['--objective=ar', '--lora_rank=2']])
 def test_fine_tuning_learns_answers_and_sample_answers_and_stops(sums, capsys, knobs):
     train.main([*LOOP, '--init_from=theirs', '--out_dir=out-sft', '--block_size=48', *knobs, '--lr=0.02',
-                '--max_iters=30', '--eval_interval=30', '--batch_size=8', '--ema_decay=0.5'])
+                '--max_iters=30', '--eval_interval=10', '--batch_size=8', '--ema_decay=0.5'])
     out = capsys.readouterr().out
     losses = [float(line.split('loss ')[1].split(',')[0]) for line in out.splitlines() if 'loss ' in line]
     assert losses[-1] < losses[0] - 0.4, losses

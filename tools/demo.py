@@ -12,18 +12,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configurator import fail, script, settings
+from configurator import script, settings
 from hub.find import SHIPPED
 from tools.glimpse import side_by_side
 
-CONFIG, OUT = 'config/demo.py', 'out-demo'
+ROOT = Path(__file__).parents[1]
+CONFIG, OUT = ROOT / 'config/demo.py', 'out-demo'
 
 
 def run(*words, show=True):
     """Run one of the programs with its flags -> what it has printed, unless it is shown. Ends the script as
     it ended, if it failed."""
-    print(f"\n$ python {' '.join(words)}\n", flush=True)
-    done = subprocess.run([sys.executable, *words], text=True, stdout=None if show else subprocess.PIPE)
+    print(f"\n$ python {' '.join(map(str, words))}\n", flush=True)
+    done = subprocess.run([sys.executable, ROOT / words[0], *words[1:]], text=True,
+                          stdout=None if show else subprocess.PIPE)
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout
@@ -31,8 +33,6 @@ def run(*words, show=True):
 
 def main(argv):
     settings(argv, __doc__)
-    if not Path('sample.py').exists():
-        fail("the demo is run in the folder of the repository")
     print("1. A text by the small model that comes with the repository: it begins as masks.")
     run('sample.py', f'--out_dir={SHIPPED}', '--watch', '--num_samples=1')
     print("\n2. A model of your own, trained from nothing. Ctrl-C ends it early.")

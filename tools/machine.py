@@ -96,14 +96,19 @@ def set_aside(folder):
     return there
 
 
-MEASURED = 25  # iterations whose speed says how long a run will take
+MEASURED = 25        # iterations whose speed says how long a run will take
+UNPLANNED = 10 ** 9  # max_iters of a run with a time to fill, until then
 
 
-def plan(run, seconds, spent, resumed):
-    """Say how long a run (train.Config) will take at these seconds an iteration; a new one with a time to
-    fill, of which so many seconds are spent, gets its max_iters first. A tenth is for evaluations and texts.
-    """
-    if run.minutes and not resumed:
+def length(run):
+    """How long a run (train.Config) will be, in words."""
+    return f"{run.minutes:g} minutes" if run.max_iters == UNPLANNED else f"{run.max_iters:,} iterations"
+
+
+def plan(run, seconds, spent):
+    """Say how long a run will take at these seconds an iteration. One with a time to fill, of which so many
+    seconds are spent, gets its max_iters first; a tenth of the time is for evaluations and texts."""
+    if run.max_iters == UNPLANNED:
         run.max_iters = 2 * MEASURED + max(0, int(0.09 * (60 * run.minutes - spent) / seconds)) * 10
     return (f"about {run.max_iters * seconds / 0.9 / 60:.1f} minutes: {run.max_iters:,} iterations of "
             f"{seconds:.2f} s")
