@@ -6,9 +6,10 @@ and predicts the next token; without it every position sees every other and pred
 
 The default architecture ("ours") is what trained fastest at small scale (NOTES.md):
   rotary positions (arXiv 2104.09864), RMSNorm without gain (1910.07467), normalised queries and keys
-  (2302.05442), ReLU^2 MLP (2109.08668), no biases, and projections into the residual stream that start at
-  zero, so that every block starts as the identity and the first prediction is exactly uniform.
-  Muon trains the matrices of the blocks, AdamW everything else (parts/muon.py).
+  (2302.05442), gated heads (2505.06708), ReLU^2 MLP and convolutions over neighbouring tokens (2109.08668),
+  no biases, and projections into the residual stream that start at zero, so that every block starts as the
+  identity and the first prediction is exactly uniform. Muon trains the matrices of the blocks, AdamW
+  everything else (parts/muon.py).
 `arch='gpt2'` is GPT-2: learned positions, LayerNorm with bias, GELU, biases, the head tied to the embedding.
 `arch='llama'` is LLaMA (2302.13971): rotary positions, RMSNorm with gain, SwiGLU (2002.05202), no biases,
 fewer heads of keys and values than of queries if asked for (2305.13245). hub/ has weights for both.
@@ -94,11 +95,8 @@ def cosines(t):
 
 def attention(q, k, v, causal, mask=None):
     """softmax(q k' / sqrt(D)) v of q (B, H, t, D) and k, v (B, H / r, T, D), t <= T: r heads of queries in a
-    row share one of keys and values.
-
-    causal: query i, at position T - t + i, sees the keys up to itself.
-    mask: bool, broadcast to (B, H, t, T), True is seen.
-    """
+    row share one of keys and values. causal: query i, at position T - t + i, sees the keys up to itself.
+    mask: bool, broadcast to (B, H, t, T), True is seen."""
     t, T, r = q.size(2), k.size(2), q.size(1) // k.size(1)
     if r > 1:
         k, v = k.repeat_interleave(r, 1), v.repeat_interleave(r, 1)
@@ -198,6 +196,7 @@ class Attention(nn.Module):
         heads = self.n_head + 2 * self.n_kv_head
         self.qkv = nn.Linear(config.n_embd, heads * self.width, bias=not self.rotary)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.rotary)
+        self.gate = nn.Linear(config.n_embd, config.n_head, bias=False) if self.ours else None
 
     def forward(self, x, rotary, mask, cache):
         B, T, C = x.shape
@@ -211,6 +210,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self, k, v)
         y = attention(q, k, v, self.causal, mask)
+        if self.ours:  # a head counts 0 to 2 times, at first once
+            y = y * (2 * self.gate(x).sigmoid()).transpose(1, 2)[..., None]
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -219,15 +220,14 @@ def swiglu(x):
     return F.silu(gate) * up
 
 
-ACTIVATIONS = dict(ours=lambda x: F.relu(x).square(), gpt2=lambda x: F.gelu(x, approximate='tanh'),
-                   llama=swiglu)
+ACTS = dict(ours=lambda x: F.relu(x).square(), gpt2=lambda x: F.gelu(x, approximate='tanh'), llama=swiglu)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         inner, bias = config.n_inner or 4 * config.n_embd, config.arch == 'gpt2'
-        self.act = ACTIVATIONS[config.arch]
+        self.act = ACTS[config.arch]
         self.fc = nn.Linear(config.n_embd, inner * (1 + (config.arch == 'llama')), bias=bias)
         self.proj = nn.Linear(inner, config.n_embd, bias=bias)
 
@@ -246,8 +246,7 @@ class Block(nn.Module):
         self.film = nn.Linear(TIME_WAVES, 4 * config.n_embd) if timed else None
 
     def forward(self, x, rotary, mask, cache, near, time):
-        # scale and shift (B, 1 or T, C) each
-        film = [None] * 4 if self.film is None else self.film(time).chunk(4, dim=-1)
+        film = [None] * 4 if self.film is None else self.film(time).chunk(4, dim=-1)  # (B, 1 or T, C) each
         h = self.read(self.norm1(x), *film[:2], self.near1, near, cache)
         x = x + self.drop(self.attn(h, rotary, mask, cache))
         h = self.read(self.norm2(x), *film[2:], self.near2, near, cache)
@@ -262,8 +261,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config, causal, timed=False, outputs=0, tokens=True, marks=1):
         """timed: the blocks take a time; outputs: of the head, vocab_size (0) or one more, [MASK]; marks:
-        rows of the embedding beyond the vocabulary.
-        tokens: False leaves out embedding and head, for a model with its own; then only `trunk` is there."""
+        rows of the embedding beyond the vocabulary; tokens=False: no embedding and head, just `trunk`."""
         super().__init__()
         self.config, self.causal, self.outputs = config, causal, outputs or config.vocab_size
         # row V: [MASK] or [BOS]
@@ -281,20 +279,15 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        ours = self.config.arch == 'ours'
+        ours, at_zero = self.config.arch == 'ours', ('proj.weight', 'head.weight', 'taps', 'gate.weight')
         for name, p in self.named_parameters():
-            if p.dim() < 2:
-                continue  # norms keep their initial values; the biases of Linear are zeroed below
-            into_residual = name.endswith('proj.weight')
-            if ours and (into_residual or name == 'head.weight' or '.near' in name) or 'film.' in name:
+            if name.endswith('bias') or 'film.' in name or ours and name.endswith(at_zero):
                 nn.init.zeros_(p)
             elif ours:
                 nn.init.normal_(p, std=1.0 if name == 'embed.weight' else p.size(1) ** -0.5)
-            else:  # GPT-2: 0.02, and 0.02 / sqrt(2 L) for the 2 L projections into the residual stream
-                nn.init.normal_(p, std=0.02 * ((2 * self.config.n_layer) ** -0.5 if into_residual else 1))
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            elif p.dim() > 1:  # gains stay 1. GPT-2: 0.02, and 0.02 / sqrt(2 L) into the residual stream
+                into = (2 * self.config.n_layer) ** -0.5 if name.endswith('proj.weight') else 1
+                nn.init.normal_(p, std=0.02 * into)
 
     def forward(self, x, mask=None, cache=None, time=None, where=None):
         """Logits (B, T, V) of tokens x (B, T) int64 in [0, V]; the rest as in `trunk`."""

@@ -16,7 +16,7 @@ def upgraded(checkpoint):
     (hub/folder.py), is left as it is."""
     config, run = dict(checkpoint['config']), dict(checkpoint['run'])
     objective, meta = checkpoint['objective'], checkpoint['tokenizer']
-    checkpoint |= {which: with_taps(checkpoint[which]) for which in ('model', 'ema')}
+    checkpoint |= {which: completed(checkpoint[which], config['n_head']) for which in ('model', 'ema')}
     if 'packed' not in run:
         checkpoint['run'] = {k: v for k, v in run.items() if k not in RUN_GONE}
         return checkpoint
@@ -45,15 +45,17 @@ def renamed(weights):
             for name, tensor in weights.items() if name not in ('steps', 'vae.steps')}
 
 
-def with_taps(weights):
-    """A state dict of arch='ours' with the convolutions that its blocks did not have: zero, they do nothing.
-    """
+def completed(weights, n_head):
+    """A state dict of arch='ours' with the convolutions and gates that its blocks did not have: zero, which
+    changes nothing."""
     out = dict(weights)
     for name, matrix in weights.items():
         at, _, rest = name.rpartition('blocks.')
         number, _, last = rest.partition('.')
         ours = f'{at}blocks.{number}.norm1.weight' not in weights  # the others have gains
         if ours and last in ('attn.qkv.weight', 'attn.qkv.linear.weight'):
+            C = matrix.size(1)
             for near in ('near1', 'near2'):
-                out.setdefault(f'{at}blocks.{number}.{near}.taps', matrix.new_zeros(TAPS, matrix.size(1)))
+                out.setdefault(f'{at}blocks.{number}.{near}.taps', matrix.new_zeros(TAPS, C))
+            out.setdefault(f'{at}blocks.{number}.attn.gate.weight', matrix.new_zeros(n_head, C))
     return out

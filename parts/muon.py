@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
                                     alpha=-group['lr'] * max(1, m / n) ** 0.5)
 
 
-SMALL = ('film.', '.near')  # of the blocks, but AdamW's: time input, convolutions
+SMALL = ('film.', '.near', '.gate')  # of the blocks, but AdamW's: time input, convolutions, gates
 
 
 def optimizers(model, lr, muon_lr, weight_decay=0.0, dtype=torch.bfloat16):

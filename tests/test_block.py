@@ -53,7 +53,7 @@ def test_with_blocks_of_one_the_bound_is_the_autoregressive_likelihood_of_the_sa
         text = torch.cat([x[:, :i], torch.full((243, 1), 3)], dim=1)
         logp = net.gpt(text, torch.ones(i + 1, i + 1, dtype=torch.bool).tril()).log_softmax(-1)[:, -1]
         nats = nats + logp.gather(-1, x[:, i:i + 1])[:, 0]
-    assert nats.abs().max() < 1e-5
+    assert nats.abs().max() < 2e-5
 
 
 def test_with_one_block_the_bound_is_that_of_masked_diffusion():

@@ -314,4 +314,5 @@ def test_targets_that_match_no_linear_layer_are_told_what_there_is():
         with pytest.raises(ValueError) as told:
             lora.adapt(random_base(), RANK, ALPHA, targets=targets)
         asked, there = str(told.value).split(';')
-        assert ','.join(targets) in asked and re.findall(r'\w+', there)[-4:] == ['fc', 'head', 'proj', 'qkv']
+        assert ','.join(targets) in asked and re.findall(r'\w+', there)[-5:] == [
+            'fc', 'gate', 'head', 'proj', 'qkv']

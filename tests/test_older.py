@@ -11,6 +11,7 @@ from hub import find, older
 
 OLD_MASKED = dict(parameterization='subs', T=0, copy_weight=0.1, bell_center=-0.5, bell_width=0.4,
                   random_length=0.25)
+NEW = ('.taps', '.gate.weight')  # of blocks
 OLD_RUN = dict(base='', packed=False, inserted=0.0, expanded=True, slow_decay=0.0)
 
 
@@ -50,11 +51,11 @@ def test_a_masked_checkpoint_of_an_earlier_version_is_read_and_resumed(
 def test_what_an_earlier_version_called_otherwise_is_renamed():
     weights = {'told': 1, 'steps': 2, 'vae.told': 3, 'vae.steps': 4, 'w_e.weight': 5}
     assert older.renamed(weights) == {'noise_embedding': 1, 'vae.noise_embedding': 3, 'w_e.weight': 5}
-    old = dict(objective='score', config=dict(given=0.2, rho=7.0), run=dict(OLD_RUN, lr=1), model={}, ema={},
+    old = dict(objective='score', config=dict(given=0.2, n_head=1), run=dict(OLD_RUN, lr=1), model={}, ema={},
                tokenizer=dict(kind='bpe'))
     new = older.upgraded(old)
-    assert new['config'] == dict(given_share=0.2, rho=7.0) and new['run'] == dict(lr=1, objective='score')
-    assert new['rows'] == dict(packed=False, expanded=True) and old['config'] == dict(given=0.2, rho=7.0)
+    assert new['config'] == dict(given_share=0.2, n_head=1) and new['run'] == dict(lr=1, objective='score')
+    assert new['rows'] == dict(packed=False, expanded=True) and old['config'] == dict(given=0.2, n_head=1)
     old['tokenizer'] = dict(kind='json', sep=' A:')
     assert older.upgraded(old)['rows'] == {}
 
@@ -67,21 +68,21 @@ def test_a_checkpoint_of_today_is_left_as_it_is(after):
 
 
 @pytest.mark.parametrize('knobs', [[], ['--init_from=out', '--lora_rank=2']])
-def test_a_network_without_convolutions_gets_some_that_do_nothing(knobs, after):
+def test_a_network_without_convolutions_and_gates_gets_some_that_change_nothing(knobs, after):
     runs = [[*TINY, '--objective=ar'], [*TINY, '--objective=ar', '--out_dir=out-2', *knobs]]
     path = after(*runs[:1 + bool(knobs)]) / ('out-2' if knobs else 'out') / 'last.pt'
     checkpoint = common.load(path)
     x = torch.arange(8)[None] % checkpoint['config']['vocab_size']
     for weights in (checkpoint['model'], checkpoint['ema']):
-        for name in [name for name in weights if name.endswith('.taps')]:
+        for name in [name for name in weights if name.endswith(NEW)]:
             weights[name].zero_()
     zeroed, _ = common.load_model(checkpoint, 'cpu')
-    checkpoint |= {which: {name: t for name, t in checkpoint[which].items() if not name.endswith('.taps')}
+    checkpoint |= {which: {name: t for name, t in checkpoint[which].items() if not name.endswith(NEW)}
                    for which in ('model', 'ema')}
     old, _ = common.load_model(older.upgraded(checkpoint), 'cpu')
     assert torch.equal(old.nats(x), zeroed.nats(x))
 
 
-def test_networks_of_gpt2_and_llama_get_no_convolutions():
+def test_networks_of_gpt2_and_llama_get_none():
     weights = {'gpt.blocks.0.attn.qkv.weight': torch.zeros(2, 2), 'gpt.blocks.0.norm1.weight': torch.ones(2)}
-    assert older.with_taps(weights) == weights
+    assert older.completed(weights, 1) == weights
