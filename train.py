@@ -16,12 +16,14 @@ with, tools/machine.py has signals and the compiler, tools/parallel.py what seve
 """
 import copy
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that spin are slow beside others
 import torch
 from tqdm import tqdm
 
@@ -72,8 +74,7 @@ class Config:
     eval_windows: Natural = 200         # validation windows (or lines), the same every time; 0: all
 
 
-DRAWS = 4         # of the noise for a validation window, for bounds
-LOG_SECONDS = 10  # between two lines
+DRAWS, LOG_SECONDS = 4, 10  # draws of the noise for a validation window; time between two lines
 
 
 # ---- data -------------------------------------------------------------------------------------------------
@@ -221,8 +222,7 @@ def train(state, origin, rank, world):
 
     bad_iter = never = torch.tensor(2 ** 62, device=device)  # the first iteration whose loss is not finite
     logged, tick, tick_iter, first, stopping = [], time.time(), state.iter, state.iter, False
-    bar = tqdm(total=run.max_iters, initial=state.iter, unit='it',
-               disable=rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=run.max_iters, initial=state.iter, disable=rank > 0 or not sys.stderr.isatty())
     while state.iter < run.max_iters and not stopping:
         logged.append(step(state, loss_fn, rows, rank, world, amp))
         bad_iter = torch.minimum(bad_iter, torch.where(logged[-1]['loss'].isfinite(), never, state.iter))
@@ -269,7 +269,7 @@ def train(state, origin, rank, world):
 
 
 def check_finite(state, bad_iter, never, saving):
-    """A loss, or weights about to be saved, that are no numbers end the script. Every look waits for a GPU."""
+    """A loss, or weights about to be saved, that are no numbers end the script; a look waits for a GPU."""
     before = f"{state.run.out_dir}/last.pt, if there is one, is from before"
     if int(bad_iter) < int(never):
         sys.exit(f"error: the loss of iteration {int(bad_iter)} is not finite; {before}; a smaller --lr or "
