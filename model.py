@@ -6,10 +6,10 @@ and predicts the next token; without it every position sees every other and pred
 
 The default architecture ("ours") is what trained fastest at small scale (NOTES.md):
   rotary positions (arXiv 2104.09864), RMSNorm without gain (1910.07467), normalised queries and keys
-  (2302.05442), gated heads (2505.06708), ReLU^2 MLP and convolutions over neighbouring tokens (2109.08668),
-  no biases, and projections into the residual stream that start at zero, so that every block starts as the
-  identity and the first prediction is exactly uniform. Muon trains the matrices of the blocks, AdamW
-  everything else (parts/muon.py).
+  (2302.05442), gated heads (2505.06708), value residual (2410.17897), ReLU^2 MLP and convolutions over
+  neighbouring tokens (2109.08668), no biases, and projections into the residual stream that start at zero,
+  so that at first a block changes nothing and the prediction is uniform. Muon trains the matrices of the
+  blocks, AdamW everything else (parts/muon.py).
 `arch='gpt2'` is GPT-2: learned positions, LayerNorm with bias, GELU, biases, the head tied to the embedding.
 `arch='llama'` is LLaMA (2302.13971): rotary positions, RMSNorm with gain, SwiGLU (2002.05202), no biases,
 fewer heads of keys and values than of queries if asked for (2305.13245). hub/ has weights for both.
@@ -67,10 +67,8 @@ class Config:
 
 def rotary_table(length, width, base=10000.0, factor=1.0, trained=0):
     """cos and sin of the rotary angles, (length, width/2) each, float32 (arXiv 2104.09864).
-
     factor: pairs that turn less than once in `trained` tokens are slowed by it, those that turn more than 4
-    times are not, those between in part (LLaMA 3.1, 2407.21783 and its code). trained=0: all are slowed.
-    """
+    times are not, those between in part (LLaMA 3.1, 2407.21783 and its code). trained=0: all are slowed."""
     freq = base ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
     turns = trained * freq / (2 * math.pi)
     kept = ((turns - 1) / 3).clamp(0, 1)
@@ -85,7 +83,7 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
-TIME_WAVES = 32  # cosine features of the time, per block
+TIME_WAVES = 32  # features of the time
 
 
 def cosines(t):
@@ -176,8 +174,8 @@ class Norm(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.shape, self.eps = (config.n_embd,), config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.n_embd)) if config.arch != 'ours' else None
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.arch == 'gpt2' else None
+        self.weight = nn.Parameter(torch.ones(self.shape)) if config.arch != 'ours' else None
+        self.bias = nn.Parameter(torch.zeros(self.shape)) if config.arch == 'gpt2' else None
 
     def forward(self, x):
         if self.weight is None:
@@ -196,14 +194,19 @@ class Attention(nn.Module):
         heads = self.n_head + 2 * self.n_kv_head
         self.qkv = nn.Linear(config.n_embd, heads * self.width, bias=not self.rotary)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.rotary)
-        self.gate = nn.Linear(config.n_embd, config.n_head, bias=False) if self.ours else None
+        if self.ours:
+            self.gate = nn.Linear(config.n_embd, config.n_head, bias=False)
+            self.mix = nn.Parameter(torch.zeros(self.n_kv_head))
 
-    def forward(self, x, rotary, mask, cache):
+    def forward(self, x, rotary, mask, cache, first):
+        """x (B, T, C) -> (B, T, C) and the values (B, H, T, D); first: those of the first block, or None."""
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)
         # (B, n_head, T, D), twice (B, n_kv_head, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        own = v
         if self.ours:
+            v = v if first is None else v + self.mix.type_as(v)[:, None, None] * first
             q, k = F.rms_norm(q, q.shape[-1:]).type_as(v), F.rms_norm(k, k.shape[-1:]).type_as(v)
         if self.rotary:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -212,7 +215,7 @@ class Attention(nn.Module):
         y = attention(q, k, v, self.causal, mask)
         if self.ours:  # a head counts 0 to 2 times, at first once
             y = y * (2 * self.gate(x).sigmoid()).transpose(1, 2)[..., None]
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.transpose(1, 2).reshape(B, T, C)), own
 
 
 def swiglu(x):
@@ -245,15 +248,15 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.film = nn.Linear(TIME_WAVES, 4 * config.n_embd) if timed else None
 
-    def forward(self, x, rotary, mask, cache, near, time):
+    def forward(self, x, rotary, mask, cache, near, time, first):
         film = [None] * 4 if self.film is None else self.film(time).chunk(4, dim=-1)  # (B, 1 or T, C) each
         h = self.read(self.norm1(x), *film[:2], self.near1, near, cache)
-        x = x + self.drop(self.attn(h, rotary, mask, cache))
+        h, values = self.attn(h, rotary, mask, cache, first)
+        x = x + self.drop(h)
         h = self.read(self.norm2(x), *film[2:], self.near2, near, cache)
-        return x + self.drop(self.mlp(h))
+        return x + self.drop(self.mlp(h)), values if first is None else first
 
     def read(self, h, scale, shift, neighbours, near, cache):
-        """What attention or MLP reads: h, changed by the time and by what stands beside it."""
         h = h if scale is None else h * (1 + scale) + shift
         return h if neighbours is None else neighbours(h, near, cache)
 
@@ -279,11 +282,11 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        ours, at_zero = self.config.arch == 'ours', ('proj.weight', 'head.weight', 'taps', 'gate.weight')
+        ours, at_zero = self.config.arch == 'ours', ('proj.weight', 'head.weight', 'gate.weight', 'taps')
         for name, p in self.named_parameters():
             if name.endswith('bias') or 'film.' in name or ours and name.endswith(at_zero):
                 nn.init.zeros_(p)
-            elif ours:
+            elif ours and p.dim() > 1:
                 nn.init.normal_(p, std=1.0 if name == 'embed.weight' else p.size(1) ** -0.5)
             elif p.dim() > 1:  # gains stay 1. GPT-2: 0.02, and 0.02 / sqrt(2 L) into the residual stream
                 into = (2 * self.config.n_layer) ** -0.5 if name.endswith('proj.weight') else 1
@@ -295,12 +298,10 @@ class GPT(nn.Module):
 
     def trunk(self, h, mask=None, cache=None, time=None, where=None, near=None):
         """Embeddings h (B, T, C) -> normalised hidden states (B, T, C).
-
         mask: bool, broadcast to (B, H, T, T), True where a query may see a key. With a cache, h continues
         what was read before. time: (B,), or (B, T) one per token, in [0, 1], if it is timed. where: the
         positions (T,) or (B, T) of the tokens, if not one after the other. near: as `beside`, if a token's
-        neighbours are not those in h that it sees. Raises ValueError beyond block_size.
-        """
+        neighbours are not those in h that it sees. Raises ValueError beyond block_size."""
         past = 0 if cache is None else cache.length
         end = past + h.size(1)
         if end > self.config.block_size and where is None:
@@ -315,8 +316,9 @@ class GPT(nn.Module):
             rotary = rotary[0][:, None], rotary[1][:, None]
         waves = None if time is None else cosines(time if time.dim() == 2 else time[:, None])
         near = near or (beside if mask is None else seen_beside(mask, h.size(1)))
+        first = None
         for block in self.blocks:
-            h = block(h, rotary, mask, cache, near, waves)
+            h, first = block(h, rotary, mask, cache, near, waves, first)
         if cache is not None:
             cache.length += h.size(1)
         return self.norm(h)

@@ -16,7 +16,7 @@ def upgraded(checkpoint):
     (hub/folder.py), is left as it is."""
     config, run = dict(checkpoint['config']), dict(checkpoint['run'])
     objective, meta = checkpoint['objective'], checkpoint['tokenizer']
-    checkpoint |= {which: completed(checkpoint[which], config['n_head']) for which in ('model', 'ema')}
+    checkpoint |= {which: completed(checkpoint[which], config) for which in ('model', 'ema')}
     if 'packed' not in run:
         checkpoint['run'] = {k: v for k, v in run.items() if k not in RUN_GONE}
         return checkpoint
@@ -45,9 +45,10 @@ def renamed(weights):
             for name, tensor in weights.items() if name not in ('steps', 'vae.steps')}
 
 
-def completed(weights, n_head):
-    """A state dict of arch='ours' with the convolutions and gates that its blocks did not have: zero, which
-    changes nothing."""
+def completed(weights, config):
+    """A state dict of arch='ours' with what its blocks did not have, convolutions, gates, shares of the first
+    values: zero, which changes nothing. config: a dict."""
+    n_kv_head = config.get('n_kv_head') or config.get('n_head')
     out = dict(weights)
     for name, matrix in weights.items():
         at, _, rest = name.rpartition('blocks.')
@@ -57,5 +58,6 @@ def completed(weights, n_head):
             C = matrix.size(1)
             for near in ('near1', 'near2'):
                 out.setdefault(f'{at}blocks.{number}.{near}.taps', matrix.new_zeros(TAPS, C))
-            out.setdefault(f'{at}blocks.{number}.attn.gate.weight', matrix.new_zeros(n_head, C))
+            out.setdefault(f'{at}blocks.{number}.attn.gate.weight', matrix.new_zeros(config['n_head'], C))
+            out.setdefault(f'{at}blocks.{number}.attn.mix', matrix.new_zeros(n_kv_head))
     return out

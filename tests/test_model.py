@@ -131,18 +131,18 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     adam, muon = optimizing.optimizers(gpt, 1e-3, 1e-2)
     shapes = [p.shape for g in muon.param_groups for p in g['params']]
     assert len(shapes) == 2 * 4 and all(len(s) == 2 for s in shapes)
-    assert sum(len(g['params']) for g in adam.param_groups) == 2 + 3 * 2  # embedding, head, convolutions, gates
+    assert sum(len(g['params']) for g in adam.param_groups) == 2 + 4 * 2  # embedding, head, convolutions, gates, mix
     assert len(optimizing.optimizers(gpt, 1e-3, 0.0)) == 1
     timed = model.GPT(gpt.config, causal=False, timed=True)
     adam, muon = optimizing.optimizers(timed, 1e-3, 1e-2)
     assert sum(len(g['params']) for g in muon.param_groups) == 2 * 4
-    assert sum(len(g['params']) for g in adam.param_groups) == 2 + 5 * 2  # and the films
+    assert sum(len(g['params']) for g in adam.param_groups) == 2 + 6 * 2  # and the films
 
 
 def test_an_optimizer_that_would_have_nothing_to_do_is_left_out():
     gpt = random_gpt(False)
     for name, p in gpt.named_parameters():
-        p.requires_grad_(name.startswith('blocks.') and not name.endswith(('taps', 'gate.weight')))
+        p.requires_grad_(name.startswith('blocks.') and not name.endswith(('taps', 'gate.weight', 'mix')))
     only, = optimizing.optimizers(gpt, 1e-3, 1e-2)
     assert type(only) is optimizing.Muon and len(optimizing.optimizers(gpt, 1e-3, 0.0)) == 1
     gpt.requires_grad_(False)
