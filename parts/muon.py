@@ -2,10 +2,9 @@
 Muon for the matrices of the blocks, AdamW for everything else.
 
 Muon (kellerjordan.github.io/posts/muon) steps along the orthogonalised momentum: all directions of a matrix
-move equally far.
+move equally far. NorMuon (arXiv 2510.05491) also evens out its rows, the neurons.
 """
 import torch
-
 
 STEPS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)  # of Newton-Schulz, Muon's
 
@@ -48,14 +47,23 @@ def part(G, like):
     return distribute_tensor(G, like.device_mesh, like.placements, src_data_rank=None)
 
 
-class Muon(torch.optim.Optimizer):
-    """A step is lr sqrt(max(1, m / n)) long. As torch.optim.Muon, but matrices of one shape go together, and
-    that always works in bfloat16: on a CPU without instructions for it a training step then takes 3.5 times
-    as long (NOTES.md)."""
+def evened(update, squares):
+    """The matrices `update` (b, m, n) with every row divided by its root mean square over the last steps, then
+    as long as before. squares: their running mean squares, b tensors (m, 1), brought up to date."""
+    length = update.norm(dim=(1, 2), keepdim=True)
+    torch._foreach_lerp_(squares, list(update.square().mean(-1, keepdim=True)), 0.05)
+    rows = update / (torch.stack(squares).sqrt() + 1e-8)
+    return rows * (length / rows.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
 
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
+
+class Muon(torch.optim.Optimizer):
+    """A step is lr sqrt(max(1, m / n)) long. Without `rows` as torch.optim.Muon, but matrices of one shape go
+    together, and that always works in bfloat16: on a CPU without instructions for it a training step then
+    takes 3.5 times as long (NOTES.md)."""
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16, rows=True):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
+        self.dtype, self.rows = dtype, rows
 
     @torch.no_grad()
     def step(self):
@@ -69,6 +77,9 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group['momentum']))
                 update = orthogonal(whole(nesterov), self.dtype).to(alike[0].dtype)
+                if self.rows:
+                    zeros = update.new_zeros(m, 1)
+                    update = evened(update, [self.state[p].setdefault('squares', zeros.clone()) for p in alike])
                 torch._foreach_mul_(alike, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(alike, part(update, nesterov).unbind(),
                                     alpha=-group['lr'] * max(1, m / n) ** 0.5)

@@ -131,7 +131,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     adam, muon = optimizing.optimizers(gpt, 1e-3, 1e-2)
     shapes = [p.shape for g in muon.param_groups for p in g['params']]
     assert len(shapes) == 2 * 4 and all(len(s) == 2 for s in shapes)
-    assert sum(len(g['params']) for g in adam.param_groups) == 2 + 4 * 2  # embedding, head, convolutions, gates, mix
+    assert sum(len(g['params']) for g in adam.param_groups) == 2 + 4 * 2  # embedding, head; 4 a block
     assert len(optimizing.optimizers(gpt, 1e-3, 0.0)) == 1
     timed = model.GPT(gpt.config, causal=False, timed=True)
     adam, muon = optimizing.optimizers(timed, 1e-3, 1e-2)
@@ -154,8 +154,8 @@ def test_an_optimizer_that_would_have_nothing_to_do_is_left_out():
 def test_muon_equals_torchs_but_for_rounding(shape):
     torch.manual_seed(0)
     a, b, c = (torch.nn.Parameter(torch.ones(shape)) for _ in range(3))
-    steps = (torch.optim.Muon([a], lr=0.1, weight_decay=0.1), optimizing.Muon([b], 0.1, 0.1),
-             optimizing.Muon([c], 0.1, 0.1, dtype=torch.float32))
+    steps = (torch.optim.Muon([a], lr=0.1, weight_decay=0.1), optimizing.Muon([b], 0.1, 0.1, rows=False),
+             optimizing.Muon([c], 0.1, 0.1, dtype=torch.float32, rows=False))
     for _ in range(5):
         gradient = torch.randn(shape)
         for p, optimizer in zip((a, b, c), steps):
@@ -166,6 +166,18 @@ def test_muon_equals_torchs_but_for_rounding(shape):
     fresh.load_state_dict(steps[0].state_dict())  # of a run that began with torch's
     b.grad = gradient.clone()
     fresh.step()
+
+
+def test_rows_that_always_move_little_move_as_far_as_the_others_and_the_step_is_as_long():
+    torch.manual_seed(0)
+    squares, sizes = [torch.zeros(4, 1) for _ in range(2)], torch.tensor([1.0, 2.0, 0.1, 5.0])
+    for _ in range(300):
+        update = torch.randn(2, 4, 50) * sizes[:, None]
+        out = optimizing.evened(update, squares)
+        assert torch.allclose(out.norm(dim=(1, 2)), update.norm(dim=(1, 2)))
+    rows = out.norm(dim=-1)
+    assert (rows / rows.mean(-1, keepdim=True) - 1).abs().max() < 0.3  # 50 numbers a row, 20 steps of memory
+    assert torch.equal(optimizing.evened(torch.zeros(2, 4, 50), squares), torch.zeros(2, 4, 50))
 
 
 @pytest.mark.parametrize('shape', [(3, 8, 24), (2, 24, 8), (1, 8, 8)])
