@@ -114,12 +114,12 @@ def programs():
     import train
     from hub import export
     from text import rows
-    from tools import frontier, latents, tasks
+    from tools import bench, frontier, latents, tasks
     own = [f for name in OBJECTIVES for f in (*common.concept(name).RULES.values(),
                                               common.concept(name).Model.sample)]
     configs = [common.concept(name).Config for name in OBJECTIVES]
     things = {'train.py': [train.Config, *configs, *(kind.Config for kind in rows.KINDS.values())],
-              '-m hub.export': [export.Config]}
+              '-m hub.export': [export.Config], '-m tools.bench': [bench.Config, *configs]}
     things |= {'sample.py': [sample.Config, *own], 'eval.py': [evaluation.Config, *own],
                '-m tools.frontier': [frontier.Config, *own], '-m tools.latents': [latents.Config, *own],
                '-m tools.tasks': [tasks.Config, *own]}
