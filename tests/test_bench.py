@@ -17,7 +17,7 @@ TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=8', '--batch_s
 
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch):
-    """One matrix product alone: the large squares take their time."""
+    """The large squares take their time."""
     monkeypatch.setattr(yardstick, 'SQUARES', (64,))
 
 
@@ -32,8 +32,9 @@ def run(capsys, *flags):
 SIZES = dict(vocab_size=11, block_size=12, n_layer=2, n_head=2, n_embd=16)
 
 
-@pytest.mark.parametrize('module, own', [(masked, {}), (masked, dict(arch='gpt2')), (ar, {}),
-                                         (ar, dict(arch='llama', n_kv_head=1)), (block, dict(block_length=4))])
+@pytest.mark.parametrize('module, own', [
+    (masked, {}), (masked, dict(arch='gpt2')), (ar, {}), (ar, dict(arch='llama', n_kv_head=1)),
+    (block, dict(block_length=4))])
 def test_flops_are_those_that_torch_counts(module, own):
     model = bench.fresh(module.__name__, module.Config(**SIZES, **own), CPU)
     batch = dict(x=torch.randint(11, (3, 12)))
@@ -51,7 +52,8 @@ def test_flops_of_a_denoiser_are_6_N_a_token_and_12_C_T_a_layer():
 
 def test_calls_that_warm_up_do_not_count():
     calls = []
-    found = yardstick.measure({'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}, CPU, repeats=3)
+    parts = dict(a=lambda: calls.append('a'), b=lambda: calls.append('b'))
+    found = yardstick.measure(parts, CPU, repeats=3)
     assert calls == ['a', 'b'] * (3 + yardstick.WARM)
     for own in found.values():
         assert own['repeats'] == 3 and 0 <= own['low'] <= own['seconds'] <= own['high']
@@ -73,7 +75,7 @@ def test_mdlms_cache_fills_the_canvas_with_no_more_calls_than_steps(B, steps):
         return model.denoise(xt, t)
     *_, last = bench.mdlm_cache(denoise, canvas, 11, steps)
     assert (last < 11).all() and len(calls) <= steps
-    assert len(calls) <= 12 * B + 1  # a call for each change and, if the first step changes nothing, the first
+    assert len(calls) <= 12 * B  # one until each change of the batch
     calls.clear()
     plain = list(model.sample(canvas, steps, rule='textbook'))
     assert len(plain) == steps
@@ -121,7 +123,7 @@ def test_every_objective_that_needs_no_checkpoint_is_measured(capsys, objective,
     assert found['training']['gflop_per_step'] > 0
 
 
-def test_a_config_file_gives_the_sizes_for_this_device_and_other_knobs_of_train_are_left_out(capsys, tmp_path):
+def test_a_config_file_gives_the_sizes_for_this_device_and_knobs_of_train_are_left_out(capsys, tmp_path):
     (tmp_path / 'tiny.py').write_text("objective, dataset, max_iters = 'ar', 'none', 7\nn_layer = 3\n"
                                       "cpu = dict(batch_size=5, n_layer=2)\n")
     flags = [flag for flag in TINY if not flag.startswith(('--n_layer', '--batch_size'))]

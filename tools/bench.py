@@ -11,8 +11,8 @@ grad_accum says. Where a new model has zeros, in its projections into the residu
 weights are random, too, or all confidences would be equal. How often rule `eb` calls the network depends on
 what a model has learned, though: a random one is hardly ever sure of two tokens at once.
 
-The yardstick is the fastest matrix product of the same run, in the precision of the training. Times: see
-tools/yardstick.py. A table goes to stdout, all numbers as one line of JSON behind it.
+The yardstick is the fastest matrix product of the same run, in the precision of the training. Tables go to
+stdout, all numbers behind them as one line of JSON; its times are in seconds.
 """
 import itertools
 import json
@@ -107,7 +107,6 @@ class Step:
         self.rows = windows.Rows(tokens.to(device), None, config.block_size)
         names = 'data', 'forward', 'backward', 'optimizer', 'averages'
         self.parts = {name: getattr(self, name) for name in names}
-        self.at_once = 1 if device.type == 'cpu' else 5
         self.data()
 
     def data(self):
@@ -132,21 +131,19 @@ class Step:
         torch._foreach_lerp_(self.means, self.params, 1e-3)
 
     def compile(self):
-        """Compile the loss -> seconds, with those of a first forward and backward; None if it cannot be."""
+        """Compile the loss -> seconds, with those of a first forward and backward, fewer where torch has kept
+        an earlier compilation; None where there is no compiler."""
         torch._dynamo.reset()
         seconds = seconds_of(lambda: machine.compile_loss(self.model, self.batch, self.amp), self.device)
         return seconds if self.model._compiled_call_impl else None
 
-    def whole(self):
-        """As many undivided steps as `times` counts: several where the device works behind the host."""
-        for part in list(self.parts.values()) * self.at_once:
-            part()
-
     def times(self, timed, **parts):
-        """Times of parts and, in turn with them, of an undivided step, 'whole step', see `measure`."""
-        found = timed(parts | {'whole step': self.whole})
-        found['whole step'] |= {name: found['whole step'][name] / self.at_once
-                                for name in ('seconds', 'low', 'high')}
+        """Times of parts and, in turn with them, of an undivided step, 'whole step', see `measure`. Where the
+        device works behind the host it is the mean of 5 without a pause."""
+        n = 1 if self.device.type == 'cpu' else 5
+        whole = lambda: [part() for _ in range(n) for part in self.parts.values()]
+        found = timed(parts | {'whole step': whole})
+        found['whole step'] |= {name: found['whole step'][name] / n for name in ('seconds', 'low', 'high')}
         return found
 
 
@@ -177,6 +174,7 @@ def growth(bench, config, device, amp, timed):
     for name, factor in [('', 1), *itertools.product(sizes, (0.5, 2))]:
         size = {key: max(1, int(value * factor)) if key == name else value for key, value in sizes.items()}
         say(f"growth: {', '.join(f'{key} {value}' for key, value in size.items())}")
+        step = None  # frees the memory of the one before
         try:
             own = replace(config, block_size=size['length'], n_embd=size['width'])
             step = Step(bench, own, size['batch'], device, amp)

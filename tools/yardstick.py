@@ -15,8 +15,8 @@ import torch.nn as nn
 
 import model as transformer
 
-WARM = 2                                     # calls that do not count
-SQUARES = [2 ** i for i in range(8, 15)]     # sides of matrices to multiply
+WARM = 2                                  # calls that do not count
+SQUARES = [2 ** i for i in range(8, 15)]  # sides of the matrices that are multiplied
 
 
 def sync(device):
