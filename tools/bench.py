@@ -16,12 +16,14 @@ stdout, all numbers behind them as one line of JSON; its times are in seconds.
 """
 import itertools
 import json
+import os
 import sys
 from collections import deque
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Literal
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch, as in train.py
 import torch
 import torch.nn as nn
 

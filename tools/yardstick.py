@@ -97,8 +97,8 @@ def flops(model, batch):
     def linear(module, args, out):
         found.append((6 if module.weight.requires_grad else 4) * out.numel() * module.in_features)
 
-    def attention(module, args, out):  # out (B, T, C)
-        found.append(12 * out.numel() * out.size(1))
+    def attention(module, args, out):  # of args[0] (B, T, C)
+        found.append(12 * args[0].numel() * args[0].size(1))
     hooks = [m.register_forward_hook(linear if isinstance(m, nn.Linear) else attention)
              for m in model.modules() if isinstance(m, (nn.Linear, transformer.Attention))]
     model(**batch)
