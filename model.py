@@ -199,14 +199,14 @@ class Attention(nn.Module):
             self.mix = nn.Parameter(torch.zeros(self.n_kv_head))
 
     def forward(self, x, rotary, mask, cache, first):
-        """x (B, T, C) -> (B, T, C) and the values (B, H, T, D); first: those of the first block, or None."""
+        """x (B, T, C) -> (B, T, C). first, passed on: the first block's values (B, H, T, D); there None."""
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)
         # (B, n_head, T, D), twice (B, n_kv_head, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        own = v
+        first = v if first is None else first
         if self.ours:
-            v = v if first is None else v + self.mix.type_as(v)[:, None, None] * first
+            v = v + self.mix.type_as(v)[:, None, None] * first
             q, k = F.rms_norm(q, q.shape[-1:]).type_as(v), F.rms_norm(k, k.shape[-1:]).type_as(v)
         if self.rotary:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -215,7 +215,7 @@ class Attention(nn.Module):
         y = attention(q, k, v, self.causal, mask)
         if self.ours:  # a head counts 0 to 2 times, at first once
             y = y * (2 * self.gate(x).sigmoid()).transpose(1, 2)[..., None]
-        return self.proj(y.transpose(1, 2).reshape(B, T, C)), own
+        return self.proj(y.transpose(1, 2).reshape(B, T, C)), first
 
 
 def swiglu(x):
@@ -251,10 +251,10 @@ class Block(nn.Module):
     def forward(self, x, rotary, mask, cache, near, time, first):
         film = [None] * 4 if self.film is None else self.film(time).chunk(4, dim=-1)  # (B, 1 or T, C) each
         h = self.read(self.norm1(x), *film[:2], self.near1, near, cache)
-        h, values = self.attn(h, rotary, mask, cache, first)
+        h, first = self.attn(h, rotary, mask, cache, first)
         x = x + self.drop(h)
         h = self.read(self.norm2(x), *film[2:], self.near2, near, cache)
-        return x + self.drop(self.mlp(h)), values if first is None else first
+        return x + self.drop(self.mlp(h)), first
 
     def read(self, h, scale, shift, neighbours, near, cache):
         h = h if scale is None else h * (1 + scale) + shift

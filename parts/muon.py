@@ -48,8 +48,8 @@ def part(G, like):
 
 
 def evened(update, squares):
-    """The matrices `update` (b, m, n) with every row divided by its root mean square over the last steps, then
-    as long as before. squares: their running mean squares, b tensors (m, 1), brought up to date."""
+    """The matrices `update` (b, m, n) with every row divided by its root mean square over the last steps,
+    then as long as before. squares: the running mean squares, b tensors (m, 1), brought up to date."""
     length = update.norm(dim=(1, 2), keepdim=True)
     torch._foreach_lerp_(squares, list(update.square().mean(-1, keepdim=True)), 0.05)
     rows = update / (torch.stack(squares).sqrt() + 1e-8)
@@ -79,7 +79,8 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonal(whole(nesterov), self.dtype).to(alike[0].dtype)
                 if self.rows:
                     zeros = update.new_zeros(m, 1)
-                    update = evened(update, [self.state[p].setdefault('squares', zeros.clone()) for p in alike])
+                    squares = [self.state[p].setdefault('squares', zeros.clone()) for p in alike]
+                    update = evened(update, squares)
                 torch._foreach_mul_(alike, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(alike, part(update, nesterov).unbind(),
                                     alpha=-group['lr'] * max(1, m / n) ** 0.5)

@@ -141,7 +141,8 @@ def test_a_process_keeps_its_part_of_what_is_trained_and_of_the_blocks():
             parts = {name: len(p.to_local()) / len(p) for name, p in net.named_parameters()
                      if hasattr(p, 'to_local')}
             assert [name for name, _ in net.named_parameters() if name not in parts] == left
-            whole = [name for name in parts if name.endswith(('.weight', '.A', '.B')) and 'head' not in name]
+            whole = [name for name in parts if name.endswith(('.weight', '.A', '.B')) and 'head' not in name
+                     and 'gate' not in name]  # whose rows are too few for four
             assert {parts[name] for name in whole} == {1 / 4}
     dist.destroy_process_group()
 

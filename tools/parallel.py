@@ -6,6 +6,7 @@ a process keeps only its part of every weight, average and optimizer state, and 
 when the block is called. Checkpoints hold whole tensors either way, so a run goes on with or without it.
 """
 import contextlib
+import functools
 from collections import Counter
 
 import torch
@@ -84,11 +85,11 @@ def divide(net, trained, device):
     how = dict(mesh=init_device_mesh(device.type, (dist.get_world_size(),)), reshard_after_forward=True,
                ignored_params=left)
     sample = net.sample
-    net.sample = lambda *args, **knobs: list(sample(*args, **knobs))  # or FSDP2 would leave before it begins
+    net.sample = functools.wraps(sample)(lambda *args, **knobs: list(sample(*args, **knobs)))
     for module in (*blocks, net):
         fully_shard(module, **how)
     for name in {'nats', 'measure', 'sample'} & set(dir(net)):
-        register_fsdp_forward_method(net, name)
+        register_fsdp_forward_method(net, name)  # of `sample` a list: FSDP2 would leave a generator early
 
 
 def whole(tree):
