@@ -53,6 +53,7 @@ class Model(nn.Module):
     selects = True   # is the checkpoint with the lowest validation figure the best one?
     measures = False  # does `measure` want training rows before a checkpoint is written?
     reading = dict(temperature=0.7)  # how sample.py samples unless told otherwise
+    verbs = ()       # methods that a sampler calls with the same shapes again and again, worth compiling
 
     def __init__(self, config):
         super().__init__()

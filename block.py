@@ -99,7 +99,7 @@ def block_causal(start, T, block_length, device=None):
 class Model(nn.Module):
     bound, takes, revises, any_length = 'upper', ('windows',), False, False
     orders, base, selects, measures = (), '', True, False
-    reading = dict(temperature=0.7)
+    reading, verbs = dict(temperature=0.7), ()
 
     def __init__(self, config):
         super().__init__()

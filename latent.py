@@ -90,7 +90,8 @@ WEIGHTS = dict(edm=lambda s: 1 + s ** -2, eps=lambda s: s ** -2, x0=torch.ones_l
 
 class Model(nn.Module):
     bound, takes, revises, any_length = 'upper', (), False, True
-    orders, reading, base, selects, measures = (), {}, 'vae', True, False
+    orders, base, selects, measures = (), 'vae', True, False
+    reading, verbs = {}, ('denoise',)
 
     def __init__(self, config):
         super().__init__()

@@ -37,6 +37,7 @@ class Config:
     weights: Literal['ema', 'model'] = 'ema'     # ema, the average | model, not averaged
     device: str = 'auto'         # auto | cpu | cuda | mps
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto | float32 | bfloat16
+    compile: Literal['auto', 'yes', 'no'] = 'auto'  # the network, for many texts: yes | no | auto, on CUDA
     seed: Natural = 1337         # equal seeds, equal texts
 
     # the sampler
@@ -87,7 +88,7 @@ def write(model, tokenizer, config, canvas, how):
 
     canvases, at, calls, began = [canvas], [0] * len(canvas), [], time.time()
     counter = model.gpt.norm.register_forward_pre_hook(lambda *_: calls.append(1))  # once a network call
-    for new in unmask.generate(model, canvas, block_size, overlap, **how):
+    for new in common.generate(model, canvas, block_size, overlap, **how):
         if config.watch:
             pause = time.time()
             show(canvas[0].tolist(), new[0].tolist(), tokenizer)
@@ -183,6 +184,8 @@ def main(argv):
     device = common.pick_device(config.device)
     path, checkpoint = find.find(config.out_dir, config.which)
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
+    if config.compile == 'yes' or config.compile == 'auto' and device.type == 'cuda':
+        common.compiled(model, device)
     block_size = model.config.block_size
     if model.any_length and 'overlap' in chosen:
         fail(f"overlap is not for {checkpoint['objective']}, which writes a text of any length in one go")

@@ -129,7 +129,7 @@ ORDERS = {
 class Model(nn.Module):
     bound, takes, revises, any_length = 'upper', ('windows', 'lines'), True, False
     orders, base, selects, measures = ('left',), '', True, False
-    reading = dict(temperature=0.7)
+    reading, verbs = dict(temperature=0.7), ('logits',)
 
     def __init__(self, config):
         super().__init__()

@@ -12,6 +12,7 @@ import itertools
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from configurator import Natural, NonNegative, Share, ShareAbove0, ShareBelow1, knobs_of
 
@@ -28,9 +29,8 @@ def textbook(denoise, xt, mask_id, steps, choose, *,
     """
     level = noise_levels(steps, grid, xt.device)  # 1 = t_0 > t_1 > ... > t_steps = 0
     for t, s in zip(level[:-1], level[1:]):
-        masked = xt == mask_id
         logp = denoise(xt, t.float().expand(len(xt)))
-        reveal = masked & (torch.rand(xt.shape, device=xt.device) < (t - s) / t)
+        reveal = (xt == mask_id) & (torch.rand(xt.shape, device=xt.device) < (t - s) / t)
         xt = torch.where(reveal, choose(logp), xt)
         yield xt
 
@@ -50,21 +50,30 @@ def ancestral(denoise, xt, mask_id, steps, choose, *,
     level = noise_levels(steps, grid, xt.device).flip(0).float()  # 0 ... 1
     u = torch.rand(xt.shape, device=xt.device)
     reveal_at = level[torch.bucketize(u, level, right=True).clamp(max=steps)]  # t of the step that crosses u
-    while (masked := xt == mask_id).any():
-        t = reveal_at.where(masked, 0).amax(-1)  # each row's next step; 0 for a row that is done
-        reveal = masked & (reveal_at == t[:, None])
-        xt = xt.masked_scatter(reveal, choose(denoise(xt, t)[reveal]))
-        yield xt
+    return from_time_to_time(denoise, xt, mask_id, reveal_at, choose)
 
 
 def first_hitting(denoise, xt, mask_id, steps, choose):
     """One token per call: ancestral in infinitely many steps (arXiv 2409.02908)."""
-    u, place = torch.rand(xt.shape, device=xt.device), torch.arange(xt.size(1), device=xt.device)
-    while (masked := xt == mask_id).any():
-        t, next_place = u.where(masked, -1).max(-1)
-        reveal = masked & (place == next_place[:, None])
-        xt = xt.masked_scatter(reveal, choose(denoise(xt, t.clamp(min=0))[reveal]))
+    return from_time_to_time(denoise, xt, mask_id, torch.rand(xt.shape, device=xt.device), choose)
+
+
+def from_time_to_time(denoise, xt, mask_id, reveal_at, choose):
+    """Reveal every token at its time, reveal_at (B, T) in [0, 1], the latest first."""
+    times = reveal_at.where(xt == mask_id, -1).sort(descending=True).values
+    last = (times != F.pad(times[:, 1:], (0, 1), value=-1)) & (times >= 0)  # of those at one time
+    for _ in range(int(last.sum(-1).max())):  # known at once, so that nothing waits for the device later
+        masked = xt == mask_id
+        t = reveal_at.where(masked, 0).amax(-1)  # each row's next time; 0 for a row that is done
+        xt = write(xt, masked & (reveal_at == t[:, None]), denoise(xt, t), choose)
         yield xt
+
+
+def write(xt, which, logp, choose):
+    """xt (B, T) with tokens drawn from log p (B, T, V) where `which` (B, T) bool."""
+    if xt.device.type != 'cpu':  # to find out how many there are would wait for the device
+        return torch.where(which, choose(logp), xt)
+    return xt.masked_scatter(which, choose(logp[which]))
 
 
 def analytic(scores, xt, mask_id, steps, choose, *,
@@ -81,7 +90,7 @@ def analytic(scores, xt, mask_id, steps, choose, *,
         if s is not None:
             chance = out.logsumexp(-1).exp() * ((t - s) / t)
             reveal = reveal & (torch.rand(xt.shape, device=xt.device) < chance)
-        xt = xt.masked_scatter(reveal, choose(out[reveal]))
+        xt = write(xt, reveal, out, choose)
         yield xt
 
 
@@ -135,7 +144,7 @@ def remdm(denoise, xt, mask_id, choose, level, sigma, remasks=itertools.repeat(T
         chance = sigma(most, written) if remask else torch.zeros_like(t)
         u = torch.rand(xt.shape, device=xt.device)
         reveal, forget = masked & (u < (t - s + chance * (1 - t)) / t), free & ~masked & (u < chance)
-        xt = xt.masked_scatter(reveal, choose(logp[reveal])).masked_fill(forget, mask_id)
+        xt = write(xt, reveal, logp, choose).masked_fill(forget, mask_id)
         p = logp.gather(-1, xt.clamp(max=mask_id - 1)[..., None])[..., 0]
         written = torch.where(reveal, p, written).masked_fill(xt == mask_id, torch.inf)
         if masked.any():
@@ -237,7 +246,7 @@ def best_first(denoise, xt, mask_id, steps, choose, *, score,
         for k in tokens_a_step(part.sum(-1), noise_levels(share, grid, xt.device)).T:
             masked = xt == mask_id
             logp = denoise(xt, masked.float().mean(-1))
-            token = xt.masked_scatter(left := masked & part, choose(logp[left]))
+            token = write(xt, left := masked & part, logp, choose)
             rank = ranks(score(logp, token.clamp(max=mask_id - 1)), left)  # elsewhere there may be masks
             xt = torch.where(left & (rank < k[:, None]), token, xt)
             yield xt
@@ -256,7 +265,7 @@ def safest(denoise, xt, mask_id, choose, part_length, order, safe):
             rank = ranks(value := score(logp, None), left)
             able = safe(value.gather(1, rank.argsort(-1)), n) & (n <= left.sum(-1, keepdim=True))
             reveal = left & (rank < torch.where(able, n, 1).amax(-1, keepdim=True))
-            xt = xt.masked_scatter(reveal, choose(logp[reveal]))
+            xt = write(xt, reveal, logp, choose)
             yield xt
 
 
@@ -318,13 +327,3 @@ def guided(denoise, given, mask_id, scale):
         towards = ((1 + scale) * logp - scale * without).log_softmax(-1)
         return torch.where((xt == mask_id)[..., None], towards, logp)
     return guided_denoise
-
-
-def generate(model, canvas, block_size, overlap, **knobs):
-    """Generator of canvases (B, L), one per network call, for any L: in pieces of block_size, each with the
-    last `overlap` tokens of the one before as given context; the last ends at L."""
-    last = max(0, canvas.size(1) - block_size)
-    for start in [*range(0, last, block_size - overlap), last]:
-        for window in model.sample(canvas[:, start:start + block_size], **knobs):
-            canvas = torch.cat([canvas[:, :start], window, canvas[:, start + block_size:]], dim=1)
-            yield canvas

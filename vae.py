@@ -108,7 +108,8 @@ def active_units(mu):
 
 class Model(nn.Module):
     bound, takes, revises, any_length = 'upper', (), False, True
-    orders, reading, base, selects, measures = (), {}, 'ar', False, True  # best: not by the lowest bound
+    reading, verbs = {}, ()
+    orders, base, selects, measures = (), 'ar', False, True  # best at beta < 1 is not the lowest bound
     gpt = property(lambda self: self.decoder)  # the network whose calls are counted
 
     def __init__(self, config):

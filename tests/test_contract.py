@@ -71,6 +71,21 @@ def test_the_class_says_what_the_scripts_must_know(concept):
     assert all(type(flag) is bool for flag in (M.revises, M.any_length, M.selects, M.measures))
     assert M.base in ('', *common.OBJECTIVES)
     assert bool(M.base) == ('base' in configurator.knobs_of(concept.Config))
+    assert all(callable(getattr(M, name)) for name in M.verbs) and isinstance(M.reading, dict)
+
+
+@pytest.mark.parametrize('name', [name for name in common.OBJECTIVES if common.concept(name).Model.verbs])
+def test_what_is_compiled_for_sampling_traces_in_one_piece_and_writes_the_same(name, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, mode: compile(f, backend='eager', fullgraph=True))
+    texts = []
+    for fast in (False, True):
+        model = random_model(common.concept(name)).eval()
+        model = common.compiled(model, torch.device('cpu')) if fast else model
+        torch.manual_seed(1)
+        *_, canvas = model.sample(torch.full((2, 8), 7), 4)
+        texts.append(canvas)
+    assert torch.equal(*texts)
 
 
 def test_forward_gives_a_scalar_loss_and_plain_metrics_and_every_parameter_a_gradient(concept):

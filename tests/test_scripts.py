@@ -80,7 +80,7 @@ def test_beyond_the_block_the_last_part_stays_as_context(trained):
         return masked.Model.sample(model, window, **knobs)
     spied = type('Spied', (), {'sample': staticmethod(spy)})
     V = tokenizer.vocab_size
-    *_, canvas = unmask.generate(spied, torch.full((1, 41), V), 16, 6, steps=4)
+    *_, canvas = common.generate(spied, torch.full((1, 41), V), 16, 6, steps=4)
     assert canvas.shape == (1, 41) and (canvas < V).all()
     assert [row.count(V) for row in seen] == [16, 10, 10, 5]
     for start, row in zip((0, 10, 20, 25), seen):
@@ -99,7 +99,7 @@ def test_with_a_stride_n_more_blocks_write_n_strides_more(stride):
             blocks.append(window.size(1))
             return masked.Model.sample(denoiser, window, **knobs)
         spied = type('Spied', (), {'sample': staticmethod(counted)})
-        *_, canvas = unmask.generate(spied, torch.full((2, 16 + stride * n), 5), 16, 16 - stride, steps=3)
+        *_, canvas = common.generate(spied, torch.full((2, 16 + stride * n), 5), 16, 16 - stride, steps=3)
         assert canvas.shape == (2, 16 + stride * n) and (canvas < 5).all() and blocks == [16] * (n + 1)
 
 

@@ -6,7 +6,7 @@ import textwrap
 
 import torch
 
-import unmask
+import common
 from configurator import arguments
 
 LONGEST = 256  # tokens
@@ -31,7 +31,7 @@ def glimpse(model, batch, tokenizer):
     """A text of the model, sampled as sample.py does it. Arguments as of `canvas_of`."""
     V, canvas = tokenizer.vocab_size, canvas_of(model, batch, tokenizer)
     how = arguments(model.sample, model.reading, dict(steps=STEPS))
-    for canvas in unmask.generate(model, canvas, canvas.size(1), 0, **how):
+    for canvas in common.generate(model, canvas, canvas.size(1), 0, **how):
         pass
     row = canvas[0].tolist()
     if tokenizer.end in row:

@@ -70,7 +70,7 @@ def written(model, tokenizer, config, device, how):
     for canvas in batches:
         if tokenizer.bos is not None:
             canvas[:, 0] = tokenizer.bos
-        for canvas in unmask.generate(model, canvas, L if model.any_length else T, overlap, **how):
+        for canvas in common.generate(model, canvas, L if model.any_length else T, overlap, **how):
             pass
         texts += [until_end(row, tokenizer) for row in canvas.tolist()]
     counter.remove()
