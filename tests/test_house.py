@@ -119,7 +119,8 @@ def programs():
                                               common.concept(name).Model.sample)]
     configs = [common.concept(name).Config for name in OBJECTIVES]
     things = {'train.py': [train.Config, *configs, *(kind.Config for kind in rows.KINDS.values())],
-              '-m hub.export': [export.Config], '-m tools.bench': [bench.Config, *configs]}
+              '-m hub.export': [export.Config], '-m tools.demo': [],
+              '-m tools.bench': [bench.Config, *configs]}
     things |= {'sample.py': [sample.Config, *own], 'eval.py': [evaluation.Config, *own],
                '-m tools.frontier': [frontier.Config, *own], '-m tools.latents': [latents.Config, *own],
                '-m tools.tasks': [tasks.Config, *own]}
