@@ -48,16 +48,15 @@ def renamed(weights):
 def completed(weights, config):
     """A state dict of arch='ours' with what its blocks did not have, convolutions, gates, shares of the first
     values: zero, which changes nothing. config: a dict."""
-    n_kv_head = config.get('n_kv_head') or config.get('n_head')
     out = dict(weights)
     for name, matrix in weights.items():
         at, _, rest = name.rpartition('blocks.')
         number, _, last = rest.partition('.')
         ours = f'{at}blocks.{number}.norm1.weight' not in weights  # the others have gains
         if ours and last in ('attn.qkv.weight', 'attn.qkv.linear.weight'):
-            C = matrix.size(1)
+            C, n_head = matrix.size(1), config.get('n_head', 1)
             for near in ('near1', 'near2'):
                 out.setdefault(f'{at}blocks.{number}.{near}.taps', matrix.new_zeros(TAPS, C))
-            out.setdefault(f'{at}blocks.{number}.attn.gate.weight', matrix.new_zeros(config['n_head'], C))
-            out.setdefault(f'{at}blocks.{number}.attn.mix', matrix.new_zeros(n_kv_head))
+            out.setdefault(f'{at}blocks.{number}.attn.gate.weight', matrix.new_zeros(n_head, C))
+            out.setdefault(f'{at}blocks.{number}.attn.mix', matrix.new_zeros(config.get('n_kv_head') or n_head))
     return out

@@ -211,7 +211,7 @@ def test_no_knob_means_two_things():
     (['--steps=0'], ['steps=0']),
     (['--rule=confidence', '--gamma=0.5'], ['gamma', 'confidence', 'grid']),
     (['--rule=textbook', '--part_length=4'], ['part_length', 'textbook', 'grid']),
-    (['--first=left'], ['first', 'ancestral']),
+    (['--first=left'], ['first', 'llada']),
     (['--rule=threshold', '--threshold=2'], ['threshold=2', '[0, 1]']),
     (['--gama=2'], ['--gamma']),
     (['--weights=fast'], ['fast', 'ema, model']),
@@ -247,9 +247,9 @@ def test_an_autoregressive_model_says_what_it_cannot_do(trained, mistake):
     assert 'part_length' in mistake(sample.main, '--out_dir=out-a', '--part_length=3')
 
 
-def test_without_any_checkpoint_the_command_that_makes_one_is_named(workdir, mistake):
+def test_where_there_is_no_checkpoint_the_command_that_makes_one_is_named(workdir, mistake):
     for script in (sample, evaluation):
-        assert 'python train.py' in mistake(script.main)
+        assert 'python train.py' in mistake(script.main, '--out_dir=out-none')
 
 
 def test_eval_is_reproducible_and_scores_other_texts_and_orders(trained, capsys, mistake):
