@@ -54,9 +54,9 @@ def completed(weights, config):
         number, _, last = rest.partition('.')
         ours = f'{at}blocks.{number}.norm1.weight' not in weights  # the others have gains
         if ours and last in ('attn.qkv.weight', 'attn.qkv.linear.weight'):
-            C, n_head = matrix.size(1), config.get('n_head', 1)
+            C, H = matrix.size(1), config.get('n_head', 1)
             for near in ('near1', 'near2'):
                 out.setdefault(f'{at}blocks.{number}.{near}.taps', matrix.new_zeros(TAPS, C))
-            out.setdefault(f'{at}blocks.{number}.attn.gate.weight', matrix.new_zeros(n_head, C))
-            out.setdefault(f'{at}blocks.{number}.attn.mix', matrix.new_zeros(config.get('n_kv_head') or n_head))
+            out.setdefault(f'{at}blocks.{number}.attn.gate.weight', matrix.new_zeros(H, C))
+            out.setdefault(f'{at}blocks.{number}.attn.mix', matrix.new_zeros(config.get('n_kv_head') or H))
     return out
