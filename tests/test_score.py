@@ -467,7 +467,8 @@ def test_a_given_token_leaves_no_doubt_whatever_the_least_noise_and_the_network_
     logits, _ = model.logits(x, sigma, E)
     assert logits.softmax(-1)[0, 0, 0] > 0.999
     (h, time), = told
-    assert torch.allclose(h[0, 0], model.read(E[0]), atol=1e-3) and torch.allclose(time, torch.tensor([[0, 0.5, 1.0]]))
+    assert torch.allclose(h[0, 0], model.read(E[0]), atol=1e-3)
+    assert torch.allclose(time, torch.tensor([[0, 0.5, 1.0]]))
 
 
 def test_the_time_warp_learns_from_the_loss_and_the_loss_not_from_the_time_warp():
