@@ -76,7 +76,6 @@ class Config:
 
 DRAWS, LOG_SECONDS = 4, 10  # draws of the noise for a validation window; time between two lines
 
-
 # ---- data -------------------------------------------------------------------------------------------------
 
 def open_data(state):
@@ -200,21 +199,36 @@ def step(state, loss_fn, rows, rank, world, amp):
 
 # ---- the loop ---------------------------------------------------------------------------------------------
 
+def announce(state, rows, origin, tokens):
+    """Say what is about to be trained, on how many tokens an iteration; set older checkpoints aside."""
+    run = state.run
+    if report := rows.report(run.batch_size):
+        say(report)
+    if not origin.resumed and (old := machine.set_aside(run.out_dir)):
+        say(f"{run.out_dir}/ holds the checkpoints of an earlier run: they are in {old}/ from now on")
+    say(f"{run.objective}: {sum(p.numel() for p in state.params) / 1e6:.2f}M parameters, {tokens} tokens an "
+        f"iteration, {machine.length(run)}, {state.device} in {state.dtype}, to {run.out_dir}/")
+
+
+def described(state, val, amp):
+    """The validation figure and a text by the averaged weights, in words."""
+    (value, error), kind = state.val, dict(exact='exact', upper='upper bound')[state.model.bound]
+    with amp:
+        text = glimpse(state.ema, val, Tokenizer(state.meta))
+    return (f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}; a text:\n"
+            f"{indented(text)}")
+
+
 def train(state, origin, rank, world):
     """From state.iter to max_iters, or until a signal comes."""
     run, config, device = state.run, state.config, state.device
-    amp, tokenizer = common.autocast(device, state.dtype), Tokenizer(state.meta)
+    amp = common.autocast(device, state.dtype)
     rows, val, scored, calibration = open_data(state)
     if run.minutes and not origin.resumed:
         run.max_iters = machine.UNPLANNED
+    tokens = config.block_size * run.batch_size * run.grad_accum * world  # of an iteration
     if rank == 0:
-        if report := rows.report(run.batch_size):
-            say(report)
-        if not origin.resumed and (old := machine.set_aside(run.out_dir)):
-            say(f"{run.out_dir}/ holds the checkpoints of an earlier run: they are in {old}/ from now on")
-        say(f"{run.objective}: {sum(p.numel() for p in state.params) / 1e6:.2f}M parameters, "
-            f"{config.block_size * run.batch_size * run.grad_accum * world} tokens an iteration, "
-            f"{machine.length(run)}, {device} in {state.dtype}, to {run.out_dir}/")
+        announce(state, rows, origin, tokens)
     stop, began = machine.stop_signals(world, device), time.time()
     loss_fn = parallel.averaging(state.model)
     if run.compile:
@@ -239,11 +253,11 @@ def train(state, origin, rank, world):
         stopping = stop(state.iter)
         if not (evaluating or stopping or time.time() - tick > LOG_SECONDS):
             continue
-        check_finite(state, bad_iter, never, evaluating or stopping)
+        machine.check_finite(state, bad_iter, never, evaluating or stopping)
         seconds = (time.time() - tick) / (state.iter - tick_iter)
-        rate = run.batch_size * run.grad_accum * world * config.block_size / seconds
         means = {name: torch.stack([m[name] for m in logged]).mean() for name in logged[0]}
-        line = ', '.join(f"{name} {mean:.4f}" for name, mean in means.items()) + f", {rate:,.0f} tokens/s"
+        parts = [f"{name} {mean:.4f}" for name, mean in means.items()]
+        line = ', '.join([*parts, f"{tokens / seconds:,.0f} tokens/s"])
         bar.set_postfix_str(line)
         if rank == 0 and bar.disable:
             say(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left")
@@ -252,31 +266,17 @@ def train(state, origin, rank, world):
         if evaluating or stopping:
             state.save(evaluating, calibration)
         if evaluating:  # by all: a sharded model needs them
-            (value, error), kind = state.val, dict(exact='exact', upper='upper bound')[state.model.bound]
-            with amp:
-                text = glimpse(state.ema, val, tokenizer)
-        if evaluating and rank == 0:
-            say(f"iter {state.iter}: validation {value:.4f} ± {error:.4f} nats/token, {kind}; a text:\n"
-                f"{indented(text)}", bar)
+            words = described(state, val, amp)
+            if rank == 0:
+                say(words, bar)
         logged, tick, tick_iter = [], time.time(), state.iter
     bar.close()
+    if stopping and rank == 0:
+        say(f"stopped by a signal at iteration {state.iter}: saved; "
+            f"go on with --init_from=resume --out_dir={run.out_dir}")
     if rank == 0:
-        if stopping:
-            say(f"stopped by a signal at iteration {state.iter}: saved; "
-                f"go on with --init_from=resume --out_dir={run.out_dir}")
         say(f"what it has learned: python sample.py --out_dir={run.out_dir}; "
             f"how well: python eval.py --out_dir={run.out_dir}")
-
-
-def check_finite(state, bad_iter, never, saving):
-    """A loss, or weights about to be saved, that are no numbers end the script; a look waits for a GPU."""
-    before = f"{state.run.out_dir}/last.pt, if there is one, is from before"
-    if int(bad_iter) < int(never):
-        sys.exit(f"error: the loss of iteration {int(bad_iter)} is not finite; {before}; a smaller --lr or "
-                 f"--muon_lr may help")
-    if saving and not all(p.isfinite().all() for p in state.params):
-        sys.exit(f"error: iteration {state.iter - 1} made weights that are not finite; {before}; a smaller "
-                 f"--lr may help")
 
 
 def main(argv):

@@ -50,15 +50,15 @@ def ancestral(denoise, xt, mask_id, steps, choose, *,
     level = noise_levels(steps, grid, xt.device).flip(0).float()  # 0 ... 1
     u = torch.rand(xt.shape, device=xt.device)
     reveal_at = level[torch.bucketize(u, level, right=True).clamp(max=steps)]  # t of the step that crosses u
-    return from_time_to_time(denoise, xt, mask_id, reveal_at, choose)
+    return at_given_times(denoise, xt, mask_id, reveal_at, choose)
 
 
 def first_hitting(denoise, xt, mask_id, steps, choose):
     """One token per call: ancestral in infinitely many steps (arXiv 2409.02908)."""
-    return from_time_to_time(denoise, xt, mask_id, torch.rand(xt.shape, device=xt.device), choose)
+    return at_given_times(denoise, xt, mask_id, torch.rand(xt.shape, device=xt.device), choose)
 
 
-def from_time_to_time(denoise, xt, mask_id, reveal_at, choose):
+def at_given_times(denoise, xt, mask_id, reveal_at, choose):
     """Reveal every token at its time, reveal_at (B, T) in [0, 1], the latest first."""
     times = reveal_at.where(xt == mask_id, -1).sort(descending=True).values
     last = (times != F.pad(times[:, 1:], (0, 1), value=-1)) & (times >= 0)  # of those at one time

@@ -13,13 +13,12 @@ RUN_GONE = ('packed', 'expanded', 'inserted', 'slow_decay', 'base', 'eval_draws'
 
 def upgraded(checkpoint):
     """A checkpoint dict (see common.load) as today's code would have written it; one of today's, or of others
-    (hub/folder.py), is left as it is."""
+    (hub/folder.py), comes back as it is."""
     config, run = dict(checkpoint['config']), dict(checkpoint['run'])
     objective, meta = checkpoint['objective'], checkpoint['tokenizer']
-    checkpoint |= {which: completed(checkpoint[which], config) for which in ('model', 'ema')}
+    whole = {which: completed(checkpoint[which], config) for which in ('model', 'ema')}
     if 'packed' not in run:
-        checkpoint['run'] = {k: v for k, v in run.items() if k not in RUN_GONE}
-        return checkpoint
+        return checkpoint | whole | dict(run={k: v for k, v in run.items() if k not in RUN_GONE})
     if objective == 'masked':
         objective = OBJECTIVES[config['parameterization']]
         if config['T']:  # SUBS in steps is d3pm's
@@ -36,7 +35,7 @@ def upgraded(checkpoint):
     return {**checkpoint, 'objective': objective, 'rows': rows,
             'config': {k: v for k, v in config.items() if k not in CONFIG_GONE},
             'run': {k: v for k, v in run.items() if k not in RUN_GONE} | dict(objective=objective),
-            **{name: renamed(checkpoint[name]) for name in ('model', 'ema')}}
+            **{which: renamed(whole[which]) for which in whole}}
 
 
 def renamed(weights):

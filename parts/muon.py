@@ -57,9 +57,9 @@ def evened(update, squares):
 
 
 class Muon(torch.optim.Optimizer):
-    """A step is lr sqrt(max(1, m / n)) long. Without `rows` as torch.optim.Muon, but matrices of one shape go
-    together, and that always works in bfloat16: on a CPU without instructions for it a training step then
-    takes 3.5 times as long (NOTES.md)."""
+    """A step is lr sqrt(max(1, m / n)) long. rows: even out the rows. Without, it is torch.optim.Muon, but
+    for two things: matrices of one shape are orthogonalised together, and in `dtype`. Torch's always works in
+    bfloat16; where a CPU has no instructions for it a training step takes 3.5 times as long (NOTES.md)."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16, rows=True):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -97,8 +97,7 @@ def optimizers(model, lr, muon_lr, weight_decay=0.0, dtype=torch.bfloat16):
     for name, p in model.named_parameters():
         if p.requires_grad:
             matrix = 'blocks.' in name and p.dim() == 2 and not any(part in name for part in SMALL)
-            muon = muon_lr and matrix
-            (matrices if muon else others).append(p)
+            (matrices if muon_lr and matrix else others).append(p)
     groups = [{'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0}]
     groups = [g for g in groups if g['params']]

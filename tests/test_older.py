@@ -63,7 +63,11 @@ def test_what_an_earlier_version_called_otherwise_is_renamed():
 def test_a_checkpoint_of_today_is_left_as_it_is(after):
     after(TINY)
     checkpoint = common.load('out/last.pt')
-    assert older.upgraded(checkpoint) is checkpoint
+    same = older.upgraded(checkpoint)
+    assert same.keys() == checkpoint.keys() and same['run'] == checkpoint['run']
+    for which in ('model', 'ema'):
+        assert same[which].keys() == checkpoint[which].keys()
+        assert all(same[which][name] is t for name, t in checkpoint[which].items())
     assert find.find('out')[1]['config'] == dataclasses.asdict(common.load_model(checkpoint, 'cpu')[0].config)
 
 

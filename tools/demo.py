@@ -21,9 +21,9 @@ CONFIG, OUT = ROOT / 'config/demo.py', 'out-demo'
 
 
 def run(*words, show=True):
-    """Run one of the programs with its flags -> what it has printed, unless it is shown. Ends the script as
-    it ended, if it failed."""
-    print(f"\n$ python {' '.join(map(str, words))}\n", flush=True)
+    """Run one of the programs with its flags -> what it has printed, unless it is shown. If it fails, the
+    script ends as it did."""
+    print(f"\n$ python {' '.join(map(str, words)).replace(f'{ROOT}/', '')}\n", flush=True)
     done = subprocess.run([sys.executable, ROOT / words[0], *words[1:]], text=True,
                           stdout=None if show else subprocess.PIPE)
     if done.returncode:

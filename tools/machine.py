@@ -114,6 +114,18 @@ def plan(run, seconds, spent):
             f"{seconds:.2f} s")
 
 
+def check_finite(state, bad_iter, never, saving):
+    """A loss, or weights about to be saved, that are no numbers end the script; a look waits for a GPU.
+    state: of train.py; bad_iter: the first iteration with such a loss, `never` if there is none."""
+    before = f"{state.run.out_dir}/last.pt, if there is one, is from before"
+    if int(bad_iter) < int(never):
+        sys.exit(f"error: the loss of iteration {int(bad_iter)} is not finite; {before}; a smaller --lr or "
+                 f"--muon_lr may help")
+    if saving and not all(p.isfinite().all() for p in state.params):
+        sys.exit(f"error: iteration {state.iter - 1} made weights that are not finite; {before}; a smaller "
+                 f"--lr may help")
+
+
 def say(line, bar=None):
     """Print a line (above the bar, if there is one). A reader that has left, or a full disk behind the
     output, do not stop the training."""
