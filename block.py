@@ -80,13 +80,15 @@ def block_mask(T, block_length, device=None):
 def block_beside(block_length):
     """`model.beside` in [noisy x, clean x]: beside a noisy token stand its own noisy block and the clean text
     before, beside a clean one the clean text up to the end of its block."""
-    def near(h, j, t):
-        T = t // 2
-        noisy, clean = (model.beside(half, j, T) for half in h.chunk(2, dim=1))
-        block = torch.arange(T, device=h.device)[:, None] // block_length
-        theirs = (torch.arange(T, device=h.device)[:, None] + j) // block_length
-        return torch.cat([torch.where(block == theirs, noisy, clean) * (theirs <= block),
-                          clean * (theirs <= block)], dim=1)
+    def near(h, first, t):
+        T, found = t // 2, []
+        place = torch.arange(T, device=h.device)[:, None]
+        for i, x in enumerate(zip(*(model.beside(half, first, T) for half in h.chunk(2, dim=1)))):
+            (noisy, clean), block = x, place // block_length
+            theirs = (place + first + i) // block_length
+            noisy = torch.where(block == theirs, noisy, clean)
+            found.append(torch.cat([noisy, clean], dim=1) * (theirs <= block).repeat(2, 1))
+        return found
     return near
 
 

@@ -96,14 +96,6 @@ def evaluate(nats, batch, scored, at_once, seed=0):
 
 # ---- texts ------------------------------------------------------------------------------------------------
 
-def compiled(model, device):
-    """The model with what its sampler calls again and again compiled, on CUDA into a graph of kernels."""
-    for name in model.verbs:
-        mode = 'reduce-overhead' if device.type == 'cuda' else None
-        setattr(model, name, torch.compile(getattr(model, name), mode=mode))
-    return model
-
-
 def generate(model, canvas, block_size, overlap, **knobs):
     """Generator of canvases (B, L), one per network call, for any L: in pieces of block_size, each with the
     last `overlap` tokens of the one before as given context; the last ends at L."""

@@ -217,9 +217,9 @@ class Model(nn.Module):
         B, device, nowhere = len(there), before.device, torch.zeros_like(there)
 
         def denoise(x, sigma):
-            D = self.denoise(x, sigma[:, 0], before, there)
+            D = (1 + cfg) * self.denoise(x, sigma[:, 0], before, there)
             if cfg:
-                D = D + cfg * (D - self.denoise(x, sigma[:, 0], before, nowhere))
+                D = D - cfg * self.denoise(x, sigma[:, 0], before, nowhere)
             return D, D
         low, high = self.noise_range()
         levels = karras(steps, low, high).to(device)

@@ -133,10 +133,11 @@ class Cache:
 TAPS = 5  # of the convolutions over neighbouring tokens
 
 
-def beside(h, j, t):
-    """What stands j places to the right of the last t tokens of h (B, T, C): (B, t, C), 0 beyond the ends."""
-    left, right = max(0, -j), max(0, j)
-    return F.pad(h, (0, 0, left, right))[:, right:right + h.size(1)][:, -t:]
+def beside(h, first, t):
+    """What stands beside each of the last t tokens of h (B, T, C), `first` to first + TAPS - 1 places to the
+    right: TAPS tensors (B, t, C), 0 beyond the ends."""
+    there = F.pad(h, (0, 0, -first, first + TAPS - 1))[:, -(t + TAPS - 1):]
+    return [there[:, i:i + t] for i in range(TAPS)]
 
 
 def seen_beside(mask, t):
@@ -144,12 +145,14 @@ def seen_beside(mask, t):
     not see its neighbour."""
     mask = mask.expand(*mask.shape[:-2], t, -1)
     mask = mask[:, 0] if mask.dim() == 4 else mask
-    first = mask.size(-1) - t  # the key of the first query
+    own = mask.size(-1) - t  # the key of the first query
 
-    def near(h, j, t):
-        seen, before = mask.diagonal(first + j, -2, -1), min(t, max(0, -first - j))  # before all keys
-        seen = F.pad(seen, (before, t - before - seen.size(-1)))
-        return beside(h, j, t) * seen[..., None]
+    def seen(j):
+        keys, before = mask.diagonal(own + j, -2, -1), min(t, max(0, -own - j))  # before all keys
+        return F.pad(keys, (before, t - before - keys.size(-1)))[..., None]
+
+    def near(h, first, t):
+        return [x * seen(first + i) for i, x in enumerate(beside(h, first, t))]
     return near
 
 
@@ -163,9 +166,8 @@ class Neighbours(nn.Module):
         self.first = 1 - TAPS if causal else -(TAPS // 2)
 
     def forward(self, h, near, cache):
-        t, taps = h.size(1), self.taps.type_as(h)
-        there = h if cache is None else cache.append(self, h)[0][:, -(t + TAPS - 1):]
-        return h + sum(taps[i] * near(there, self.first + i, t) for i in range(TAPS))
+        there = h if cache is None else cache.append(self, h)[0][:, -(h.size(1) + TAPS - 1):]
+        return h + sum(tap * x for tap, x in zip(self.taps.type_as(h), near(there, self.first, h.size(1))))
 
 
 class Norm(nn.Module):

@@ -24,6 +24,7 @@ import unmask
 from configurator import (Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail, help_lines,
                           help_of_rules, knobs_of, script, settings)
 from hub import find
+from parts.graphs import quick
 from text import ends, files
 from text.prompts import ids_of, prompt_of, starts
 from tools import page
@@ -37,7 +38,7 @@ class Config:
     weights: Literal['ema', 'model'] = 'ema'     # ema, the average | model, not averaged
     device: str = 'auto'         # auto | cpu | cuda | mps
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto | float32 | bfloat16
-    compile: Literal['auto', 'yes', 'no'] = 'auto'  # the network, for many texts: yes | no | auto, on CUDA
+    compile: bool = False        # torch.compile the network: pays for hundreds of calls
     seed: Natural = 1337         # equal seeds, equal texts
 
     # the sampler
@@ -86,24 +87,23 @@ def write(model, tokenizer, config, canvas, how):
         return [end or ends.ending(row, start, V, stops, config.min_entropy)
                 for row, start, end in zip(canvas.tolist(), n_given, at)]
 
-    canvases, at, calls, began = [canvas], [0] * len(canvas), [], time.time()
-    counter = model.gpt.norm.register_forward_pre_hook(lambda *_: calls.append(1))  # once a network call
-    for new in common.generate(model, canvas, block_size, overlap, **how):
-        if config.watch:
-            pause = time.time()
-            show(canvas[0].tolist(), new[0].tolist(), tokenizer)
-            began += time.time() - pause
-        if config.html:
-            canvases.append(new)
-        canvas = new
-        if config.min_entropy and model.revises:
-            raise ValueError("min_entropy ends a text while it is written: this model may change any token "
-                             "until the last step")
-        if (stops or config.min_entropy) and not model.revises:
-            at = ended(canvas, at)
-            if all(at):
-                break
-    counter.remove()
+    if config.min_entropy and model.revises:
+        raise ValueError("min_entropy ends a text while it is written: this model may change any token "
+                         "until the last step")
+    canvases, at, began = [canvas], [0] * len(canvas), time.time()
+    with quick(model, config.compile) as calls:
+        for new in common.generate(model, canvas, block_size, overlap, **how):
+            if config.watch:
+                pause = time.time()
+                show(canvas[0].tolist(), new[0].tolist(), tokenizer)
+                began += time.time() - pause
+            if config.html:
+                canvases.append(new)
+            canvas = new
+            if (stops or config.min_entropy) and not model.revises:
+                at = ended(canvas, at)
+                if all(at):
+                    break
     texts = []
     for row, end in zip(canvas.tolist(), ended(canvas, at)):
         row = row[:end or (row.index(V) if V in row else None)]  # a model may have written less
@@ -184,8 +184,6 @@ def main(argv):
     device = common.pick_device(config.device)
     path, checkpoint = find.find(config.out_dir, config.which)
     model, tokenizer = common.load_model(checkpoint, device, config.weights)
-    if config.compile == 'yes' or config.compile == 'auto' and device.type == 'cuda':
-        common.compiled(model, device)
     block_size = model.config.block_size
     if model.any_length and 'overlap' in chosen:
         fail(f"overlap is not for {checkpoint['objective']}, which writes a text of any length in one go")

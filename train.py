@@ -194,7 +194,7 @@ def step(state, loss_fn, rows, rank, world, amp):
         optimizer.zero_grad(set_to_none=True)
     update_ema(state.averages, state.params, run.ema_decay, state.iter, run.ema_power)
     state.iter, state.tokens = state.iter + 1, state.tokens + count * world
-    return dict(loss=total, **metrics)
+    return dict(loss=total, **{name: value.clone() for name, value in metrics.items()})  # from a CUDA graph
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------
@@ -229,22 +229,19 @@ def train(state, origin, rank, world):
     tokens = config.block_size * run.batch_size * run.grad_accum * world  # of an iteration
     if rank == 0:
         announce(state, rows, origin, tokens)
-    stop, began = machine.stop_signals(world, device), time.time()
+    stop, pace = machine.stop_signals(world, device), machine.Pace(run, state.iter)
     loss_fn = parallel.averaging(state.model)
     if run.compile:
-        machine.compile_loss(loss_fn, rows.batch(run.batch_size)[0], amp)
+        machine.compile_loss(loss_fn, rows.batch(run.batch_size)[0], amp, run.grad_accum > 1)
 
     bad_iter = never = torch.tensor(2 ** 62, device=device)  # the first iteration whose loss is not finite
-    logged, tick, tick_iter, first, stopping = [], time.time(), state.iter, state.iter, False
+    logged, tick, tick_iter, stopping = [], time.time(), state.iter, False
     bar = tqdm(total=run.max_iters, initial=state.iter, disable=rank > 0 or not sys.stderr.isatty())
     while state.iter < run.max_iters and not stopping:
         logged.append(step(state, loss_fn, rows, rank, world, amp))
         bad_iter = torch.minimum(bad_iter, torch.where(logged[-1]['loss'].isfinite(), never, state.iter))
         bar.update()
-        if state.iter == first + machine.MEASURED:
-            logged[-1]['loss'].item()  # wait for the device
-            times = (time.time() - tick) / machine.MEASURED, time.time() - began
-            words = machine.plan(run, *parallel.of_first(times))
+        if words := pace.words(state.iter, logged[-1]['loss']):
             bar.total = run.max_iters
             if rank == 0:
                 say(words, bar)

@@ -6,6 +6,8 @@ move equally far. NorMuon (arXiv 2510.05491) also evens out its rows, the neuron
 """
 import torch
 
+from parts.graphs import graphed
+
 STEPS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)  # of Newton-Schulz, Muon's
 
 
@@ -48,12 +50,12 @@ def part(G, like):
 
 
 def evened(update, squares):
-    """The matrices `update` (b, m, n) with every row divided by its root mean square over the last steps,
-    then as long as before. squares: the running mean squares, b tensors (m, 1), brought up to date."""
+    """(the matrices `update` (b, m, n) with every row divided by its root mean square over the last steps,
+    then as long as before; the running mean squares `squares` (b, m, 1), brought up to date)."""
     length = update.norm(dim=(1, 2), keepdim=True)
-    torch._foreach_lerp_(squares, list(update.square().mean(-1, keepdim=True)), 0.05)
-    rows = update / (torch.stack(squares).sqrt() + 1e-8)
-    return rows * (length / rows.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
+    squares = squares.lerp(update.square().mean(-1, keepdim=True), 0.05)
+    rows = update / (squares.sqrt() + 1e-8)
+    return rows * (length / rows.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)), squares
 
 
 class Muon(torch.optim.Optimizer):
@@ -63,7 +65,11 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16, rows=True):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype, self.rows = dtype, rows
+
+        def direction(G, squares):
+            update = orthogonal(G, dtype).to(squares.dtype)
+            return evened(update, squares) if rows else (update, squares)
+        self.direction = graphed(direction)
 
     @torch.no_grad()
     def step(self):
@@ -76,11 +82,10 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in alike]
                 torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group['momentum']))
-                update = orthogonal(whole(nesterov), self.dtype).to(alike[0].dtype)
-                if self.rows:
-                    zeros = update.new_zeros(m, 1)
-                    squares = [self.state[p].setdefault('squares', zeros.clone()) for p in alike]
-                    update = evened(update, squares)
+                zeros = torch.zeros(m, 1, device=nesterov.device)
+                squares = [self.state[p].setdefault('squares', zeros.clone()) for p in alike]
+                update, new = self.direction(whole(nesterov), torch.stack(squares))
+                torch._foreach_copy_(squares, new.unbind())
                 torch._foreach_mul_(alike, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(alike, part(update, nesterov).unbind(),
                                     alpha=-group['lr'] * max(1, m / n) ** 0.5)

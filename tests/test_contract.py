@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 import common
 import configurator
+import masked
 import train
 import vae
+from parts.graphs import graphed, quick
 from parts.muon import optimizers
 from text import rows
 
@@ -81,11 +83,37 @@ def test_what_is_compiled_for_sampling_traces_in_one_piece_and_writes_the_same(n
     texts = []
     for fast in (False, True):
         model = random_model(common.concept(name)).eval()
-        model = common.compiled(model, torch.device('cpu')) if fast else model
         torch.manual_seed(1)
-        *_, canvas = model.sample(torch.full((2, 8), 7), 4)
+        with quick(model, compile=fast) as calls:
+            *_, canvas = model.sample(torch.full((2, 8), 7), 4)
         texts.append(canvas)
+        assert len(calls) == 4
     assert torch.equal(*texts)
+
+
+def test_a_sampler_goes_on_without_a_compiler_with_a_warning(monkeypatch, capsys):
+    def compile(f, mode):
+        def broken(*args):
+            raise RuntimeError('no compiler for you')
+        return broken
+    monkeypatch.setattr(torch, 'compile', compile)
+    model = random_model(masked).eval()
+    with quick(model, compile=True) as calls:
+        *_, canvas = model.sample(torch.full((2, 8), 7), 4)
+    assert (canvas < 7).all() and len(calls) == 4
+    assert capsys.readouterr().err.count('RuntimeError: no compiler for you') == 1
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs a GPU'))])
+def test_a_recorded_function_is_the_function_for_every_shape(device):
+    """On a CPU it is not recorded; there the test holds the contract alone."""
+    double = graphed(lambda x, y: (2 * x, x if y is None else x @ y))
+    for n in (2, 3, 2):
+        for y in (None, torch.randn(4, 5, device=device)):
+            x = torch.randn(n, 4, device=device)
+            a, b = double(x, y)
+            assert torch.equal(a, 2 * x) and torch.allclose(b, x if y is None else x @ y)
 
 
 def test_forward_gives_a_scalar_loss_and_plain_metrics_and_every_parameter_a_gradient(concept):

@@ -17,9 +17,10 @@ class Exact(score.Model):
     """The model whose prediction is the true posterior of an enumerated joint distribution."""
 
     def __init__(self, joint, **knobs):
-        torch.manual_seed(0)
         wide = dict(d_embed=6, sigma_min=0.1, sigma_max=100.0)
         super().__init__(score.Config(**{**SIZES, **wide, **knobs}))
+        torch.manual_seed(22)  # points that are apart
+        torch.nn.init.normal_(self.embed.weight)
         self.joint = joint
 
     def logits(self, x, sigma, E, guess=None, segment=None):
@@ -77,7 +78,7 @@ def test_with_the_true_posterior_the_bound_falls_to_the_entropy_as_the_range_wid
             nats = model.nats(drawn(joint, 6000), 20)
         error = nats.std().item() / 6000 ** 0.5
         assert abs(nats.mean().item() - entropy(joint) - gap) < 4 * error < 0.35
-    assert gaps[0] > 0.5 and gaps[0] > 2 * gaps[1] > 0.05 > 0.01 > gaps[2], gaps
+    assert gaps[0] > 1 > 0.5 > gaps[1] > 0.1 > 0.01 > gaps[2], gaps
 
 
 def test_with_a_wrong_posterior_the_bound_is_the_cross_entropy():
@@ -467,7 +468,7 @@ def test_a_given_token_leaves_no_doubt_whatever_the_least_noise_and_the_network_
     logits, _ = model.logits(x, sigma, E)
     assert logits.softmax(-1)[0, 0, 0] > 0.999
     (h, time), = told
-    assert torch.allclose(h[0, 0], model.read(E[0]), atol=1e-3)
+    assert torch.allclose(h[0, 0], model.read(E[0]), atol=1e-5)
     assert torch.allclose(time, torch.tensor([[0, 0.5, 1.0]]))
 
 

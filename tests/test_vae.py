@@ -100,12 +100,13 @@ def test_a_dimension_that_never_varies_stays_small_and_dropout_is_off_while_the_
         if hasattr(layer, 'B'):
             torch.nn.init.normal_(layer.B)
     with torch.no_grad():
+        net.w_e.weight *= 10
         net.w_e.weight[1] = 0
     net.train()
     net.measure(x)
     mu = net.eval().posterior(x)[0]
-    assert torch.allclose(net.mean, mu.mean(0), atol=1e-5)
-    assert torch.allclose(net.std[:, [0, 2, 3]], mu.std(0)[:, [0, 2, 3]].clamp(min=0.05), atol=1e-5)
+    assert torch.allclose(net.mean, mu.mean(0), atol=1e-4)
+    assert torch.allclose(net.std[:, [0, 2, 3]], mu.std(0)[:, [0, 2, 3]], atol=1e-4)
     assert (net.std[:, 1] == 0.05).all() and net.encode(x).isfinite().all()
 
 
@@ -442,7 +443,7 @@ def test_the_bound_is_above_the_truth_and_falls_to_it_with_more_draws(learned):
     net = random_model(n_latent=1, d_latent=1, learned_variance=learned, std=0.5)
     torch.nn.init.normal_(net.w_d.bias)  # without it the decoder's first norm leaves of z its sign alone
     net.eval().requires_grad_(False)
-    net.w_e.weight *= 0.5  # far from the prior's mean 300 draws would be too few
+    net.w_e.weight *= 0.2  # far from the prior's mean 300 draws would be too few
     x, prefix = text(3), text(3, seed=2)
     true = exact(net, x, prefix)
     torch.manual_seed(0)
@@ -451,7 +452,7 @@ def test_the_bound_is_above_the_truth_and_falls_to_it_with_more_draws(learned):
     one_error, error = one.std(0) / 1000 ** 0.5, many.std(0) / 20 ** 0.5
     assert (one.mean(0) > true + one_error).all() and (one.mean(0) > many.mean(0) + one_error).all()
     # 4 standard errors; what is left of 300 draws' own gap is half their variance
-    assert ((many.mean(0) - true - many.var(0) / 2).abs() < 4 * error).all() and (error < 0.1).all()
+    assert ((many.mean(0) - true - many.var(0) / 2).abs() < 4 * error).all() and (error < 0.05).all()
 
 
 def test_one_draw_is_the_negative_elbo_whose_kl_is_known():

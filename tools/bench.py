@@ -30,6 +30,7 @@ import torch.nn as nn
 import ar
 import common
 from configurator import Count, NonNegative, Positive, build, check_names, fail, help_text, peek, read, script
+from parts.graphs import quick
 from parts.muon import optimizers
 from text import windows
 from tools import machine
@@ -53,6 +54,7 @@ class Config:
     device: str = 'auto'          # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the networks
     compile: bool = True          # torch.compile of the loss
+    compile_sampling: bool = False  # of the network of a sampler
     compile_growth: bool = False  # for growth, too, at each of its sizes
     repeats: Count = 20           # of a measurement, at most
     seconds: Positive = 10.0      # a measurement stops repeating after so long
@@ -222,16 +224,16 @@ def samplers(bench, config, device):
 
 def sampling(bench, config, device, amp, timed):
     """How fast texts of block_size tokens are written, rows, one a sampler and batch."""
-    rows, counting = [], lambda *_: calls.append(1)
+    rows = []
     for name, steps, model, sampler in samplers(bench, config, device):
         for batch in map(int, bench.batches.split(',')):
             say(f"sampling: {name}, {batch} at once")
             canvas = torch.full((batch, config.block_size), model.mask_id, device=device)
             with amp:
-                next(sampler(canvas))  # to warm up
-                calls, hook = [], model.gpt.norm.register_forward_pre_hook(counting)  # once a call
-                found = timed({'': lambda: deque(sampler(canvas), maxlen=0)}, warm=0)['']
-                hook.remove()
+                with quick(model, bench.compile_sampling) as calls:
+                    deque(sampler(canvas), maxlen=0)  # to warm up
+                    calls.clear()
+                    found = timed({'': lambda: deque(sampler(canvas), maxlen=0)}, warm=0)['']
             rows.append(dict(rule=name, steps=steps, batch=batch, calls=len(calls) / found['repeats'],
                              tokens_per_second=canvas.numel() / found['seconds'],
                              seconds_per_text=found['seconds'] / batch, **found))

@@ -20,6 +20,7 @@ import common
 import unmask
 from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail
 from hub import find
+from parts.graphs import quick
 from text import packing, windows
 from tools.source import load_text
 
@@ -30,6 +31,7 @@ class Config:
     judge: Filename = ''            # an autoregressive checkpoint, as for out_dir: out-ar, gpt2-large
     num_samples: Count = 64         # texts
     batch: Count = 64               # texts written at once
+    compile: bool = False           # torch.compile the network: pays for hundreds of calls
     length: Natural = 0             # tokens of a text; 0: the model's block size
     overlap: Natural = 0            # beyond the block: tokens kept as context; 0: half a block
     temperature: NonNegative = 1.0  # 1: the model's own law
@@ -61,19 +63,18 @@ def how_to_write(sampler, config, said):
 def written(model, tokenizer, config, device, how):
     """num_samples texts of the model: ([(text, did it end?)], network calls of a batch, tokens/s). how:
     arguments of its sampler. Raises ValueError."""
-    T, calls, texts, began = model.config.block_size, [], [], time.time()
+    T, texts, began = model.config.block_size, [], time.time()
     if config.overlap >= T:
         raise ValueError(f"overlap={config.overlap} must be smaller than block_size={T}")
     L, overlap = config.length or T, config.overlap or T // 2
-    counter = model.gpt.norm.register_forward_pre_hook(lambda *_: calls.append(1))  # once a call
     batches = torch.full((config.num_samples, L), model.mask_id, device=device).split(config.batch)
-    for canvas in batches:
-        if tokenizer.bos is not None:
-            canvas[:, 0] = tokenizer.bos
-        for canvas in common.generate(model, canvas, L if model.any_length else T, overlap, **how):
-            pass
-        texts += [until_end(row, tokenizer) for row in canvas.tolist()]
-    counter.remove()
+    with quick(model, config.compile) as calls:
+        for canvas in batches:
+            if tokenizer.bos is not None:
+                canvas[:, 0] = tokenizer.bos
+            for canvas in common.generate(model, canvas, L if model.any_length else T, overlap, **how):
+                pass
+            texts += [until_end(row, tokenizer) for row in canvas.tolist()]
     return texts, len(calls) / len(batches), len(texts) * L / (time.time() - began)
 
 

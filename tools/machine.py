@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from common import pick_device
 from configurator import fail
+from parts.graphs import warn
 from text import files
 from tools import parallel
 
@@ -59,25 +61,28 @@ def stop_signals(world, device):
     return stop
 
 
-def compile_loss(loss_fn, batch, amp):
+def compile_loss(loss_fn, batch, amp, accumulates=False):
     """Compile the loss of a model, in place, and try it on a batch under autocast; a line of warning, and it
-    stays as it is, where there is no compiler."""
+    stays as it is, where there is no compiler. On CUDA its kernels become one graph, unless gradients are
+    added up over several batches or processes: a graph writes them to the same place every time."""
     model = getattr(loss_fn, 'module', loss_fn)  # under DDP, which then cuts the graph at its buckets
-    alone = loss_fn.no_sync() if hasattr(loss_fn, 'no_sync') else contextlib.nullcontext()
-    device, why = next(iter(batch.values())).device, 'another process could not'
+    alone = getattr(loss_fn, 'no_sync', contextlib.nullcontext)
+    device, why = next(iter(batch.values())).device, RuntimeError('another process could not')
+    graph = device.type == 'cuda' and not accumulates and not parallel.several()
     try:
-        model.compile()
-        with alone:
-            with amp:
-                loss, _ = loss_fn(**batch)
-            loss.backward()
+        model.compile(**dict(mode='reduce-overhead') if graph else {})
+        for _ in range(3 if graph else 1):  # warm up, record, replay
+            with alone():
+                with amp:
+                    loss, _ = loss_fn(**batch)
+                loss.backward()
+            model.zero_grad()
         works = True
-    except Exception as e:  # no C++ compiler, no Triton, an old GPU: many kinds
-        first = next((line for line in str(e).splitlines() if line.strip()), 'no reason given')
-        works, why = False, f"{type(e).__name__}: {first.strip()}"
+    except Exception as e:  # see `warn`
+        works, why = False, e
     model.zero_grad()
     if not parallel.everywhere(works, device):
-        print(f"warning: torch.compile does not work here ({why}), going on without", file=sys.stderr)
+        warn(why)
         torch._dynamo.reset()
         model._compiled_call_impl = None  # as before nn.Module.compile
 
@@ -96,8 +101,8 @@ def set_aside(folder):
     return there
 
 
-MEASURED = 25        # iterations whose speed says how long a run will take
-UNPLANNED = 10 ** 9  # max_iters of a run with a time to fill, until then
+UNUSUAL, MEASURED = 5, 25  # iterations: the first, which are slow; those by whose speed a run is planned
+UNPLANNED = 10 ** 9        # max_iters of a run with a time to fill, until then
 
 
 def length(run):
@@ -105,11 +110,31 @@ def length(run):
     return f"{run.minutes:g} minutes" if run.max_iters == UNPLANNED else f"{run.max_iters:,} iterations"
 
 
+class Pace:
+    """How fast a run is, which sets its length if it has a time to fill."""
+
+    def __init__(self, run, iter):
+        self.run, self.first, self.began, self.usual = run, iter, time.time(), None
+
+    def words(self, iter, loss):
+        """After each iteration: once how long the run will take, else ''. loss: of that iteration."""
+        done = iter - self.first
+        if done in (UNUSUAL, UNUSUAL + MEASURED):
+            loss.item()  # waits for the device
+            if done == UNUSUAL:
+                self.usual = time.time()
+            else:
+                times = (time.time() - self.usual) / MEASURED, time.time() - self.began
+                return plan(self.run, *parallel.of_first(times))
+        return ''
+
+
 def plan(run, seconds, spent):
     """Say how long a run will take at these seconds an iteration. One with a time to fill, of which so many
     seconds are spent, gets its max_iters first; a tenth of the time is for evaluations and texts."""
     if run.max_iters == UNPLANNED:
-        run.max_iters = 2 * MEASURED + max(0, int(0.09 * (60 * run.minutes - spent) / seconds)) * 10
+        done = UNUSUAL + MEASURED
+        run.max_iters = max(2 * done, done + int(0.09 * (60 * run.minutes - spent) / seconds) * 10)
     return (f"about {run.max_iters * seconds / 0.9 / 60:.1f} minutes: {run.max_iters:,} iterations of "
             f"{seconds:.2f} s")
 
