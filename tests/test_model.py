@@ -176,7 +176,7 @@ def test_muon_equals_torchs_but_for_rounding(shape):
         direction = pushed(gradient.double().lerp(momentum, 0.95))
         expected = 0.99 * expected - 0.1 * max(1, shape[0] / shape[1]) ** 0.5 * direction
         assert (a - b).abs().max() < 0.014  # both of bfloat16's 8 bits
-        assert (c - expected).abs().max() < 1e-5
+        assert (c - expected).abs().max() < 1e-4
     fresh = optimizing.Muon([b], 0.1)
     fresh.load_state_dict(steps[0].state_dict())  # of a run that began with torch's
     b.grad = gradient.clone()
