@@ -96,7 +96,7 @@ def level_of(k, u):
 class Model(nn.Module):
     bound, takes, revises, any_length = 'upper', ('windows', 'lines', 'pairs'), False, False
     orders, base, selects, measures = ('left',), '', True, False
-    reading, verbs = dict(rule='llada', part_length=32, temperature=1.0), ('denoise', 'scores')
+    reading, verbs = dict(rule='confidence', apart=True, temperature=0.5), ('denoise', 'scores')
 
     def __init__(self, config, outputs=0):
         super().__init__()

@@ -35,14 +35,12 @@ def textbook(denoise, xt, mask_id, steps, choose, *,
         yield xt
 
 
-# If there are many steps, most reveal nothing and their calls are wasted. They can be left out, because
-# *when* a token is revealed does not depend on *which* token it is. Give each position a level u of its own,
-# uniform on [0, 1], and let it be masked while t > u. That is so with probability t, and the step from t to
-# s reveals a position that is masked at t with probability P(s <= u < t | u < t) = (t - s) / t, as above.
-#
-# So draw every u first. Then it is known which steps reveal something, and the denoiser is called only there,
-# on the same canvas and at the same t as above. Each row of a batch goes from one of its own steps that
-# reveal something to the next: at most T network calls for T tokens, whatever the steps.
+# Of many steps most reveal nothing, and their calls are wasted. They can be left out, because *when* a token
+# is revealed does not depend on *which* it is. Give each position a level u, uniform on [0, 1], and let it be
+# masked while t > u: with probability t. The step from t to s reveals one that is masked at t with
+# probability P(s <= u < t | u < t) = (t - s) / t, as above. So draw every u first, and call the denoiser only
+# in the steps that reveal something, on the same canvas, at the same t as above. Each row of a batch goes
+# from one of its own such steps to the next: at most T network calls for T tokens, whatever the steps.
 
 def ancestral(denoise, xt, mask_id, steps, choose, *,
               grid: Grid = 'linear'):  # noise levels of the steps: linear | maskgit, few tokens first
@@ -83,8 +81,7 @@ def analytic(scores, xt, mask_id, steps, choose, *,
     Where Z < 1, masks are left at the end; one more call writes them, as in SEDD's code."""
     level = noise_levels(steps, grid, xt.device)
     for t, s in zip(level, [*level[1:], None]):
-        reveal = xt == mask_id
-        if not reveal.any():
+        if not (reveal := xt == mask_id).any():
             return
         out = scores(xt, t.float().expand(len(xt)))
         if s is not None:
@@ -103,16 +100,15 @@ def noise_levels(steps, grid='linear', device=None):
 
 
 def sample_tokens(logp, temperature=1.0, top_k=0, top_p=1.0):
-    """Tokens (...) from p (..., V) ** (1 / temperature), truncated; temperature 0 takes the likeliest. By an
-    exponential race: argmax of p / e with e ~ Exp(1) has law p. -log1p(-u) is dense where the winner is
-    decided; in float32 its tail would be missing, as if the temperature were lower (arXiv 2409.02908)."""
+    """Tokens (...) from p (..., V) ** (1 / temperature), truncated; temperature 0: the likeliest. By a race:
+    argmax of p / e with e = -log1p(-u) ~ Exp(1) has law p. In float32 the tail of e would be missing, as if
+    the temperature were lower (arXiv 2409.02908)."""
     if temperature == 0:
         return logp.argmax(-1)
     if logp.numel() > LARGEST:
         some = logp.flatten(0, -2).split(max(1, LARGEST // logp.size(-1)))
         return torch.cat([sample_tokens(x, temperature, top_k, top_p) for x in some]).view(logp.shape[:-1])
-    p = truncate(logp / temperature, top_k, top_p).softmax(-1)
-    p = p if p.device.type == 'mps' else p.double()
+    p = truncate(logp / temperature, top_k, top_p).softmax(-1, None if logp.is_mps else torch.float64)
     race = -torch.log1p(-torch.rand_like(p))
     return (p / race.clamp(min=torch.finfo(p.dtype).tiny)).argmax(-1)  # u = 0 must not make 0 / 0
 
@@ -131,14 +127,12 @@ def truncate(logp, top_k=0, top_p=1.0):
 # ---- ReMDM (arXiv 2503.00307): ancestral, but written tokens go back to [MASK] now and then ---------------
 
 def remdm(denoise, xt, mask_id, choose, level, sigma, remasks=itertools.repeat(True)):
-    """In steps where `remasks` is true a written token goes back to [MASK] with probability sigma(most,
-    written). A masked one is revealed with probability (t - s + sigma (1 - t)) / t, so that the levels are t
-    and s as before. most: the largest sigma that is possible; written (B, T): log p of each token when it
-    was written, inf where it is masked."""
+    """In steps where `remasks` is true a written token is masked again with probability sigma(most, written).
+    A masked one is revealed with probability (t - s + sigma (1 - t)) / t, so that the levels are t and s as
+    before. most: the largest sigma possible; written (B, T): log p when it was written, inf where masked."""
     free, written = xt == mask_id, torch.full(xt.shape, torch.inf, device=xt.device)
     for t, s, remask in zip(level[:-1], level[1:], remasks):
-        masked = xt == mask_id
-        if masked.any():
+        if (masked := xt == mask_id).any():
             logp = denoise(xt, t.float().expand(len(xt)))
         most = (s / (1 - t).clamp(min=1e-12)).clamp(max=1)  # 0 for the step from 1 to 0
         chance = sigma(most, written) if remask else torch.zeros_like(t)
@@ -209,6 +203,14 @@ def ranks(score, candidates):
     return shuffle.gather(1, score.argsort(dim=-1, descending=True, stable=True)).argsort(-1)
 
 
+def best_of_stretches(rank, left, k):
+    """Of the candidates of row b, cut into k[b] stretches of equally many, the first of each by rank, (B, T)
+    bool. Tokens that are drawn at once do not know of each other; neighbours should."""
+    number = (left.cumsum(-1) - 1).clamp(min=0) * k[:, None] // left.sum(-1, keepdim=True).clamp(min=1)
+    best = torch.full_like(rank, rank.size(1)).scatter_reduce(1, number, rank, 'amin')
+    return left & (rank == best.gather(1, number)) & (k[:, None] > 0)
+
+
 def tokens_a_step(n, level):
     """How many of n positions each step reveals, (B, steps) integers that add up to n (B,): after the step
     to level t, floor(n t) are left. Steps that reveal none come last, or go if they do so in all rows."""
@@ -238,17 +240,18 @@ def shares(steps, sizes):
 
 def best_first(denoise, xt, mask_id, steps, choose, *, score,
                grid: Grid = 'linear',      # tokens per step: linear, equal | maskgit, few first
+               apart: bool = False,        # tokens of a step: one in each stretch of what is masked
                part_length: Natural = 0):  # fill one part of this many tokens at a time; 0: all
     """As many tokens per step as the grid says, those with the highest scores; part after part with its
     share of the steps (LLaDA's generate.py: of equal parts, steps / parts each)."""
     in_turn = list(parts(xt == mask_id, part_length))
     for part, share in zip(in_turn, shares(steps, [int(part.sum(-1).max()) for part in in_turn])):
         for k in tokens_a_step(part.sum(-1), noise_levels(share, grid, xt.device)).T:
-            masked = xt == mask_id
-            logp = denoise(xt, masked.float().mean(-1))
+            logp = denoise(xt, (masked := xt == mask_id).float().mean(-1))
             token = write(xt, left := masked & part, logp, choose)
             rank = ranks(score(logp, token.clamp(max=mask_id - 1)), left)  # elsewhere there may be masks
-            xt = torch.where(left & (rank < k[:, None]), token, xt)
+            first = best_of_stretches(rank, left, k) if apart else rank < k[:, None]
+            xt = torch.where(left & first, token, xt)
             yield xt
 
 
@@ -257,8 +260,7 @@ def best_first(denoise, xt, mask_id, steps, choose, *, score,
 def safest(denoise, xt, mask_id, choose, part_length, order, safe):
     """The first tokens of each row in this order, up to the last that is safe, as often as it takes. safe:
     (scores (B, T) of the candidates from the highest down, then others; their numbers 1 ... T) -> bool."""
-    score = ORDERS[order][1]
-    n = torch.arange(1, xt.size(1) + 1, device=xt.device)
+    score, n = ORDERS[order][1], torch.arange(1, xt.size(1) + 1, device=xt.device)
     for part in parts(xt == mask_id, part_length):
         while (left := part & (xt == mask_id)).any():
             logp = denoise(xt, (xt == mask_id).float().mean(-1))
@@ -309,8 +311,7 @@ def unmask(denoise, xt, mask_id, steps, rule='ancestral', temperature=1.0, top_k
     for name in knobs:
         if name not in (own := knobs_of(RULES[rule])):
             raise ValueError(f"{name} is not for rule={rule}, whose knobs are: {', '.join(own) or 'none'}")
-    given = xt != mask_id
-    if given.all():
+    if (given := xt != mask_id).all():
         return iter(())
     if cfg and (rule == 'analytic' or not given.any()):
         raise ValueError("cfg guides towards a given text (--start) by probabilities (not rule=analytic)")

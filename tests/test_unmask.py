@@ -148,15 +148,16 @@ def test_every_row_goes_from_one_of_its_own_steps_to_the_next():
     assert all((a > b)[b > 0].all() for a, b in zip(times, times[1:]))
 
 
+@pytest.mark.parametrize('apart', [False, True])
 @pytest.mark.parametrize('rule', unmask.ORDERS)
 @pytest.mark.parametrize('steps', [1, 3, 4, 10, 25])
-def test_ordered_rules_reveal_exact_counts_and_leave_no_mask(rule, steps):
+def test_ordered_rules_reveal_exact_counts_and_leave_no_mask(rule, steps, apart):
     torch.manual_seed(0)
     logits = torch.randn(4, 10, 5)
     xt = torch.full((4, 10), 5)
     xt[:, 0], xt[2:, 5] = 3, 2  # given tokens, more in some rows
     left = [xt.eq(5).sum(-1)]
-    for x in unmask.unmask(lambda xt, t: logits.log_softmax(-1), xt, 5, steps, rule):
+    for x in unmask.unmask(lambda xt, t: logits.log_softmax(-1), xt, 5, steps, rule, apart=apart):
         left.append(x.eq(5).sum(-1))
         assert (x[:, 0] == 3).all() and (x[2:, 5] == 2).all()
     revealed = -torch.stack(left).diff(dim=0)
@@ -166,6 +167,21 @@ def test_ordered_rules_reveal_exact_counts_and_leave_no_mask(rule, steps):
         shares = [a - b for a, b in zip(after, after[1:])]
         assert max(shares) - min(shares) <= 1
         assert [k for k in row.tolist() if k] == [k for k in shares if k] and row.sum() == n
+
+
+@pytest.mark.parametrize('counts', [(1, 1), (2, 3), (4, 0), (7, 5)])
+def test_apart_takes_the_first_of_every_stretch_by_hand(counts):
+    torch.manual_seed(0)
+    left, k = torch.rand(2, 12) < 0.8, torch.tensor(counts)
+    rank = unmask.ranks(torch.rand(2, 12), left)
+    chosen = unmask.best_of_stretches(rank, left, k)
+    for row in range(2):
+        places = left[row].nonzero()[:, 0].tolist()
+        expected = []
+        for i in range(counts[row]):  # the i-th of k equal parts of the list
+            part = [p for number, p in enumerate(places) if number * counts[row] // len(places) == i]
+            expected.append(min(part, key=lambda p: rank[row, p].item()))
+        assert chosen[row].nonzero()[:, 0].tolist() == expected
 
 
 def test_ties_are_broken_at_random_not_left_to_right():
@@ -588,7 +604,7 @@ def test_every_rule_fills_the_canvas_and_keeps_what_is_given(joint, rule):
 
 def test_a_knob_of_another_rule_is_refused_by_name():
     xt = torch.full((1, 3), 3)
-    for rule, knob, own in (('confidence', 'gamma', 'grid, part_length'), ('eb', 'grid', 'gamma'),
+    for rule, knob, own in (('confidence', 'gamma', 'grid, apart, part_length'), ('eb', 'grid', 'gamma'),
                             ('first_hitting', 'part_length', 'none'), ('random', 'score', 'grid'),
                             ('ancestral', 'choose', 'grid')):
         with pytest.raises(ValueError, match=f'{knob} is not for rule={rule}, whose knobs are: {own}'):
