@@ -98,7 +98,7 @@ def judge_texts(config, how, checkpoint, model, tokenizer, device, amp):
     common.seed_everything(config.seed)
     with amp:
         texts, calls, speed = judge.written(model, tokenizer, config, device, how)
-    judge.row(config.rule or checkpoint['objective'], judge.judged(scorer, texts, device),
+    judge.row(config.rule or checkpoint['objective'], scorer(texts),
               label_of(checkpoint['objective'], model, how), calls, speed)
 
 

@@ -91,7 +91,7 @@ def frontier(config, points, checkpoint, model, tokenizer, device, amp):
         except ValueError as e:  # of a rule that this model cannot take
             refused[rule] = e
             continue
-        figures, label = judge.judged(scorer, texts, device), label_of(checkpoint['objective'], model, how)
+        figures, label = scorer(texts), label_of(checkpoint['objective'], model, how)
         rows.append(dict(rule=rule, knob=label, calls=calls, tokens_per_second=speed, **figures))
         if config.csv:
             writer = csv.DictWriter(table := io.StringIO(newline=''), rows[0])

@@ -6,12 +6,15 @@ tokens (with the judge's <|endoftext|> behind it, if it ended) and scored in win
 size, each on its own. No text is left out.
 
 Sure but dull texts have a low perplexity. So beside it stand, in the judge's tokens, the unigram entropy of a
-text (nats, mean over texts), distinct n-grams and repetition. The first row is the validation text's.
+text (nats, mean over texts), distinct n-grams and repetition, and the share of words that are in the training
+text. The first row is the validation text's.
 """
+import functools
 import itertools
 import math
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, arg
 from hub import find
 from parts.graphs import quick
 from text import packing, windows
+from text.vocabulary import as_ids
 from tools.source import load_text
 
 
@@ -108,6 +112,17 @@ def repetition(texts, n=4):
     return 1 - sum(len(set(g)) for g in grams) / sum(map(len, grams)) if any(grams) else 0.0
 
 
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+KNOWN = 10 ** 7  # tokens of a training text whose words are known
+
+
+def real_words(texts, known):
+    """Share of the words of texts, a list of strings, that are in the set `known`; nan if it is empty. The
+    first and the last word of a text may be cut, and do not count."""
+    words = [word for text in texts for word in WORD.findall(text)[1:-1]]
+    return sum(word in known for word in words) / len(words) if known and words else math.nan
+
+
 # ---- the judge --------------------------------------------------------------------------------------------
 
 def load_judge(path, device):
@@ -121,9 +136,9 @@ def load_judge(path, device):
 
 
 @torch.no_grad()
-def judged(judge, texts, device):
+def judged(judge, texts, device, known=frozenset()):
     """What the judge (model, tokenizer) and the counts say of texts, a list of (str, ended): a dict of
-    floats."""
+    floats. known: words, see `real_words`."""
     net, tokenizer = judge
     mark = [] if tokenizer.end is None else [tokenizer.end]
     ids = [tokenizer.encode(text) + mark * ended for text, ended in texts]
@@ -141,24 +156,26 @@ def judged(judge, texts, device):
     n = sum(map(len, ids))
     return dict(nats_per_token=nats / n, perplexity=math.exp(nats / n),
                 unigram_entropy=sum(map(unigram_entropy, ids)) / len(ids),
-                **{f'distinct_{k}': distinct(ids, k) for k in (1, 2, 3)}, repetition=repetition(ids))
+                **{f'distinct_{k}': distinct(ids, k) for k in (1, 2, 3)}, repetition=repetition(ids),
+                real_words=real_words([text for text, _ in texts], known))
 
 
 # ---- the table --------------------------------------------------------------------------------------------
 
 HEAD = ("| texts | knob | network calls | tokens/s | judge, nats/token | perplexity | unigram entropy | "
-        "distinct-1 | distinct-2 | distinct-3 | repetition |\n" + "|---" * 11 + "|")
+        "distinct-1 | distinct-2 | distinct-3 | repetition | real words |\n" + "|---" * 12 + "|")
 
 
 def row(name, figures, knob='', calls=0, speed=0):
     """Print a row of that table. figures: of `judged`, in the order of the columns."""
     cells = [name, knob, f"{calls:.1f}" if calls else "", f"{speed:,.0f}" if speed else ""]
-    print("| " + " | ".join(cells + [f"{figure:.3f}" for figure in figures.values()]) + " |", flush=True)
+    cells += ["" if math.isnan(figure) else f"{figure:.3f}" for figure in figures.values()]
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def open_table(config, checkpoint, model, tokenizer, device):
-    """The judge. Prints the head of its table and a row: of as many segments of the validation text as there
-    are to be texts, or of as many of its lines."""
+    """A function: texts -> what the judge says of them, see `judged`. Prints the head of its table and a row:
+    of as many segments of the validation text as there are to be texts, or of as many of its lines."""
     judge, L = load_judge(config.judge, device), config.length or model.config.block_size
     tokens, reader = load_text(config, checkpoint, tokenizer, device)
     if reader.bos is None:
@@ -167,6 +184,11 @@ def open_table(config, checkpoint, model, tokenizer, device):
         rows = packing.Rows(tokens, reader, L, packed=False)
     batch = rows.all(config.num_samples)
     texts = [x[kept].tolist() for x, kept in zip(batch['x'], packing.counted(**batch))]
+    known = frozenset()
+    if not config.input:
+        learned, _ = load_text(replace(config, split='train'), checkpoint, tokenizer, device)
+        known = frozenset(WORD.findall(tokenizer.text(as_ids(learned[:KNOWN]).tolist())))
+    scorer = functools.partial(judged, judge, device=device, known=known)
     print(HEAD, flush=True)
-    row('validation text', judged(judge, [until_end(text, tokenizer) for text in texts], device))
-    return judge
+    row('validation text', scorer([until_end(text, tokenizer) for text in texts]))
+    return scorer
