@@ -240,7 +240,7 @@ def shares(steps, sizes):
 
 def best_first(denoise, xt, mask_id, steps, choose, *, score,
                grid: Grid = 'linear',      # tokens per step: linear, equal | maskgit, few first
-               apart: bool = False,        # tokens of a step: one in each stretch of what is masked
+               apart: bool = False,        # a step's tokens far apart: one in each of equal stretches
                part_length: Natural = 0):  # fill one part of this many tokens at a time; 0: all
     """As many tokens per step as the grid says, those with the highest scores; part after part with its
     share of the steps (LLaDA's generate.py: of equal parts, steps / parts each)."""

@@ -132,7 +132,8 @@ def test_counts_of_hand_made_texts_are_right():
     assert judge.distinct([[1, 2, 1], [1, 2, 3]], 2) == 3 / 4
     assert judge.repetition([[1, 2, 3, 4, 1, 2, 3, 4]]) == pytest.approx(1 / 5)
     assert judge.repetition([[1, 2]]) == 0  # too short to repeat anything
-    assert judge.real_words(["t be or not, tis", "x isn't so y"], {'be', 'or', "isn't"}) == pytest.approx(3 / 5)
+    known = {'be', 'or', "isn't"}
+    assert judge.real_words(["t be or not, tis", "x isn't so y"], known) == pytest.approx(3 / 5)
     assert math.isnan(judge.real_words(['to be or not'], frozenset()))
 
 
