@@ -6,6 +6,6 @@ dataset = 'shakespeare_char'
 schedule, t_law, loss_weight, random_length = 'linear', 'uniform', 'elbo', 0.01
 
 n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
-batch_size, max_iters = 64, 20000
+batch_size, max_iters, dropout = 64, 10000, 0.1
 
-cpu = dict(n_layer=4, n_head=3, n_embd=192, block_size=128, batch_size=24, max_iters=2000)
+cpu = dict(n_layer=4, n_head=3, n_embd=192, block_size=128, batch_size=24, max_iters=2000, dropout=0.0)

@@ -211,7 +211,7 @@ def test_no_knob_means_two_things():
     (['--steps=0'], ['steps=0']),
     (['--rule=confidence', '--gamma=0.5'], ['gamma', 'confidence', 'grid']),
     (['--rule=textbook', '--part_length=4'], ['part_length', 'textbook', 'grid']),
-    (['--first=left'], ['first', 'llada']),
+    (['--first=left'], ['first', 'confidence']),
     (['--rule=threshold', '--threshold=2'], ['threshold=2', '[0, 1]']),
     (['--gama=2'], ['--gamma']),
     (['--weights=fast'], ['fast', 'ema, model']),
