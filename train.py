@@ -194,7 +194,8 @@ def step(state, loss_fn, rows, rank, world, amp):
         optimizer.zero_grad(set_to_none=True)
     update_ema(state.averages, state.params, run.ema_decay, state.iter, run.ema_power)
     state.iter, state.tokens = state.iter + 1, state.tokens + count * world
-    return dict(loss=total, **{name: value.clone() for name, value in metrics.items()})  # from a CUDA graph
+    kept = {name: value.clone() for name, value in metrics.items()}  # a CUDA graph writes over its own
+    return dict(loss=total, **kept)
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 # Block diffusion (BD3-LM, arXiv 2503.09573): blocks of 4 from left to right, masked diffusion inside.
 # Longer blocks learn better from fewer masks: --block_length=16 --mask_low=0.2 --mask_high=0.6
-# A step costs 2.7 of config/train_mdlm.py's on a CPU: it reads the text twice, noisy and clean.
+# A step costs 2.3 of config/train_mdlm.py's on a CPU: it reads the text twice, noisy and clean.
 out_dir = 'out-block4'
 objective = 'block'
 dataset = 'shakespeare_char'
