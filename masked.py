@@ -147,9 +147,10 @@ class Model(nn.Module):
         """-log p(x0_i | xt) of every token, (B, T), from the network's output (B, T, V)."""
         return token_nats(out, x)
 
-    def network(self, xt, m=None, segment=None):
-        """The network's output at xt (B, T), (B, T, V); m (B,): the noise level, if it is told."""
-        return self.gpt(xt, time=m if self.config.time_input else None, **keep_apart(segment))
+    def network(self, xt, m=None, segment=None, only=None):
+        """The network's output at xt (B, T), (B, T, V), or at its N tokens `only` (B, T) bool, (N, V);
+        m (B,): the noise level, if it is told."""
+        return self.gpt(xt, time=m if self.config.time_input else None, only=only, **keep_apart(segment))
 
     # ---- the bound ----
 
@@ -181,16 +182,23 @@ class Model(nn.Module):
 
     # ---- for samplers ----
 
-    def logits(self, xt, t=None):
-        """Unnormalised log p(x0 | xt), (B, T, V). t (B,): the noise level m, or None, the share of masks."""
+    def logits(self, xt, t=None, only=None):
+        """Unnormalised log p(x0 | xt), (B, T, V), or (N, V) as in `network`. t (B,): the noise level m, or
+        None, the share of masks."""
         t = (xt == self.mask_id).float().mean(-1) if t is None else t
-        return self.network(xt, t)[..., :self.mask_id]  # d3pm's head has a row for [MASK], left out here
+        return self.network(xt, t, only=only)[..., :self.mask_id]  # d3pm's head has a row for [MASK], too
 
     def denoise(self, xt, t=None):
         """log p(x0 | xt), (B, T, V) float32, normalised. Carry-over: a clean token is itself."""
-        logp = self.logits(xt, t).float().log_softmax(-1)
-        itself = torch.full_like(logp, -torch.inf).scatter(-1, xt.clamp(max=self.mask_id - 1)[..., None], 0.0)
-        return torch.where((xt == self.mask_id)[..., None], logp, itself)
+        masked, token = xt == self.mask_id, xt.clamp(max=self.mask_id - 1)
+        itself = torch.full((*xt.shape, self.mask_id), -torch.inf, device=xt.device)
+        itself.scatter_(-1, token[..., None], 0.0)
+        if xt.device.type != 'cpu' or torch.compiler.is_compiling():  # to select would wait for the device
+            return torch.where(masked[..., None], self.logits(xt, t).float().log_softmax(-1), itself)
+        if (rows := masked.any(-1)).any():  # finished texts need no network, clean tokens no head
+            logits = self.logits(xt[rows], None if t is None else t[rows], masked[rows])
+            itself[masked] = logits.float().log_softmax(-1)
+        return itself
 
     scores = denoise  # for rule=analytic; normalised here, not in sedd.py
 

@@ -269,7 +269,6 @@ class GPT(nn.Module):
         rows of the embedding beyond the vocabulary; tokens=False: no embedding and head, just `trunk`."""
         super().__init__()
         self.config, self.causal, self.outputs = config, causal, outputs or config.vocab_size
-        # row V: [MASK] or [BOS]
         self.embed = nn.Embedding(config.vocab_size + marks, config.n_embd) if tokens else None
         self.pos = nn.Embedding(config.block_size, config.n_embd) if config.arch == 'gpt2' else None
         self.drop = nn.Dropout(config.dropout)
@@ -294,9 +293,10 @@ class GPT(nn.Module):
                 into = (2 * self.config.n_layer) ** -0.5 if name.endswith('proj.weight') else 1
                 nn.init.normal_(p, std=0.02 * into)
 
-    def forward(self, x, mask=None, cache=None, time=None, where=None):
-        """Logits (B, T, V) of tokens x (B, T) int64 in [0, V]; the rest as in `trunk`."""
-        return self.logits(self.trunk(self.embed(x), mask, cache, time, where))
+    def forward(self, x, mask=None, cache=None, time=None, where=None, only=None):
+        """Logits (B, T, V) of tokens x (B, T), or (N, V) of N of them, `only` (B, T) bool; see `trunk`."""
+        h = self.trunk(self.embed(x), mask, cache, time, where)
+        return self.logits(h if only is None else h[only])
 
     def trunk(self, h, mask=None, cache=None, time=None, where=None, near=None):
         """Embeddings h (B, T, C) -> normalised hidden states (B, T, C).

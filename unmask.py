@@ -109,8 +109,8 @@ def sample_tokens(logp, temperature=1.0, top_k=0, top_p=1.0):
         some = logp.flatten(0, -2).split(max(1, LARGEST // logp.size(-1)))
         return torch.cat([sample_tokens(x, temperature, top_k, top_p) for x in some]).view(logp.shape[:-1])
     p = truncate(logp / temperature, top_k, top_p).softmax(-1, None if logp.is_mps else torch.float64)
-    race = -torch.log1p(-torch.rand_like(p))
-    return (p / race.clamp(min=torch.finfo(p.dtype).tiny)).argmax(-1)  # u = 0 must not make 0 / 0
+    race = torch.rand_like(p).neg_().log1p_().neg_()  # in place: twice as fast for 50,000 tokens
+    return p.div_(race.clamp_(min=torch.finfo(p.dtype).tiny)).argmax(-1)  # u = 0 must not make 0 / 0
 
 
 def truncate(logp, top_k=0, top_p=1.0):
@@ -184,16 +184,15 @@ def remdm_loop(denoise, xt, mask_id, steps, choose, *,
 
 
 # ---- a fixed number of tokens per step ------------------------------------------------------------------
-# rule: (which tokens are first, (log p (B, T, V) before temperature, drawn tokens (B, T)) -> score (B, T))
+# rule: (which tokens are first, log p (B, T, V) before temperature -> score (B, T); None: that of the token)
 ORDERS = {
-    'random': ("in a random order", lambda logp, token: torch.zeros_like(logp[..., 0])),
-    'confidence': ("first where the likeliest token is the surest", lambda logp, token: logp.amax(-1)),
-    'llada': ("first where the drawn token is the surest (LLaDA arXiv 2502.09992)",
-              lambda logp, token: logp.gather(-1, token[..., None])[..., 0]),
+    'random': ("in a random order", lambda logp: torch.zeros_like(logp[..., 0])),
+    'confidence': ("first where the likeliest token is the surest", lambda logp: logp.amax(-1)),
+    'llada': ("first where the drawn token is the surest (LLaDA arXiv 2502.09992)", None),
     'margin': ("first where the likeliest token is the furthest ahead of the second",
-               lambda logp, token: -logp.topk(min(2, logp.size(-1))).values.exp().diff(dim=-1).sum(-1)),
+               lambda logp: -logp.topk(min(2, logp.size(-1))).values.exp().diff(dim=-1).sum(-1)),
     'entropy': ("first where the prediction has the least entropy",
-                lambda logp, token: torch.special.xlogy(p := logp.exp(), p).sum(-1))}
+                lambda logp: torch.special.xlogy(p := logp.exp(), p).sum(-1))}
 
 
 def ranks(score, candidates):
@@ -247,11 +246,12 @@ def best_first(denoise, xt, mask_id, steps, choose, *, score,
     in_turn = list(parts(xt == mask_id, part_length))
     for part, share in zip(in_turn, shares(steps, [int(part.sum(-1).max()) for part in in_turn])):
         for k in tokens_a_step(part.sum(-1), noise_levels(share, grid, xt.device)).T:
-            logp = denoise(xt, (masked := xt == mask_id).float().mean(-1))
-            token = write(xt, left := masked & part, logp, choose)
-            rank = ranks(score(logp, token.clamp(max=mask_id - 1)), left)  # elsewhere there may be masks
-            first = best_of_stretches(rank, left, k) if apart else rank < k[:, None]
-            xt = torch.where(left & first, token, xt)
+            logp, left = denoise(xt, (masked := xt == mask_id).float().mean(-1)), masked & part
+            ids = None if score else write(xt, left, logp, choose)  # LLaDA ranks what it has drawn
+            value = score(logp) if score else logp.gather(-1, ids.clamp(max=mask_id - 1)[..., None])[..., 0]
+            rank = ranks(value, left)
+            first = left & (best_of_stretches(rank, left, k) if apart else rank < k[:, None])
+            xt = write(xt, first, logp, choose) if score else torch.where(first, ids, xt)
             yield xt
 
 
@@ -264,7 +264,7 @@ def safest(denoise, xt, mask_id, choose, part_length, order, safe):
     for part in parts(xt == mask_id, part_length):
         while (left := part & (xt == mask_id)).any():
             logp = denoise(xt, (xt == mask_id).float().mean(-1))
-            rank = ranks(value := score(logp, None), left)
+            rank = ranks(value := score(logp), left)
             able = safe(value.gather(1, rank.argsort(-1)), n) & (n <= left.sum(-1, keepdim=True))
             reveal = left & (rank < torch.where(able, n, 1).amax(-1, keepdim=True))
             xt = write(xt, reveal, logp, choose)

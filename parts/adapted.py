@@ -36,8 +36,8 @@ class Adapted(model.GPT):
                          marks=1 + config.shift, **how)
         self.shift, self.anneal_iters, self.clock = config.shift, config.anneal_iters, clock.Clock()
 
-    def forward(self, x, mask=None, time=None, where=None):
-        """As of GPT, with the shift undone: logits (B, T, V) of tokens x (B, T)."""
+    def forward(self, x, mask=None, time=None, where=None, only=None):
+        """As of GPT, with the shift undone: logits (B, T, V) of tokens x (B, T), or (N, V) of `only` some."""
         if self.shift:
             x = F.pad(x, (1, 0), value=self.config.vocab_size + 1)  # [BOS], which sees what x[:, 0] sees
             if mask is not None:  # of one text and its padding
@@ -46,8 +46,10 @@ class Adapted(model.GPT):
         if self.training and self.anneal_iters:
             seen = partly_causal(x.size(1), ((self.clock.steps + 1) / self.anneal_iters).clamp(max=1))
             mask = seen if mask is None else seen & mask
-        out = super().forward(x, mask, time=time, where=where)
-        return out[:, :-1] if self.shift else out
+        if self.shift and only is not None:
+            only = F.pad(only, (0, 1))
+        out = super().forward(x, mask, time=time, where=where, only=only)
+        return out[:, :-1] if self.shift and only is None else out
 
 
 def network(config, **how):

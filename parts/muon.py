@@ -15,11 +15,12 @@ def orthogonal(G, dtype=torch.float32):
     """G (b, m, n) with its singular values moved close to 1: X <- (a + b A + c A^2) X with A = X X', 5 times,
     in `dtype`; returned in it.
 
-    A and its polynomials commute, so in float32 the products with X, the large ones, can wait: A alone is
-    carried on, and the product Q of the polynomials meets X at the end. In bfloat16 that would blow up
-    (NOTES.md): there A comes from X in every step.
+    A and its polynomials commute, so the products with X, the large ones, can wait: A alone is carried on,
+    and the product Q of the polynomials meets X later. In float32 once, at the end; in bfloat16 that would
+    blow up, and A comes from X anew after three steps (NOTES.md). A square X is no larger than A.
     """
-    tall, every = G.size(1) > G.size(2), 1 if dtype == torch.bfloat16 else STEPS
+    tall, square = G.size(1) > G.size(2), G.size(1) == G.size(2)
+    every = 1 if square else 3 if dtype == torch.bfloat16 else STEPS
     X = (G.mT if tall else G).to(dtype)
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
@@ -29,7 +30,7 @@ def orthogonal(G, dtype=torch.float32):
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
         P.diagonal(dim1=1, dim2=2).add_(a)
         Q = P if Q is None else P @ Q
-        if (i + 1) % every == 0:
+        if (i + 1) % every == 0 or i + 1 == STEPS:
             X = Q @ X
         else:
             A = P @ (P @ A)

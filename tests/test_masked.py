@@ -16,12 +16,20 @@ from text.windows import Rows
 from conftest import Joint
 
 
+def saying(f):
+    """The forward of a network that says f(x, time), (B, T, V)."""
+    def forward(x, mask=None, time=None, only=None):
+        out = f(x, time)
+        return out if only is None else out[only]
+    return forward
+
+
 def exact_model(joint, concept=masked, **knobs):
     """A model whose network is the joint's exact conditionals."""
     sizes = dict(vocab_size=joint.V, block_size=joint.T, n_layer=1, n_head=1, n_embd=2)
     model = concept.Model(concept.Config(**sizes, **knobs))
     model.gpt = torch.nn.Module()
-    model.gpt.forward = lambda x, mask=None, time=None: joint.logp(x)
+    model.gpt.forward = saying(lambda x, time: joint.logp(x))
     return model
 
 
@@ -56,7 +64,7 @@ def test_nats_estimates_the_bound_without_bias(joint):
     torch.manual_seed(0)
     model = exact_model(joint)
     # a wrong network: the bound is loose but computable
-    model.gpt.forward = lambda x, mask=None, time=None: joint.logp(x) * 0.5
+    model.gpt.forward = saying(lambda x, time: joint.logp(x) * 0.5)
     x, T = joint.x[5], joint.T
     bound = sum((T / m.sum() * model.masked_nats(x[None], m[None])).item() / math.comb(T, int(m.sum())) / T
                 for m in subsets(T))
@@ -172,6 +180,24 @@ def test_denoise_is_normalised_and_copies_clean_tokens():
     assert (logp.exp()[0, [1, 3, 4], [1, 3, 0]] == 1).all() and (logp[0, [0, 2, 5]] > -100).all()
 
 
+@pytest.mark.parametrize('concept, knobs', [(masked, {}), (masked, dict(time_input=True)), (d3pm, {}),
+                                            (masked, dict(shift=True)), (masked, dict(arch='gpt2'))])
+def test_denoise_runs_the_head_where_there_are_masks_and_the_network_for_rows_with_any(concept, knobs):
+    torch.manual_seed(0)
+    model = concept.Model(concept.Config(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4, **knobs))
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    xt = torch.tensor([[5, 1, 5, 3, 0, 5], [1, 2, 3, 4, 0, 1], [5, 5, 5, 5, 5, 5]])
+    t, shapes = torch.tensor([0.3, 0.0, 0.9]), []
+    hook = model.gpt.register_forward_hook(lambda net, args, out: shapes.append((len(args[0]), len(out))))
+    logp = model.denoise(xt, t)
+    assert shapes == [(2, 9)]
+    assert torch.equal(logp[1].exp(), torch.eye(5)[xt[1]]) and torch.equal(model.denoise(xt[1:2])[0], logp[1])
+    hook.remove()
+    everywhere = model.logits(xt, t).log_softmax(-1)
+    assert torch.allclose(logp[xt == 5], everywhere[xt == 5], atol=1e-5)
+
+
 def test_a_row_cut_to_a_random_length_scores_as_the_short_row_would():
     torch.manual_seed(0)
     model = masked.Model(masked.Config(vocab_size=5, block_size=8, n_layer=2, n_head=1, n_embd=8))
@@ -208,7 +234,7 @@ def test_every_schedule_and_both_maskings_train_towards_the_same_bound(name, mas
     so that the bound is not the likelihood."""
     torch.manual_seed(0)
     model = exact_model(joint, schedule=name, masking=masking, loss_weight='elbo', t_law='uniform')
-    model.gpt.forward = lambda x, mask=None, time=None: joint.logp(x) * 0.5
+    model.gpt.forward = saying(lambda x, time: joint.logp(x) * 0.5)
     x, T = joint.x[5], joint.T
     bound = sum((T / m.sum() * model.masked_nats(x[None], m[None])).item() / math.comb(T, int(m.sum())) / T
                 for m in subsets(T))
@@ -258,7 +284,7 @@ def test_a_unigram_network_scores_the_entropy_and_not_a_part_of_it():
             concept, steps = (d3pm, dict(T=T, carry_over=True)) if T else (masked, {})
             model = concept.Model(concept.Config(vocab_size=3, block_size=64, n_layer=1, n_head=1, n_embd=2,
                                                  schedule=name, t_law='uniform', **steps))
-            model.gpt.forward = lambda x, mask=None, time=None: p.log().expand(*x.shape, 3)
+            model.gpt.forward = saying(lambda x, time: p.log().expand(*x.shape, 3))
             nats = model.nats(x, 4) / 64
             assert abs(nats.mean() - entropy) < 4 * nats.std() / 2000 ** 0.5 + 4 * 0.005, (name, T)
 
@@ -299,7 +325,7 @@ def step_bound(model, x):
 
 def never_mask(joint):
     """The joint's conditionals with a column for [MASK] that is never predicted."""
-    return lambda x, mask=None, time=None: torch.nn.functional.pad(joint.logp(x), (0, 1), value=-torch.inf)
+    return saying(lambda x, time: torch.nn.functional.pad(joint.logp(x), (0, 1), value=-torch.inf))
 
 
 def test_the_bound_of_d3pm_falls_to_the_entropy_as_T_grows():
@@ -336,7 +362,7 @@ def test_the_estimate_in_steps_has_the_mean_of_the_enumeration(joint):
     torch.manual_seed(0)
     model = exact_model(joint, d3pm, T=7)
     wrong = torch.randn(4, 4)
-    model.gpt.forward = lambda x, mask=None, time=None: wrong[x]  # predicts [MASK] too, and copies badly
+    model.gpt.forward = saying(lambda x, time: wrong[x])  # predicts [MASK] too, and copies badly
     draws = model.nats(joint.x[5].expand(20000, joint.T), 3)
     assert abs(draws.mean() - step_bound(model, joint.x[5])) < 4 * draws.std() / 20000 ** 0.5
 
@@ -352,7 +378,7 @@ def test_d3pm_is_trained_to_copy_and_pays_for_what_it_does_not_copy():
     times = []
     model = d3pm.Model(d3pm.Config(vocab_size=5, block_size=6, n_layer=1, n_head=1, n_embd=4, T=10,
                                    time_input=True))
-    model.gpt.forward = lambda x, mask=None, time=None: times.append(time) or torch.zeros(*x.shape, 6)
+    model.gpt.forward = saying(lambda x, time: times.append(time) or torch.zeros(*x.shape, 6))
     model.copy_nats(x, None, None)
     assert times[0].tolist() == [0] * 4  # the time of clean text
 
@@ -388,7 +414,7 @@ def test_the_analytic_rule_takes_the_sum_of_the_scores_of_sedd_and_the_others_do
     4 standard errors at most."""
     torch.manual_seed(0)
     model = sedd_model()
-    model.gpt.forward = lambda x, mask=None, time=None: torch.full((*x.shape, 5), math.log(2.0))
+    model.gpt.forward = saying(lambda x, time: torch.full((*x.shape, 5), math.log(2.0)))
     for rule, share in (('analytic', 0.5), ('ancestral', 0.25)):
         xs = next(model.sample(torch.full((1, 10000), 5), 4, rule))
         assert abs((xs < 5).double().mean() - share) < 0.02
@@ -413,7 +439,7 @@ def test_counts_give_a_timed_network_the_time_of_its_masks(joint):
     the time, against its integral over the time by quadrature. 4 standard errors; the seed is fixed."""
     torch.manual_seed(0)
     model, T, x = exact_model(joint, sedd), joint.T, joint.x[5]
-    model.gpt.forward = lambda x, mask=None, time=None: joint.logp(x) * (1 + time[:, None, None])
+    model.gpt.forward = saying(lambda x, time: joint.logp(x) * (1 + time[:, None, None]))
     nodes, weights = np.polynomial.legendre.leggauss(40)
     bound = 0.0
     for t, w in zip((nodes + 1) / 2, weights / 2):
@@ -428,7 +454,7 @@ def test_counts_give_a_timed_network_the_time_of_its_masks(joint):
 def test_training_with_counts_tells_a_timed_network_the_level_at_which_just_these_are_masked():
     torch.manual_seed(0)
     model, u, seen = sedd_model(masking='count'), torch.rand(4, 6), []
-    model.gpt.forward = lambda x, mask=None, time=None: seen.append((x, time)) or torch.zeros(*x.shape, 5)
+    model.gpt.forward = saying(lambda x, time: seen.append((x, time)) or torch.zeros(*x.shape, 5))
     model(torch.randint(5, (4, 6)), t=torch.tensor([0.1, 0.4, 0.6, 1.0]), u=u)
     (x, time), = seen
     assert (x == 5).sum(-1).tolist() == [1, 3, 4, 6] and torch.equal(x == 5, u <= time[:, None])

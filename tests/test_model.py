@@ -204,6 +204,15 @@ def test_the_orthogonalised_matrix_has_the_singular_vectors_of_the_matrix_and_va
     assert (low - pushed(G)).norm() / G[:, 0].numel() ** 0.5 < 0.2
 
 
+@pytest.mark.parametrize('shape', [(2, 64, 256), (2, 192, 64), (2, 64, 64)])
+def test_in_bfloat16_no_singular_value_of_a_badly_conditioned_matrix_blows_up(shape):
+    torch.manual_seed(0)
+    G = torch.randn(*shape[:2], 4) @ torch.randn(shape[0], 4, shape[2]) + 1e-3 * torch.randn(shape)
+    out = optimizing.orthogonal(G, torch.bfloat16).float()
+    assert torch.linalg.svdvals(out).max() < 1.25  # 1.20 in exact arithmetic
+    assert torch.cosine_similarity(out.flatten(), pushed(G).flatten(), dim=0) > 0.8  # bfloat16 itself
+
+
 def test_a_time_for_every_token_may_differ_and_every_scale_and_shift_is_used():
     torch.manual_seed(0)
     gpt = model.GPT(random_gpt(False).config, causal=False, timed=True)

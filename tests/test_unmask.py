@@ -192,14 +192,20 @@ def test_ties_are_broken_at_random_not_left_to_right():
 
 def test_scores_prefer_the_surest_position():
     logp = torch.tensor([[0.4, 0.3, 0.3], [0.5, 0.45, 0.05], [0.45, 0.28, 0.27]]).log()[None]
-    token = torch.tensor([[0, 2, 1]])
-    score = lambda order, logp, token: unmask.ORDERS[order][1](logp, token)
-    assert score('confidence', logp, token).argmax() == 1
-    assert score('margin', logp, token).argmax() == 2
-    assert score('entropy', logp, token).argmax() == 1
-    assert torch.allclose(score('llada', logp, token).exp(), torch.tensor([[0.4, 0.05, 0.28]]))
-    assert torch.allclose(score('margin', logp, token), torch.tensor([[0.1, 0.05, 0.17]]))
-    assert torch.allclose(score('entropy', torch.tensor([[[0.0, -torch.inf]]]), None), torch.zeros(1, 1))
+    score = lambda order, logp: unmask.ORDERS[order][1](logp)
+    assert score('confidence', logp).argmax() == 1
+    assert score('margin', logp).argmax() == 2
+    assert score('entropy', logp).argmax() == 1
+    assert torch.allclose(score('margin', logp), torch.tensor([[0.1, 0.05, 0.17]]))
+    assert torch.allclose(score('entropy', torch.tensor([[[0.0, -torch.inf]]])), torch.zeros(1, 1))
+
+
+def test_llada_writes_first_the_token_that_is_the_surest_of_those_drawn():
+    logp = torch.tensor([[0.4, 0.3, 0.3], [0.5, 0.45, 0.05], [0.45, 0.28, 0.27]]).log()[None]
+    drawn = torch.tensor([[0, 2, 1]])  # their probabilities: 0.4, 0.05, 0.28
+    frames = unmask.best_first(lambda xt, t: logp, torch.full((1, 3), 3), 3, 3, score=None,
+                               choose=lambda p: drawn[0, (logp[0] == p[:, None]).all(-1).long().argmax(-1)])
+    assert [x.tolist() for x in frames] == [[[0, 3, 3]], [[0, 3, 1]], [[0, 2, 1]]]
 
 
 def test_rows_of_a_batch_do_not_influence_each_other(joint):
