@@ -18,7 +18,6 @@ import copy
 import math
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -74,7 +73,7 @@ class Config:
     eval_windows: Natural = 200         # validation windows (or lines), the same every time; 0: all
 
 
-DRAWS, LOG_SECONDS = 4, 10  # draws of the noise for a validation window; time between two lines
+DRAWS = 4  # of the noise for a validation window
 
 # ---- data -------------------------------------------------------------------------------------------------
 
@@ -220,6 +219,15 @@ def described(state, val, amp):
             f"{indented(text)}")
 
 
+def what_next(out_dir, it, stopped):
+    """Say what to type after a training."""
+    if stopped:
+        say(f"stopped by a signal at iteration {it}: saved; "
+            f"go on with --init_from=resume --out_dir={out_dir}")
+    say(f"what it has learned: python sample.py --out_dir={out_dir}; "
+        f"how well: python eval.py --out_dir={out_dir}")
+
+
 def train(state, origin, rank, world):
     """From state.iter to max_iters, or until a signal comes."""
     run, config, device = state.run, state.config, state.device
@@ -230,32 +238,29 @@ def train(state, origin, rank, world):
     tokens = config.block_size * run.batch_size * run.grad_accum * world  # of an iteration
     if rank == 0:
         announce(state, rows, origin, tokens)
-    stop, pace = machine.stop_signals(world, device), machine.Pace(run, state.iter)
-    loss_fn = parallel.averaging(state.model)
+    stop, stopping = machine.stop_signals(world, device), False
+    pace, loss_fn = machine.Pace(run, state.iter), parallel.averaging(state.model)
     if run.compile:
         machine.compile_loss(loss_fn, rows.batch(run.batch_size)[0], amp, run.grad_accum > 1)
 
     bad_iter = never = torch.tensor(2 ** 62, device=device)  # the first iteration whose loss is not finite
-    logged, tick, tick_iter, stopping = [], time.time(), state.iter, False
     bar = tqdm(total=run.max_iters, initial=state.iter, disable=rank > 0 or not sys.stderr.isatty())
+    log = machine.Log(state.iter)
     while state.iter < run.max_iters and not stopping:
-        logged.append(step(state, loss_fn, rows, rank, world, amp))
-        bad_iter = torch.minimum(bad_iter, torch.where(logged[-1]['loss'].isfinite(), never, state.iter))
+        log.metrics.append(metrics := step(state, loss_fn, rows, rank, world, amp))
+        bad_iter = torch.minimum(bad_iter, torch.where(metrics['loss'].isfinite(), never, state.iter))
         bar.update()
-        if words := pace.words(state.iter, logged[-1]['loss']):
+        if words := pace.words(state.iter, metrics['loss']):
             bar.total = run.max_iters
             if rank == 0:
                 say(words, bar)
         interval = run.eval_interval or max(1, run.max_iters // 10)
         evaluating = state.iter % interval == 0 or state.iter == run.max_iters
         stopping = stop(state.iter)
-        if not (evaluating or stopping or time.time() - tick > LOG_SECONDS):
+        if not (evaluating or stopping or log.due()):
             continue
         machine.check_finite(state, bad_iter, never, evaluating or stopping)
-        seconds = (time.time() - tick) / (state.iter - tick_iter)
-        means = {name: torch.stack([m[name] for m in logged]).mean() for name in logged[0]}
-        parts = [f"{name} {mean:.4f}" for name, mean in means.items()]
-        line = ', '.join([*parts, f"{tokens / seconds:,.0f} tokens/s"])
+        line, seconds = log.line(state.iter, tokens)
         bar.set_postfix_str(line)
         if rank == 0 and bar.disable:
             say(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left")
@@ -267,14 +272,10 @@ def train(state, origin, rank, world):
             words = described(state, val, amp)
             if rank == 0:
                 say(words, bar)
-        logged, tick, tick_iter = [], time.time(), state.iter
+        log.begin(state.iter)
     bar.close()
-    if stopping and rank == 0:
-        say(f"stopped by a signal at iteration {state.iter}: saved; "
-            f"go on with --init_from=resume --out_dir={run.out_dir}")
     if rank == 0:
-        say(f"what it has learned: python sample.py --out_dir={run.out_dir}; "
-            f"how well: python eval.py --out_dir={run.out_dir}")
+        what_next(run.out_dir, state.iter, stopping)
 
 
 def main(argv):

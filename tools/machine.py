@@ -139,6 +139,29 @@ def plan(run, seconds, spent):
             f"{seconds:.2f} s")
 
 
+LOG_SECONDS = 10  # between two lines
+
+
+class Log:
+    """What a training says of itself: the means of a step's metrics and its speed since the last line."""
+
+    def __init__(self, iter):
+        self.begin(iter)
+
+    def begin(self, iter):
+        self.metrics, self.began, self.first = [], time.time(), iter
+
+    def due(self):
+        return time.time() - self.began > LOG_SECONDS
+
+    def line(self, iter, tokens):
+        """(The line, seconds an iteration). tokens: of an iteration."""
+        seconds = (time.time() - self.began) / (iter - self.first)
+        means = {name: torch.stack([m[name] for m in self.metrics]).mean() for name in self.metrics[0]}
+        parts = [f"{name} {mean:.4f}" for name, mean in means.items()]
+        return ', '.join([*parts, f"{tokens / seconds:,.0f} tokens/s"]), seconds
+
+
 def check_finite(state, bad_iter, never, saving):
     """A loss, or weights about to be saved, that are no numbers end the script; a look waits for a GPU.
     state: of train.py; bad_iter: the first iteration with such a loss, `never` if there is none."""
