@@ -17,10 +17,10 @@ def orthogonal(G, dtype=torch.float32):
 
     A and its polynomials commute, so the products with X, the large ones, can wait: A alone is carried on,
     and the product Q of the polynomials meets X later. In float32 once, at the end; in bfloat16 that would
-    blow up, and A comes from X anew after three steps (NOTES.md). A square X is no larger than A.
+    blow up, and A comes from X anew every two steps (NOTES.md). A square X is no larger than A.
     """
     tall, square = G.size(1) > G.size(2), G.size(1) == G.size(2)
-    every = 1 if square else 3 if dtype == torch.bfloat16 else STEPS
+    every = 1 if square else 2 if dtype == torch.bfloat16 else STEPS
     X = (G.mT if tall else G).to(dtype)
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
