@@ -290,6 +290,8 @@ def test_programs_run_only_in_a_process_of_their_own_with_a_time_limit(tmp_path,
     for leave in ('exit()', 'import os; os._exit(0)', 'raise SystemExit(3)'):  # before the tests are over
         assert not tasks.passes(f'    y = x + 1; {leave}\n', item)
     assert tasks.passes("    y = x + 1; open('left', 'w')\n", item) and not (tmp_path / 'left').exists()
+    for line, right in (('# \0', False), ('# \ud800', False), ('# é', True)):
+        assert tasks.passes(f'    y = x + 1  {line}\n', item) is right
     monkeypatch.setenv('HF_TOKEN', 'secret')
     assert tasks.passes("    import os; y = x + 1 + ('HF_TOKEN' in os.environ)\n", item)
 

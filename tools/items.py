@@ -257,6 +257,7 @@ def end(process):
         else:
             process.terminate()
     process.wait()
+    process.stdin.close()
 
 
 def passes(text, item, seconds=5, memory=2 ** 31):
@@ -266,18 +267,17 @@ def passes(text, item, seconds=5, memory=2 ** 31):
     it has started may outlive it."""
     bare = {name: os.environ[name] for name in ('SYSTEMROOT',) if name in os.environ}  # Windows needs it
     word = secrets.token_hex(16)
-    program = (f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
-               f"print({word!r})\n")
+    try:
+        program = (f"{item.before}{text}{item.after}\n{item.test['code']}\ncheck({item.test['entry']})\n"
+                   f"print({word!r})\n").encode()
+    except UnicodeEncodeError:  # half a character
+        return False
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, 'said'), 'w+b') as said:
-        try:
-            process = subprocess.Popen([sys.executable, '-I', '-c', program], cwd=folder, env=bare,
-                                       start_new_session=True, stdin=subprocess.DEVNULL, stdout=said,
-                                       stderr=subprocess.DEVNULL)
-        except ValueError:  # a zero byte or half a character in the program
-            return False
+        process = subprocess.Popen([sys.executable, '-I', '-'], cwd=folder, env=bare, start_new_session=True,
+                                   stdin=subprocess.PIPE, stdout=said, stderr=subprocess.DEVNULL)
         limit(process, memory)
         try:
-            process.wait(seconds)
+            process.communicate(program, seconds)  # sent only now, when the limit holds
         except subprocess.TimeoutExpired:
             return False
         finally:
