@@ -12,7 +12,7 @@ The default architecture ("ours") is what trained fastest at small scale (NOTES.
   blocks, AdamW everything else (parts/muon.py).
 `arch='gpt2'` is GPT-2: learned positions, LayerNorm with bias, GELU, biases, the head tied to the embedding.
 `arch='llama'` is LLaMA (2302.13971): rotary positions, RMSNorm with gain, SwiGLU (2002.05202), no biases,
-fewer heads of keys and values than of queries if asked for (2305.13245). hub/ has weights for both.
+fewer heads of keys and values than of queries if asked for (2305.13245). hub/ reads weights of both.
 
 Shapes: B sequences, T tokens, V = vocab_size, C = n_embd, H = n_head, D = C / H.
 The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model. The head
@@ -326,5 +326,5 @@ class GPT(nn.Module):
         return self.norm(h)
 
     def logits(self, h):
-        """Hidden states (B, T, C) -> logits (B, T, V); of row V only if the model was built with it."""
+        """Hidden states (..., C) -> logits (..., V); of row V only if the model was built with it."""
         return F.linear(h, self.embed.weight[:self.outputs]) if self.head is None else self.head(h)

@@ -38,13 +38,13 @@ class Config:
     weights: Literal['ema', 'model'] = 'ema'     # ema, the average | model, not averaged
     device: str = 'auto'         # auto | cpu | cuda | mps
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto | float32 | bfloat16
-    compile: bool = False        # torch.compile the network: pays for hundreds of calls
+    compile: bool = False        # torch.compile the network: pays for thousands of calls
     seed: Natural = 1337         # equal seeds, equal texts
 
     # the sampler
     steps: Count = 64            # of the denoiser for a block; an autoregressive model takes one per token
-    rule: str = ''               # how to sample, see below; '': as the objective reads best (`reading`)
-    temperature: NonNegative = 0.7  # 1: the model's distribution; lower: likelier tokens; 0: argmax
+    rule: str = ''               # see below; '': what reads best (masked: confidence, apart, temperature 0.5)
+    temperature: NonNegative = 0.7  # 1: the model's distribution; lower: likelier; 0: argmax; see rule
     top_k: Natural = 0           # draw from the k likeliest tokens; 0: all
     top_p: ShareAbove0 = 1.0     # draw from the fewest tokens that hold this probability
 
@@ -191,7 +191,7 @@ def main(argv):
         fail(f"overlap={config.overlap} must be smaller than block_size={block_size}")
     asked = {name: value for name, value in chosen.items() if name in SAMPLER or name not in knobs_of(Config)}
     try:
-        best = {} if 'rule' in asked else model.reading
+        best = {} if asked.get('rule') else model.reading
         how = arguments(model.sample, best | asked, {name: getattr(config, name) for name in SAMPLER})
         rows = [make_canvas(config, start, tokenizer, block_size, model.any_length)
                 for start in starts(config.start) for _ in range(config.num_samples)]

@@ -244,7 +244,7 @@ def train(state, origin, rank, world):
         machine.compile_loss(loss_fn, rows.batch(run.batch_size)[0], amp, run.grad_accum > 1)
 
     bad_iter = never = torch.tensor(2 ** 62, device=device)  # the first iteration whose loss is not finite
-    bar = tqdm(total=run.max_iters, initial=state.iter, disable=rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=machine.planned(run), initial=state.iter, disable=rank > 0 or not sys.stderr.isatty())
     log = machine.Log(state.iter)
     while state.iter < run.max_iters and not stopping:
         log.metrics.append(metrics := step(state, loss_fn, rows, rank, world, amp))
@@ -260,10 +260,10 @@ def train(state, origin, rank, world):
         if not (evaluating or stopping or log.due()):
             continue
         machine.check_finite(state, bad_iter, never, evaluating or stopping)
-        line, seconds = log.line(state.iter, tokens)
+        line, left = log.line(state.iter, tokens, machine.planned(run))
         bar.set_postfix_str(line)
         if rank == 0 and bar.disable:
-            say(f"iter {state.iter}: {line}, {seconds * (run.max_iters - state.iter):.0f} s left")
+            say(f"iter {state.iter}: {line}{left}")
         if evaluating:
             state.evaluate(val, scored, amp)
         if evaluating or stopping:

@@ -37,7 +37,7 @@ class Adapted(model.GPT):
         self.shift, self.anneal_iters, self.clock = config.shift, config.anneal_iters, clock.Clock()
 
     def forward(self, x, mask=None, time=None, where=None, only=None):
-        """As of GPT, with the shift undone: logits (B, T, V) of tokens x (B, T), or (N, V) of `only` some."""
+        """As of GPT, with the shift undone: logits (B, T, V) of tokens x (B, T), or (N, V) at `only`."""
         if self.shift:
             x = F.pad(x, (1, 0), value=self.config.vocab_size + 1)  # [BOS], which sees what x[:, 0] sees
             if mask is not None:  # of one text and its padding

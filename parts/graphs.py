@@ -2,7 +2,7 @@
 Functions of tensors, faster: as a CUDA graph, whose kernels are all launched at once, or compiled.
 
 The kernels of a small network are done before Python has launched the next ones. On an H100 a call of the
-10M-parameter denoiser took 9 ms, its kernels 1.5 ms (NOTES.md). A graph costs one more call; a compiler
+10M-parameter denoiser took 13 ms, its kernels 1.5 ms (NOTES.md). A graph costs one more call; a compiler
 makes fewer and better kernels, but needs its time first.
 """
 import contextlib

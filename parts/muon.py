@@ -17,7 +17,7 @@ def orthogonal(G, dtype=torch.float32):
 
     A and its polynomials commute, so the products with X, the large ones, can wait: A alone is carried on,
     and the product Q of the polynomials meets X later. In float32 once, at the end; in bfloat16 that would
-    blow up, and A comes from X anew every two steps (NOTES.md). A square X is no larger than A.
+    blow up, and A comes from X anew every two steps (NOTES.md). A square X gains nothing by it.
     """
     tall, square = G.size(1) > G.size(2), G.size(1) == G.size(2)
     every = 1 if square else 2 if dtype == torch.bfloat16 else STEPS
@@ -61,7 +61,7 @@ def evened(update, squares):
 
 class Muon(torch.optim.Optimizer):
     """A step is lr sqrt(max(1, m / n)) long. rows: even out the rows. Without, it is torch.optim.Muon, but
-    for two things: matrices of one shape are orthogonalised together, and in `dtype`. Torch's always works in
+    for rounding: matrices of one shape are orthogonalised together, in `dtype`. Torch's always works in
     bfloat16; where a CPU has no instructions for it a training step takes 3.5 times as long (NOTES.md)."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16, rows=True):
@@ -80,11 +80,15 @@ class Muon(torch.optim.Optimizer):
                 shapes.setdefault(p.shape, []).append(p)
             for (m, n), alike in shapes.items():
                 grads = [p.grad for p in alike]
-                buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in alike]
+                for p in alike:
+                    if 'momentum_buffer' not in self.state[p]:
+                        self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                    if 'squares' not in self.state[p]:
+                        self.state[p]['squares'] = torch.zeros(m, 1, device=p.device)
+                buffers = [self.state[p]['momentum_buffer'] for p in alike]
                 torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group['momentum']))
-                zeros = torch.zeros(m, 1, device=nesterov.device)
-                squares = [self.state[p].setdefault('squares', zeros.clone()) for p in alike]
+                squares = [self.state[p]['squares'] for p in alike]
                 update, new = self.direction(whole(nesterov), torch.stack(squares))
                 torch._foreach_copy_(squares, new.unbind())
                 torch._foreach_mul_(alike, 1 - group['lr'] * group['weight_decay'])
@@ -96,9 +100,9 @@ SMALL = ('film.', '.near', '.gate')  # of the blocks, but AdamW's: time input, c
 
 
 def optimizers(model, lr, muon_lr, weight_decay=0.0, dtype=torch.bfloat16):
-    """[AdamW, Muon]: Muon, in `dtype`, for the matrices of the blocks, AdamW for the rest (their time input
-    too). With muon_lr = 0 AdamW for all. One that would have nothing to do is left out; raises ValueError if
-    nothing is trained."""
+    """[AdamW, Muon]: Muon, in `dtype`, for the matrices of the blocks, AdamW for the rest, SMALL ones too.
+    With muon_lr = 0 AdamW for all. One that would have nothing to do is left out; raises ValueError if nothing
+    is trained."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:

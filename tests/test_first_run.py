@@ -1,5 +1,6 @@
 """What a new user meets: a model that is there, a training that says how long it takes and shows texts."""
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,14 @@ def test_a_small_checkpoint_writes_nearly_what_the_whole_one_does(trained):
 
 def test_the_plan_fills_the_time_that_is_left_with_steps_of_the_measured_length():
     run = train.Config(minutes=5.0, max_iters=machine.UNPLANNED)
-    words = machine.plan(run, seconds=0.3, spent=60.0)
+    words = machine.plan(run, 30, seconds=0.3, spent=60.0)
     assert run.max_iters % 10 == 0 and abs(run.max_iters * 0.3 / 0.9 - 240) < 20
-    assert 'about 4.' in words and f'{run.max_iters:,} iterations' in words
+    assert 'about 4.' in words and f'iteration {run.max_iters:,}, 0.30 s' in words
     resumed = train.Config(minutes=5.0, max_iters=700)
-    assert '700 iterations' in machine.plan(resumed, 0.3, 60.0) and resumed.max_iters == 700
+    assert 'about 1.9 minutes to iteration 700' in machine.plan(resumed, 350, 0.3, 60.0)
+    assert resumed.max_iters == 700
     slow = train.Config(minutes=0.1, max_iters=machine.UNPLANNED)
-    machine.plan(slow, seconds=100.0, spent=60.0)
+    machine.plan(slow, 30, seconds=100.0, spent=60.0)
     assert slow.max_iters == 2 * (machine.UNUSUAL + machine.MEASURED)  # it has begun, so it goes on a little
 
 
@@ -53,8 +55,9 @@ def test_a_run_with_a_time_to_fill_shows_texts_and_says_what_to_type_next(workdi
     """A tenth of a second of iterations: the fewest that there are."""
     train.main([*TINY, '--minutes=0.002', f'--objective={objective}', '--eval_interval=0'])
     out = capsys.readouterr().out
-    planned = int(re.search(r'about .* minutes: ([\d,]+) iterations', out)[1].replace(',', ''))
+    planned = int(re.search(r'about .* minutes to iteration ([\d,]+)', out)[1].replace(',', ''))
     assert common.load('out/last.pt')['iter'] == planned == common.load('out/last.pt')['run']['max_iters']
+    assert '000000' not in out  # the length that a run has before its own is known
     assert out.count('; a text:\n') == 6  # at 25, 30, ... 50
     assert '0.002 minutes' in out and out.count('\n  | ') >= 5
     assert 'python sample.py --out_dir=out' in out.splitlines()[-1]
@@ -91,7 +94,11 @@ def test_the_demo_writes_trains_and_writes_again_and_a_failure_ends_it(workdir, 
     assert end.value.code == 3 and len(called) == 2
     Path('data/shakespeare_char').mkdir()
     Path('data/shakespeare_char/meta.json').touch()
+    Path('out-demo').mkdir()
+    shutil.copy(find.SHIPPED, 'out-demo/last.pt')
     called.clear()
     demo.main([])
     assert ['sample.py' in called[0], 'train.py' in called[1], 'out-demo' in called[3]] == [True] * 3
-    assert f"{'To be':<38}   To be" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{'To be':<38}   To be" in out
+    assert f"--max_iters={2 * common.load(find.SHIPPED)['iter']}" in out

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 from configurator import script, settings
 from hub.find import SHIPPED
 from tools.glimpse import side_by_side
@@ -45,9 +46,10 @@ def main(argv):
     texts = [run('sample.py', f'--out_dir={path}', '--num_samples=1', show=False)
              for path in (SHIPPED, OUT)]
     print('\n' + side_by_side(*texts))
+    longer = 2 * common.load(Path(OUT, 'last.pt'))['iter']
     print(f"\nWhat next? More text:   python sample.py --out_dir={OUT} --start=\"ROMEO:\" --watch\n"
           f"           How good?    python eval.py --out_dir={OUT}\n"
-          f"           Train on:    python train.py --init_from=resume --out_dir={OUT} --max_iters=4000\n"
+          f"           Train on:    python train.py --init_from=resume --out_dir={OUT} --max_iters={longer}\n"
           f"           The lesson:  masked.py, then unmask.py")
 
 

@@ -244,7 +244,7 @@ def load(name, path=''):
 
 def limit(process, memory):
     """Bound the memory of a process, in bytes, where the system can (Linux)."""
-    with contextlib.suppress(ImportError, AttributeError, ProcessLookupError):
+    with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
         import resource
         resource.prlimit(process.pid, resource.RLIMIT_AS, (memory, memory))
 
@@ -275,8 +275,8 @@ def passes(text, item, seconds=5, memory=2 ** 31):
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, 'said'), 'w+b') as said:
         process = subprocess.Popen([sys.executable, '-I', '-'], cwd=folder, env=bare, start_new_session=True,
                                    stdin=subprocess.PIPE, stdout=said, stderr=subprocess.DEVNULL)
-        limit(process, memory)
         try:
+            limit(process, memory)
             process.communicate(program, seconds)  # sent only now, when the limit holds
         except subprocess.TimeoutExpired:
             return False

@@ -107,7 +107,12 @@ UNPLANNED = 10 ** 9        # max_iters of a run with a time to fill, until then
 
 def length(run):
     """How long a run (train.Config) will be, in words."""
-    return f"{run.minutes:g} minutes" if run.max_iters == UNPLANNED else f"{run.max_iters:,} iterations"
+    return f"{run.max_iters:,} iterations" if planned(run) else f"{run.minutes:g} minutes"
+
+
+def planned(run):
+    """max_iters, or None while a run with a time to fill has none yet."""
+    return None if run.max_iters == UNPLANNED else run.max_iters
 
 
 class Pace:
@@ -125,18 +130,18 @@ class Pace:
                 self.usual = time.time()
             else:
                 times = (time.time() - self.usual) / MEASURED, time.time() - self.began
-                return plan(self.run, *parallel.of_first(times))
+                return plan(self.run, iter, *parallel.of_first(times))
         return ''
 
 
-def plan(run, seconds, spent):
-    """Say how long a run will take at these seconds an iteration. One with a time to fill, of which so many
-    seconds are spent, gets its max_iters first; a tenth of the time is for evaluations and texts."""
+def plan(run, iter, seconds, spent):
+    """Say how long the rest of a run will take at these seconds an iteration. One with a time to fill, of
+    which so many seconds are spent, gets its max_iters first; a tenth is for evaluations and texts."""
     if run.max_iters == UNPLANNED:
         done = UNUSUAL + MEASURED
         run.max_iters = max(2 * done, done + int(0.09 * (60 * run.minutes - spent) / seconds) * 10)
-    return (f"about {run.max_iters * seconds / 0.9 / 60:.1f} minutes: {run.max_iters:,} iterations of "
-            f"{seconds:.2f} s")
+    minutes = (run.max_iters - iter) * seconds / 0.9 / 60
+    return f"about {minutes:.1f} minutes to iteration {run.max_iters:,}, {seconds:.2f} s each"
 
 
 LOG_SECONDS = 10  # between two lines
@@ -154,12 +159,13 @@ class Log:
     def due(self):
         return time.time() - self.began > LOG_SECONDS
 
-    def line(self, iter, tokens):
-        """(The line, seconds an iteration). tokens: of an iteration."""
+    def line(self, iter, tokens, end):
+        """(The line, how long the rest takes). tokens: of an iteration; end: the last iteration or None."""
         seconds = (time.time() - self.began) / (iter - self.first)
         means = {name: torch.stack([m[name] for m in self.metrics]).mean() for name in self.metrics[0]}
         parts = [f"{name} {mean:.4f}" for name, mean in means.items()]
-        return ', '.join([*parts, f"{tokens / seconds:,.0f} tokens/s"]), seconds
+        left = f", {seconds * (end - iter):.0f} s left" if end else ''
+        return ', '.join([*parts, f"{tokens / seconds:,.0f} tokens/s"]), left
 
 
 def check_finite(state, bad_iter, never, saving):
