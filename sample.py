@@ -189,9 +189,10 @@ def main(argv):
         fail(f"overlap is not for {checkpoint['objective']}, which writes a text of any length in one go")
     if not model.any_length and config.overlap >= block_size:
         fail(f"overlap={config.overlap} must be smaller than block_size={block_size}")
-    asked = {name: value for name, value in chosen.items() if name in SAMPLER or name not in knobs_of(Config)}
+    asked = {name: value for name, value in chosen.items()  # --rule= asks for none
+             if value != '' and (name in SAMPLER or name not in knobs_of(Config))}
     try:
-        best = {} if asked.get('rule') else model.reading
+        best = {} if config.rule else model.reading
         how = arguments(model.sample, best | asked, {name: getattr(config, name) for name in SAMPLER})
         rows = [make_canvas(config, start, tokenizer, block_size, model.any_length)
                 for start in starts(config.start) for _ in range(config.num_samples)]

@@ -184,7 +184,7 @@ def remdm_loop(denoise, xt, mask_id, steps, choose, *,
 
 
 # ---- a fixed number of tokens per step ------------------------------------------------------------------
-# rule: (which tokens are first, log p (B, T, V) before temperature -> score (B, T); None: of the drawn one)
+# rule: (which tokens are first, log p (B, T, V) before temperature -> score (B, T); None: the drawn log p)
 ORDERS = {
     'random': ("in a random order", lambda logp: torch.zeros_like(logp[..., 0])),
     'confidence': ("first where the likeliest token is the surest", lambda logp: logp.amax(-1)),

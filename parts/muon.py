@@ -100,7 +100,7 @@ SMALL = ('film.', '.near', '.gate')  # of the blocks, but AdamW's: time input, c
 
 
 def optimizers(model, lr, muon_lr, weight_decay=0.0, dtype=torch.bfloat16):
-    """[AdamW, Muon]: Muon, in `dtype`, for the matrices of the blocks, AdamW for the rest, SMALL ones too.
+    """[AdamW, Muon]: Muon, in `dtype`, for the matrices of the blocks, AdamW for the rest, as for SMALL.
     With muon_lr = 0 AdamW for all. One that would have nothing to do is left out; raises ValueError if
     nothing is trained."""
     matrices, others = [], []

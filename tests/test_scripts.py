@@ -195,6 +195,14 @@ def test_every_rule_can_be_asked_for_with_its_knob(trained, capsys, flags):
     assert all(t.startswith('To') and '░' not in t for t in text_of(capsys)[0])
 
 
+def test_no_rule_said_and_none_asked_for_is_the_same(trained, capsys):
+    texts = []
+    for flags in [[], ['--rule=']]:
+        sample.main(['--out_dir=out-m', '--steps=4', *flags])
+        texts.append(text_of(capsys)[0])
+    assert texts[0] == texts[1]
+
+
 def test_a_template_can_come_from_a_file(trained, capsys):
     (trained / 't.txt').write_text('be ___ to')
     sample.main(['--out_dir=out-m', '--template=FILE:t.txt', '--hole=3'])
