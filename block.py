@@ -25,8 +25,9 @@ import torch.nn as nn
 
 import model
 from ar import prompt_length, token_nats
-from configurator import Count, Share
+from configurator import Count, Fixed, Share
 from masked import exactly, low_discrepancy
+from parts.neighbours import beside
 from unmask import RULES, shares, unmask  # noqa: F401
 
 
@@ -38,6 +39,8 @@ class Config(model.Config):
     mask_low: Share = 0.0     # the least share of a block's tokens that is masked
     mask_high: Share = 1.0    # the largest, see mask_law
     loss_weight: Literal['flat', 'elbo'] = 'flat'  # flat, all alike | elbo, the bound's, unless clipped
+    # set by the weights of others
+    first_given: Fixed[bool] = False  # the first token of a text is not masked, nor scored (BD3-LM)
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,12 +81,12 @@ def block_mask(T, block_length, device=None):
 
 
 def block_beside(block_length):
-    """`model.beside` in [noisy x, clean x]: beside a noisy token stand its own noisy block and the clean text
+    """`beside` in [noisy x, clean x]: beside a noisy token stand its own noisy block and the clean text
     before, beside a clean one the clean text up to the end of its block."""
     def near(h, first, t):
         T, found = t // 2, []
         place = torch.arange(T, device=h.device)[:, None]
-        for i, x in enumerate(zip(*(model.beside(half, first, T) for half in h.chunk(2, dim=1)))):
+        for i, x in enumerate(zip(*(beside(half, first, T) for half in h.chunk(2, dim=1)))):
             (noisy, clean), block = x, place // block_length
             theirs = (place + first + i) // block_length
             noisy = torch.where(block == theirs, noisy, clean)
@@ -113,7 +116,7 @@ class Model(nn.Module):
         self.least, self.most = int(law.nonzero()[0]), int(law.nonzero()[-1])  # masks of a block
         self.register_buffer('below', law.cumsum(0).float()[:-1], persistent=False)  # P(at most k masks)
         # flat is 1 / E[share of masked tokens]: the loss of a fresh model is ln V
-        self.flat = 1 / (law @ torch.arange(n + 1, dtype=law.dtype) / n).item()
+        self.flat = 1 / (law @ torch.arange(n + 1, dtype=law.dtype, device='cpu') / n).item()
 
     def forward(self, x, v=None, u=None):
         """x (B, T) -> (loss in nats per token, metrics). Noise may be given: v (B, T / block_length), the
@@ -129,6 +132,8 @@ class Model(nn.Module):
             u = torch.rand(x.shape, device=x.device)
         k = (v[..., None] >= self.below).sum(-1).clamp(self.least, self.most)
         masked = exactly(k.view(-1), u.view(-1, n)).view_as(x)
+        if self.config.first_given:
+            masked = masked & (torch.arange(x.size(1), device=x.device) > 0)
         nats = self.masked_nats(x, masked)
         weight = n / k if self.config.loss_weight == 'elbo' else self.flat
         loss = (weight * nats).sum() / x.numel()
@@ -150,14 +155,18 @@ class Model(nn.Module):
         Each block masks exactly k of its tokens, k from the i-th n-th of 1..block_length in draw i.
         Raises ValueError where T is not a multiple of block_length.
         """
-        B, size, total = x.size(0), self.config.block_length, 0
-        if x.size(1) % size:
-            raise ValueError(f"{x.size(1)} tokens are not whole blocks of {size}")
+        (B, T), size, total = x.shape, self.config.block_length, 0
+        if T % size:
+            raise ValueError(f"{T} tokens are not whole blocks of {size}")
+        sizes = torch.full((B, T // size), size, device=x.device)  # tokens of a block that are scored
+        sizes[:, 0] -= int(self.config.first_given)
         for i in range(n):
-            v = (i + torch.rand(B * x.size(1) // size, device=x.device)) / n
-            k = (v * size).long().clamp(max=size - 1) + 1
-            masked = exactly(k, torch.rand(x.shape, device=x.device).view(-1, size)).view_as(x)
-            total = total + (size / k.view(B, -1) * self.masked_nats(x, masked)).sum(-1)
+            v = (i + torch.rand(sizes.shape, device=x.device)) / n
+            k = torch.minimum((v * sizes).long() + 1, sizes)
+            u = torch.rand(x.shape, device=x.device)
+            u[:, :1] += int(self.config.first_given)  # the last to be masked
+            masked = exactly(k.view(-1), u.view(-1, size)).view_as(x)
+            total = total + (sizes / k.clamp(min=1) * self.masked_nats(x, masked)).sum(-1)
         return total / n
 
     def read(self, x, cache):

@@ -107,7 +107,8 @@ class Model(nn.Module):
         self.t_law = T_LAWS[config.t_law]
         # flat is 1 / E[m]: as with the bound's weights, weight times m averages to 1, and the loss of a
         # fresh model to ln V
-        self.flat = 1 / noise(config.schedule, self.t_law((torch.arange(1000) + 0.5) / 1000))[0].mean().item()
+        middles = (torch.arange(1000, device='cpu') + 0.5) / 1000
+        self.flat = 1 / noise(config.schedule, self.t_law(middles))[0].mean().item()
 
     # ---- the loss ----
 
@@ -194,11 +195,18 @@ class Model(nn.Module):
         itself = torch.full((*xt.shape, self.mask_id), -torch.inf, device=xt.device)
         itself.scatter_(-1, token[..., None], 0.0)
         if xt.device.type != 'cpu' or torch.compiler.is_compiling():  # to select would wait for the device
-            return torch.where(masked[..., None], self.logits(xt, t).float().log_softmax(-1), itself)
+            return torch.where(masked[..., None], self.normalised(self.logits(xt, t)), itself)
         if (rows := masked.any(-1)).any():  # finished texts need no network, clean tokens no head
             logits = self.logits(xt[rows], None if t is None else t[rows], masked[rows])
-            itself[masked] = logits.float().log_softmax(-1)
+            itself[masked] = self.normalised(logits)
         return itself
+
+    def normalised(self, logits):
+        """Logits (..., V) -> log p, float32; the id that was others' [MASK] has probability 0."""
+        old, logits = self.config.old_mask, logits.float()
+        if old >= 0:
+            logits = torch.cat([logits[..., :old], logits[..., old:old + 1] - torch.inf, logits[..., old + 1:]], -1)
+        return logits.log_softmax(-1)
 
     scores = denoise  # for rule=analytic; normalised here, not in sedd.py
 

@@ -12,14 +12,16 @@ The default architecture ("ours") is what trained fastest at small scale (NOTES.
   blocks, AdamW everything else (parts/muon.py).
 `arch='gpt2'` is GPT-2: learned positions, LayerNorm with bias, GELU, biases, the head tied to the embedding.
 `arch='llama'` is LLaMA (2302.13971): rotary positions, RMSNorm with gain, SwiGLU (2002.05202), no biases,
-fewer heads of keys and values than of queries if asked for (2305.13245). hub/ reads weights of both.
+fewer heads of keys and values than of queries if asked for (2305.13245); Qwen's is a variant.
+`arch='ddit'` is the body of MDLM and SEDD: GPT-2's with rotary positions and a head of its own.
+hub/ reads and writes weights of these three.
 
 Shapes: B sequences, T tokens, V = vocab_size, C = n_embd, H = n_head, D = C / H.
 The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model. The head
 reads only the V real tokens, so [MASK] can never be predicted, and both twins have exactly the same
-parameters. Three switches serve single objectives: `timed` tells every block the noise level (FiLM, arXiv
-1709.07871; DiT 2212.09748), `outputs` = V + 1 lets the head predict [MASK] too, `marks` = 2 makes room for
-[MASK] and [BOS] both.
+parameters. Three switches serve single objectives: `timed` tells every block the noise level
+(parts/times.py), `outputs` = V + 1 lets the head predict [MASK] too, `marks` = 2 makes room for [MASK] and
+[BOS] both.
 """
 import math
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import Count, Fixed, Natural, NonNegative, Positive, ShareBelow1
+from parts.neighbours import Neighbours, beside, seen_beside
+from parts.times import Cosines, Waves
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Config:
     n_head: Count = 6               # attention heads, must divide n_embd
     n_embd: Count = 384             # width C
     dropout: ShareBelow1 = 0.0      # on the residual branches and the embedding
-    arch: Literal['ours', 'gpt2', 'llama'] = 'ours'  # ours | gpt2 | llama
+    arch: Literal['ours', 'gpt2', 'llama', 'ddit'] = 'ours'  # ours | gpt2 | llama | ddit
     n_kv_head: Natural = 0          # heads of keys and values, must divide n_head; 0: n_head
     n_inner: Natural = 0            # width of the MLPs; 0: 4 C
     # set by the weights of others
@@ -50,30 +54,38 @@ class Config:
     rope_trained: Fixed[Natural] = 0      # slow are those of fewer than 4 turns in this many tokens; 0: all
     norm_eps: Fixed[NonNegative] = 1e-5   # of the norms of gpt2 and llama
     tied: Fixed[bool] = False             # llama: is the head the embedding? gpt2: always
+    head_width: Fixed[Natural] = 0        # D; 0: C / H
+    qkv_bias: Fixed[bool] = False         # llama: biases on queries, keys and values (Qwen2)
+    qk_norm: Fixed[bool] = False          # llama: a norm on the queries and keys of every head (Qwen3)
+    time_as_t: Fixed[bool] = False        # ddit: the network is told t, not sigma (GIDD)
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
+        if self.n_embd % self.n_head and not self.head_width:
             raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
-        if self.n_kv_head and self.arch == 'gpt2':
-            raise ValueError(f"n_kv_head={self.n_kv_head} is not for arch=gpt2")
+        if self.n_kv_head and self.arch in ('gpt2', 'ddit'):
+            raise ValueError(f"n_kv_head={self.n_kv_head} is not for arch={self.arch}")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
-        if self.arch != 'gpt2' and self.n_embd // self.n_head % 2:
-            raise ValueError("rotary positions need an even head width, not "
-                             f"n_embd/n_head={self.n_embd // self.n_head}")
-        if self.tied and self.arch == 'ours':
-            raise ValueError("tied=True is for arch=llama: ours has a head of its own, gpt2 never has")
+        if self.arch != 'gpt2' and self.width % 2:
+            raise ValueError(f"rotary positions need an even head width, not n_embd/n_head={self.width}")
+        for name in ('tied', 'qkv_bias', 'qk_norm'):
+            if getattr(self, name) and self.arch != 'llama':
+                raise ValueError(f"{name}=True is for arch=llama, not for arch={self.arch}")
+
+    @property
+    def width(self):
+        return self.head_width or self.n_embd // self.n_head
 
 
 def rotary_table(length, width, base=10000.0, factor=1.0, trained=0):
     """cos and sin of the rotary angles, (length, width/2) each, float32 (arXiv 2104.09864).
     factor: pairs that turn less than once in `trained` tokens are slowed by it, those that turn more than 4
     times are not, those between in part (LLaMA 3.1, 2407.21783 and its code). trained=0: all are slowed."""
-    freq = base ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    freq = base ** (-torch.arange(0, width, 2, dtype=torch.float32, device='cpu') / width)
     turns = trained * freq / (2 * math.pi)
     kept = ((turns - 1) / 3).clamp(0, 1)
     freq = freq * (kept + (1 - kept) / factor)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), freq)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32, device='cpu'), freq)
     return angle.cos(), angle.sin()
 
 
@@ -81,14 +93,6 @@ def rotate(x, cos, sin):
     """Turn each pair (x[j], x[j + D/2]) by its position's angle. x (..., T, D); cos, sin (..., T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
-
-
-TIME_WAVES = 32  # features of the time
-
-
-def cosines(t):
-    """Time t (B, n) in [0, 1] -> cos(pi k t), k < TIME_WAVES: (B, n, TIME_WAVES) float32."""
-    return torch.cos(math.pi * t.float()[..., None] * torch.arange(TIME_WAVES, device=t.device))
 
 
 def attention(q, k, v, causal, mask=None):
@@ -130,54 +134,15 @@ class Cache:
         self.kept = {module: tuple(x[..., :length, :] for x in kept) for module, kept in self.kept.items()}
 
 
-TAPS = 5  # of the convolutions over neighbouring tokens
-
-
-def beside(h, first, t):
-    """What stands beside each of the last t tokens of h (B, T, C), `first` to first + TAPS - 1 places to the
-    right: TAPS tensors (B, t, C), 0 beyond the ends."""
-    there = F.pad(h, (0, 0, -first, first + TAPS - 1))[:, -(t + TAPS - 1):]
-    return [there[:, i:i + t] for i in range(TAPS)]
-
-
-def seen_beside(mask, t):
-    """`beside` for t tokens whose attention has a mask, broadcast to (B, 1, t, T): 0, too, where a token does
-    not see its neighbour."""
-    mask = mask.expand(*mask.shape[:-2], t, -1)
-    mask = mask[:, 0] if mask.dim() == 4 else mask
-    own = mask.size(-1) - t  # the key of the first query
-
-    def seen(j):
-        keys, before = mask.diagonal(own + j, -2, -1), min(t, max(0, -own - j))  # before all keys
-        return F.pad(keys, (before, t - before - keys.size(-1)))[..., None]
-
-    def near(h, first, t):
-        return [x * seen(first + i) for i, x in enumerate(beside(h, first, t))]
-    return near
-
-
-class Neighbours(nn.Module):
-    """h + sum over j of taps_j * (h, j places to the right): a depthwise convolution, zero at first. j is -4
-    to 0 in a causal network, else -2 to 2 (Primer arXiv 2109.08668; Canon layers, Allen-Zhu 2025)."""
-
-    def __init__(self, config, causal):
-        super().__init__()
-        self.taps = nn.Parameter(torch.zeros(TAPS, config.n_embd))
-        self.first = 1 - TAPS if causal else -(TAPS // 2)
-
-    def forward(self, h, near, cache):
-        there = h if cache is None else cache.append(self, h)[0][:, -(h.size(1) + TAPS - 1):]
-        return h + sum(tap * x for tap, x in zip(self.taps.type_as(h), near(there, self.first, h.size(1))))
-
-
 class Norm(nn.Module):
-    """RMSNorm without gain; GPT-2's LayerNorm; LLaMA's RMSNorm."""
+    """RMSNorm without gain; LayerNorm of gpt2 and ddit; LLaMA's RMSNorm."""
 
-    def __init__(self, config):
+    def __init__(self, config, width=0):
         super().__init__()
-        self.shape, self.eps = (config.n_embd,), config.norm_eps
+        self.shape, self.eps = (width or config.n_embd,), config.norm_eps
         self.weight = nn.Parameter(torch.ones(self.shape)) if config.arch != 'ours' else None
-        self.bias = nn.Parameter(torch.zeros(self.shape)) if config.arch == 'gpt2' else None
+        layer_norm = config.arch in ('gpt2', 'ddit')
+        self.bias = nn.Parameter(torch.zeros(self.shape)) if layer_norm else None
 
     def forward(self, x):
         if self.weight is None:
@@ -191,18 +156,19 @@ class Attention(nn.Module):
     def __init__(self, config, causal):
         super().__init__()
         self.causal, self.ours, self.rotary = causal, config.arch == 'ours', config.arch != 'gpt2'
-        self.n_head, self.width = config.n_head, config.n_embd // config.n_head
+        self.n_head, self.width = config.n_head, config.width
         self.n_kv_head = config.n_kv_head or config.n_head
         heads = self.n_head + 2 * self.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, heads * self.width, bias=not self.rotary)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.rotary)
+        self.qkv = nn.Linear(config.n_embd, heads * self.width, bias=config.qkv_bias or not self.rotary)
+        self.proj = nn.Linear(self.n_head * self.width, config.n_embd, bias=not self.rotary)
+        self.q_norm, self.k_norm = (Norm(config, self.width) if config.qk_norm else None for _ in range(2))
         if self.ours:
             self.gate = nn.Linear(config.n_embd, config.n_head, bias=False)
             self.mix = nn.Parameter(torch.zeros(self.n_kv_head))
 
     def forward(self, x, rotary, mask, cache, first):
         """x (B, T, C) -> (B, T, C). first, passed on: the first block's values (B, H, T, D); there None."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)
         # (B, n_head, T, D), twice (B, n_kv_head, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
@@ -210,6 +176,8 @@ class Attention(nn.Module):
         if self.ours:
             v = v + self.mix.type_as(v)[:, None, None] * first
             q, k = F.rms_norm(q, q.shape[-1:]).type_as(v), F.rms_norm(k, k.shape[-1:]).type_as(v)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
@@ -217,7 +185,7 @@ class Attention(nn.Module):
         y = attention(q, k, v, self.causal, mask)
         if self.ours:  # a head counts 0 to 2 times, at first once
             y = y * (2 * self.gate(x).sigmoid()).transpose(1, 2)[..., None]
-        return self.proj(y.transpose(1, 2).reshape(B, T, C)), first
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1)), first
 
 
 def swiglu(x):
@@ -225,13 +193,17 @@ def swiglu(x):
     return F.silu(gate) * up
 
 
-ACTS = dict(ours=lambda x: F.relu(x).square(), gpt2=lambda x: F.gelu(x, approximate='tanh'), llama=swiglu)
+def gelu(x):
+    return F.gelu(x, approximate='tanh')
+
+
+ACTS = dict(ours=lambda x: F.relu(x).square(), gpt2=gelu, llama=swiglu, ddit=gelu)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        inner, bias = config.n_inner or 4 * config.n_embd, config.arch == 'gpt2'
+        inner, bias = config.n_inner or 4 * config.n_embd, config.arch in ('gpt2', 'ddit')
         self.act = ACTS[config.arch]
         self.fc = nn.Linear(config.n_embd, inner * (1 + (config.arch == 'llama')), bias=bias)
         self.proj = nn.Linear(inner, config.n_embd, bias=bias)
@@ -241,26 +213,32 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, causal, timed):
+    def __init__(self, config, causal, time_width):
         super().__init__()
         ours = config.arch == 'ours'
         self.norm1, self.attn = Norm(config), Attention(config, causal)
         self.norm2, self.mlp = Norm(config), MLP(config)
         self.near1, self.near2 = (Neighbours(config, causal) if ours else None for _ in range(2))
         self.drop = nn.Dropout(config.dropout)
-        self.film = nn.Linear(TIME_WAVES, 4 * config.n_embd) if timed else None
+        self.changes = 6 if config.arch == 'ddit' else 4  # scales and shifts; gates
+        self.film = nn.Linear(time_width, self.changes * config.n_embd) if time_width else None
 
     def forward(self, x, rotary, mask, cache, near, time, first):
-        film = [None] * 4 if self.film is None else self.film(time).chunk(4, dim=-1)  # (B, 1 or T, C) each
-        h = self.read(self.norm1(x), *film[:2], self.near1, near, cache)
+        film = self.film(time).chunk(self.changes, dim=-1) if self.film else []  # (B, 1 or T, C) each
+        scale1, shift1, scale2, shift2, gate1, gate2 = (*film, *[None] * 6)[:6]
+        h = self.read(self.norm1(x), scale1, shift1, self.near1, near, cache)
         h, first = self.attn(h, rotary, mask, cache, first)
-        x = x + self.drop(h)
-        h = self.read(self.norm2(x), *film[2:], self.near2, near, cache)
-        return x + self.drop(self.mlp(h)), first
+        x = x + gated(self.drop(h), gate1)
+        h = self.read(self.norm2(x), scale2, shift2, self.near2, near, cache)
+        return x + gated(self.drop(self.mlp(h)), gate2), first
 
     def read(self, h, scale, shift, neighbours, near, cache):
         h = h if scale is None else h * (1 + scale) + shift
         return h if neighbours is None else neighbours(h, near, cache)
+
+
+def gated(h, gate):
+    return h if gate is None else h * (1 + gate)
 
 
 class GPT(nn.Module):
@@ -272,12 +250,14 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size + marks, config.n_embd) if tokens else None
         self.pos = nn.Embedding(config.block_size, config.n_embd) if config.arch == 'gpt2' else None
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, causal, timed) for _ in range(config.n_layer))
-        self.norm = Norm(config)
-        own = tokens and config.arch != 'gpt2' and not config.tied
-        self.head = nn.Linear(config.n_embd, self.outputs, bias=False) if own else None
-        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head, config.rope_base,
-                                config.rope_factor, config.rope_trained)
+        ddit, own = config.arch == 'ddit', tokens and config.arch != 'gpt2' and not config.tied
+        self.time = None if not timed else Waves(config.time_as_t) if ddit else Cosines()
+        width = self.time.width if timed else 0
+        self.blocks = nn.ModuleList(Block(config, causal, width) for _ in range(config.n_layer))
+        self.norm, self.film = Norm(config), nn.Linear(width, 2 * config.n_embd) if timed and ddit else None
+        self.head = nn.Linear(config.n_embd, self.outputs, bias=ddit) if own else None
+        cos, sin = rotary_table(config.block_size, config.width, config.rope_base, config.rope_factor,
+                                config.rope_trained)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
@@ -316,14 +296,15 @@ class GPT(nn.Module):
         h, rotary = self.drop(h), (self.cos[where], self.sin[where])
         if rotary[0].dim() == 3:  # positions of every row, for all heads
             rotary = rotary[0][:, None], rotary[1][:, None]
-        waves = None if time is None else cosines(time if time.dim() == 2 else time[:, None])
+        time = None if time is None else self.time(time if time.dim() == 2 else time[:, None])
         near = near or (beside if mask is None else seen_beside(mask, h.size(1)))
         first = None
         for block in self.blocks:
-            h, first = block(h, rotary, mask, cache, near, waves, first)
+            h, first = block(h, rotary, mask, cache, near, time, first)
         if cache is not None:
             cache.length += h.size(1)
-        return self.norm(h)
+        shift, scale = (None, None) if self.film is None else self.film(time).chunk(2, dim=-1)
+        return self.norm(h) if scale is None else self.norm(h) * (1 + scale) + shift
 
     def logits(self, h):
         """Hidden states (..., C) -> logits (..., V); of row V only if the model was built with it."""

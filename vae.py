@@ -133,7 +133,7 @@ class Model(nn.Module):
         for p in (self.w_e.bias, self.w_d.bias, *(self.w_var.parameters() if self.w_var else ())):
             nn.init.zeros_(p)
         self.clock = clock.Clock()
-        starts = torch.arange(n) * c.block_size // n
+        starts = torch.arange(n, device='cpu') * c.block_size // n
         self.register_buffer('segments', starts, persistent=False)
         self.register_buffer('centres', starts + c.block_size // (2 * n), persistent=False)
         self.register_buffer('mean', torch.zeros(n, d))  # of mu, see `measure`

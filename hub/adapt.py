@@ -7,6 +7,7 @@ its matrices, norms and head, and of its embedding the rows of the tokens (Diffu
 at first; DiffuGPT reuses the row of a rare token, which then counts as masked wherever it occurs. Fine-tuning
 is the same without a change of objective.
 """
+from collections import ChainMap
 from dataclasses import fields
 
 import torch
@@ -46,11 +47,13 @@ def check_shape(config, checkpoint, source):
 
 def marks(objective, config):
     """What the rows of the embedding beyond the vocabulary are for."""
-    return ['bos'] if objective == 'ar' else ['mask'] + ['bos'] * config.get('shift', False)
+    if objective == 'ar':
+        return ['bos']
+    return ['mask'] + ['bos'] * (config.get('shift', False) and config.get('bos', True))
 
 
 def turned(taps, was_causal):
-    """The taps (TAPS, C) of model.Neighbours for the other kind of network: those of neighbours that both
+    """The taps (TAPS, C) of parts/neighbours.py for the other kind of network: those of neighbours that both
     reach stay, the others are lost (begin at zero)."""
     shift = len(taps) // 2  # places between a causal network's first neighbour and a denoiser's
     return F.pad(taps[shift:], (0, 0, 0, shift)) if was_causal else F.pad(taps[:-shift], (0, 0, shift, 0))
@@ -62,13 +65,13 @@ def take_over(net, objective, config, checkpoint):
     mark that the checkpoint has no row for begins as the mean of the tokens' rows. Raises ValueError."""
     if checkpoint['objective'] not in ONE_TRANSFORMER:
         return net.load_state_dict(checkpoint['ema'])
-    weights, V = lora.folded(checkpoint['ema'], checkpoint['config']), config['vocab_size']
+    weights, V = ChainMap({}, lora.folded(checkpoint['ema'], checkpoint['config'])), config['vocab_size']
     rows = weights['gpt.embed.weight']
     there = dict(zip(marks(checkpoint['objective'], checkpoint['config']), rows[V:]))
     fresh = [there.get(mark, rows[:V].mean(0)) for mark in marks(objective, config)]
     weights['gpt.embed.weight'] = torch.cat([rows[:V], torch.stack(fresh)])
     if 'gpt.pos.weight' in weights:  # the context may be cut
-        rows = config['block_size'] + config.get('shift', False)  # [BOS] takes one
+        rows = config['block_size'] + len(marks(objective, config)) - 1  # [BOS] of a denoiser takes one
         weights['gpt.pos.weight'] = weights['gpt.pos.weight'][:rows]
     was, will = (objective == 'ar' for objective in (checkpoint['objective'], objective))
     for name in [name for name in weights if name.endswith('.taps') and was != will]:

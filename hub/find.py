@@ -19,9 +19,10 @@ from pathlib import Path
 
 import common
 from configurator import fail
-from hub import web
-from hub.folder import read_folder, shards, tokenizer_of
+from hub import layout, web
+from hub.folder import described, read_folder
 from hub.older import upgraded
+from hub.tensors import shards
 from text import files
 
 SHIPPED = Path(__file__).parents[1] / 'trained' / 'shakespeare.pt'  # how it was made: README.md there
@@ -43,7 +44,7 @@ def find(source, which='best'):
     on_hub = (re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', source) and path.suffix != '.pt'
               and not path.parent.exists() and not OURS.fullmatch(path.parts[0]))
     if source in GPT2 and not path.exists() or on_hub:
-        return source, upgraded(read_folder(download(source)))
+        return source, upgraded(read_folder(download(source), source))
     if source and not path.exists() and len(path.parts) == 1 and not source.startswith('out'):
         fail(f"there is no {source} here: `python train.py config/train_mdlm.py` makes a checkpoint; "
              f"others' are {', '.join(GPT2)}, and owner/name on the hub")
@@ -74,7 +75,7 @@ def tokenizer(source):
         meta = find(source)[1]['tokenizer']
     else:
         folder = folder if folder.is_dir() else download(source, weights=False)
-        meta = tokenizer_of(folder, files.read_json(folder / 'config.json'))
+        meta = described(folder, source).tokenizer
     return {k: v for k, v in meta.items() if k not in ('source', 'sha256', 'before', 'sep')}
 
 
@@ -97,7 +98,7 @@ def whole(folder, weights):
     if not there('config.json') or weights and not all(map(there, shards(folder))):
         return False
     return (there('tokenizer.json') or there('tokenizer.model')
-            or files.read_json(folder / 'config.json').get('model_type') == 'gpt2')  # tiktoken has GPT-2's
+            or has_gpt2s(files.read_json(folder / 'config.json')))
 
 
 def download(repository, weights=True):
@@ -113,13 +114,31 @@ def download(repository, weights=True):
             return folder
     get = functools.partial(get_file, repository, folder)
     get('config.json', needed=True)
+    refuse_unknown(files.read_json(folder / 'config.json'), repository)
     if not (get('tokenizer.json') or get('tokenizer.model')):
         get('vocab.json'), get('merges.txt')
+    get('tokenizer_config.json'), get('chat_template.jinja')  # how it is spoken to, if it is
     if weights and not get('model.safetensors'):
         get('model.safetensors.index.json')
         for name in shards(folder):
             get(name, needed=True)
     return folder
+
+
+def refuse_unknown(theirs, repository):
+    """End the script if a config.json (dict) is of a model that cannot be read."""
+    try:
+        layout.family_of(theirs, repository)
+    except ValueError as e:
+        fail(f"{repository}: {e}")
+
+
+def has_gpt2s(theirs):
+    """Does a model with this config.json (dict) have GPT-2's tokens, which tiktoken has?"""
+    try:
+        return layout.family_of(theirs).tokenizer == 'gpt2'
+    except ValueError:
+        return False
 
 
 def get_file(repository, folder, name, needed=False):

@@ -2,135 +2,155 @@
 Folders in Hugging Face's layout: config.json, *.safetensors and a tokenizer, read and written.
 
 Only tensors are read, no code (no pickle), and all of them: one that has no place in the model ends the
-script, and so do quantised weights. What others do not have, the rows of [MASK] and [BOS] and the objective,
-is written into a tensor `unmask.marks` and into config.json under `unmask`; others ignore it.
+script, and so do quantised weights. hub/families.py has the tables of the models that are known. What others
+do not have, the objective and a tokenizer without a file, is written into config.json under `unmask`; so are,
+into a tensor `unmask.marks`, rows of [MASK] and [BOS] where a layout has no place for them. Others ignore it.
 """
 import base64
-import functools
 import json
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import common
-import model
 from configurator import convert, fail, knobs_of
 from hub import adapt, layout
+from hub.families import Family, family_to_write
+from hub.tensors import Weights, read, stored_in
 from parts import lora
 from text import files
+from text.chat import template_in
 from text.vocabulary import library
 
-PLAIN = ('F64', 'F32', 'F16', 'BF16')  # safetensors' names for the types of weights that are numbers
-# constants of attention that may stand beside the weights, in older versions too
-CONSTANTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq')
-
-
-# ---- tensors ----------------------------------------------------------------------------------------------
-
-def shards(folder):
-    """The names of the files that hold the tensors: model.safetensors, or else what the index says. (As in
-    transformers; an index beside model.safetensors is an older one's.)"""
-    index = folder / 'model.safetensors.index.json'
-    if not index.is_file():
-        return ['model.safetensors']
-    names = files.read_json(index).get('weight_map')
-    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
-    if not names or any(Path(name).name != name or not name.endswith('.safetensors') for name in names):
-        fail(f"{index} names no files, or others than *.safetensors beside it")
-    return ['model.safetensors'] if (folder / 'model.safetensors').is_file() else names
-
-
-def tensors_in(folder):
-    """{name: tensor} of a folder, or the script ends. safetensors reads a tensor when it is used."""
-    tensors, safetensors = {}, library('safetensors', 'weights in *.safetensors')
-    for path in (folder / name for name in shards(folder)):
-        if not path.is_file():
-            fail(f"{path} is missing; weights in a pickle (pytorch_model.bin) are not read")
-        try:
-            file = safetensors.safe_open(path, 'pt')
-        except Exception as e:  # SafetensorError is no class of Python's own
-            fail(f"{path} is cut short or damaged ({e}): remove it and get it again")
-        for name in file.keys():
-            kind = file.get_slice(name).get_dtype()
-            if kind not in PLAIN and not name.endswith(CONSTANTS):
-                fail(f"the tensor {name} in {path} is of type {kind}: quantised weights are not read here, "
-                     f"take the model as it was before")
-            if name in tensors:
-                fail(f"the tensor {name} is in {path} and in another file of the same model")
-            tensors[name] = file.get_tensor(name)
-    return tensors
-
-
-def renamed(tensors, config):
-    """The tensors by the names of `layout.names_of`, however they are stored: with or without the prefix of
-    the body, and an embedding that is also the head under either name, or both."""
-    prefix, embed, head = 'model.', 'model.embed_tokens.weight', 'lm_head.weight'
-    if config.arch == 'gpt2':
-        tensors = {name.removeprefix('transformer.'): t for name, t in tensors.items()}
-        embed = 'wte.weight'
-    elif not any(name.startswith(prefix) for name in tensors):
-        tensors = {name if name in (head, 'unmask.marks') else prefix + name: t
-                   for name, t in tensors.items()}
-    if (config.tied or config.arch == 'gpt2') and head in tensors:
-        same = tensors.pop(head)
-        if not tensors.setdefault(embed, same).equal(same):
-            fail(f"{embed} and {head} differ, but config.json says that they are one (tie_word_embeddings)")
-    return tensors
-
-
-def take(tensors, name, shape):
-    """Remove a tensor of this shape from the dict and return it in float32, or the script ends."""
-    if name not in tensors:
-        fail(f"the tensor {name} is missing")
-    tensor = tensors.pop(name)
-    if list(tensor.shape) != list(shape):
-        fail(f"the tensor {name} is of shape {tuple(tensor.shape)} instead of {tuple(shape)}")
-    return tensor.float()
+# constants that may stand beside the weights
+CONSTANTS = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq', 'rotary_emb.cos_cached',
+             'rotary_emb.sin_cached', 'sampling_eps_min', 'sampling_eps_max')
 
 
 # ---- reading ----------------------------------------------------------------------------------------------
 
-def read_folder(folder):
-    """A folder in Hugging Face's layout -> a checkpoint dict, see common.load; or the script ends. One of
-    others is an autoregressive model; its [BOS] is the row of their bos token."""
+def read_folder(folder, name=''):
+    """A folder in Hugging Face's layout -> a checkpoint dict, see common.load, whose tensors are read when
+    they are asked for; or the script ends. name: of the model, if it is not the folder's."""
+    folder, stored = Path(folder), stored_in(Path(folder), CONSTANTS)
+    what = described(folder, name, stored)
+    try:
+        with torch.device('meta'):
+            net = common.concept(what.objective).Model(what.config).gpt
+    except (ValueError, RuntimeError) as e:
+        fail(f"{folder / 'config.json'}: {e}")
+    shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    stored = one_embedding(layout.plain_names(stored, what.family), what.family, what.config)
+    marks = marks_beside(stored, shapes['embed.weight'], what.config) if what.marks is None else what.marks
+    weights = layout.to_ours(stored, what.family, what.config, shapes, what.rows, marks)
+    if stored:  # what is left may change what the others mean, as the scales of quantised weights do, or biases
+        fail(f"the tensor {min(s.name for s in stored.values())} (of {len(stored)}) has no place in this model: config.json and the "
+             f"weights do not belong together, or they are quantised or of a kind that model.py does not do")
+    weights = Weights({f'gpt.{name}': make for name, make in weights.made.items()})
+    own = part_of_ours(what.theirs) or dict(run={'dataset': ''}, iter=0, tokens=0)
+    return own | dict(objective=what.objective, config=asdict(what.config), tokenizer=what.tokenizer,
+                      model=weights, ema=weights)
+
+
+class Described(NamedTuple):
+    """What the small files of a folder say."""
+    theirs: dict       # config.json
+    family: Family
+    objective: str
+    config: object     # of the objective
+    tokenizer: dict    # the meta of vocabulary.Tokenizer
+    rows: int          # of their embedding
+    marks: list        # what our rows of [MASK] and [BOS] are, see layout.to_ours; None: a tensor of its own
+
+
+def described(folder, name='', stored=()):
+    """What kind of model lies in a folder, from its small files; or the script ends. name: of the model, if
+    it is not the folder's; stored: the names of its tensors, if they are there."""
     folder = Path(folder)
     theirs = files.read_json(folder / 'config.json')
-    own, (shape, shapes) = part_of_ours(theirs), shape_in(folder, theirs)
-    tensors = renamed(tensors_in(folder), shape)
-    weights = layout.to_ours(functools.partial(take, tensors), shape, shapes)
-    embed = weights['embed.weight']
-    if own:
-        for name in adapt.SHAPE & own['config'].keys() - {'block_size'}:
-            if own['config'][name] != getattr(shape, name):
-                fail(f"{folder / 'config.json'} says {name}={getattr(shape, name)}, its part `unmask` "
-                     f"{own['config'][name]}")
-        n = len(adapt.marks(own['objective'], own['config']))
-        marks = take(tensors, 'unmask.marks', (n, shape.n_embd))
-    else:
-        own = dict(objective='ar', config=asdict(shape), run={'dataset': ''}, iter=0, tokens=0)
-        ids = [i for i in (special(theirs, 'bos'), special(theirs, 'eos')) if i is not None]
-        marks = embed[ids[0]:ids[0] + 1] if ids else embed.mean(0, keepdim=True)
-    # what is left may change what the others mean, as the scales of quantised weights do, or biases
-    rest = [name for name in tensors if not name.endswith(CONSTANTS)]
-    if rest:
-        fail(f"the tensor {min(rest)} (of {len(rest)}) has no place in this model: config.json and the "
-             f"weights do not belong together, or they are quantised or of a kind that model.py does not do")
-    weights['embed.weight'] = torch.cat([embed, marks])
-    weights = {f'gpt.{name}': p for name, p in weights.items()}
-    return own | dict(tokenizer=tokenizer_of(folder, theirs), model=weights, ema=weights)
-
-
-def shape_in(folder, theirs):
-    """config.json (dict) -> (model.Config, {name: shape} of GPT's tensors), or the script ends."""
+    own = part_of_ours(theirs)
     try:
-        shape, knobs = layout.shape_of(theirs), knobs_of(model.Config)
-        shape = model.Config(**{name: convert(knobs[name], value) for name, value in shape.items()})
-        with torch.device('meta'):
-            return shape, {name: p.shape for name, p in model.GPT(shape, True, marks=0).state_dict().items()}
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
+        family = layout.family_of(theirs, name or folder.absolute().name, stored)
+        knobs = layout.shape_of(theirs, family)
+        rows, objective = knobs['vocab_size'] + (family.mask == 'beyond'), own.get('objective', family.objective)
+        if own:
+            config, marks = own['config'], own.get('mark_rows')
+            check_same(knobs, config, folder)
+        else:
+            config, marks = without_marks(knobs, family, theirs, rows, folder)
+        Config = common.concept(objective).Config
+        of_concept = knobs_of(Config)
+        config = Config(**{name: convert(of_concept[name], value) for name, value in config.items()})
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as e:
         fail(f"{folder / 'config.json'}: {f'{e} is missing' if type(e) is KeyError else e}")
+    return Described(theirs, family, objective, config, tokenizer_of(folder, theirs, family, config.vocab_size),
+                     rows, marks)
+
+
+def check_same(knobs, config, folder):
+    """Do config.json and its part `unmask` say the same? Or the script ends."""
+    default = dict(n_inner=4 * knobs['n_embd'], n_kv_head=knobs['n_head'])  # what 0 stands for
+    for name in adapt.SHAPE & config.keys() & knobs.keys() - {'block_size', 'vocab_size'}:
+        if (config[name] or default.get(name)) != (knobs[name] or default.get(name)):
+            fail(f"{folder / 'config.json'} says {name}={knobs[name]}, its part `unmask` {config[name]}")
+
+
+def without_marks(knobs, family, theirs, rows, folder):
+    """The knobs of a model of others, whose rows of the embedding are tokens and, maybe, [MASK] -> (knobs of
+    ours, what the rows of our marks are, see layout.to_ours)."""
+    config = dict(knobs)
+    ids = [i for i in (special(theirs, 'bos'), special(theirs, 'eos')) if i is not None]
+    bos = ids[0] if ids else None
+    if family.mask is None:
+        return config, [bos]
+    mask = mask_of(family.mask, theirs, rows, folder)
+    if mask == rows - 1:  # the last row is no token
+        config['vocab_size'] = rows - 1
+    elif family.objective == 'masked':
+        config['old_mask'] = mask
+    if config.get('shift') and config.get('bos', True):
+        config['block_size'] -= 1  # [BOS] takes a place
+        return config, [mask, bos]
+    return config, [mask]
+
+
+def mask_of(mask, theirs, rows, folder):
+    """The id of [MASK]. mask: see families.Family. Raises ValueError, KeyError."""
+    if mask in ('last', 'beyond'):
+        return rows - 1
+    if isinstance(mask, str) and mask in theirs:
+        mask = theirs[mask]
+    elif isinstance(mask, str):
+        added = {token.get('content'): token.get('id') for token in
+                 files.read_json(folder / 'tokenizer.json').get('added_tokens', [])}
+        mask = added[mask]
+    if type(mask) is not int or not 0 <= mask < rows:
+        raise ValueError(f"the id of [MASK], {mask}, has no row in an embedding of {rows}")
+    return mask
+
+
+def one_embedding(stored, family, config):
+    """The stored tensors without a head that is the embedding once more, under either name or both."""
+    embed, head = family.names['embed.weight'], 'lm_head.weight'
+    if (config.tied or config.arch == 'gpt2') and head in stored:
+        same = stored.pop(head)
+        if embed in stored and not read(stored[embed]).equal(read(same)):
+            fail(f"{embed} and {head} differ, but config.json says that they are one (tie_word_embeddings)")
+        stored.setdefault(embed, same)
+    return stored
+
+
+def marks_beside(stored, shape, config):
+    """A function that gives the rows of the marks, which we wrote into a tensor of its own."""
+    if 'unmask.marks' not in stored:
+        fail("the tensor unmask.marks is missing")
+    marks, n = stored.pop('unmask.marks'), shape[0] - config.vocab_size
+    if marks.shape != (n, shape[1]):
+        fail(f"the tensor unmask.marks is of shape {marks.shape} instead of {(n, shape[1])}")
+    return lambda: read(marks)
 
 
 def part_of_ours(theirs):
@@ -146,18 +166,19 @@ def special(theirs, name):
     """The id of the bos or eos token in a config.json, the first of several; None if it has no row."""
     ids = theirs.get(f'{name}_token_id')
     ids = ids if isinstance(ids, list) else [ids]
-    return next((i for i in ids if type(i) is int and 0 <= i < theirs['vocab_size']), None)
+    size = theirs.get('vocab_size', 0)
+    return next((i for i in ids if type(i) is int and 0 <= i < size), None)
 
 
-def tokenizer_of(folder, theirs):
-    """The meta of the tokenizer in a folder, see vocabulary.Tokenizer; or the script ends."""
-    own = part_of_ours(theirs).get('tokenizer', {})
+def tokenizer_of(folder, theirs, family, size):
+    """The meta of the tokenizer in a folder of a model of `size` tokens, see vocabulary.Tokenizer; or the
+    script ends."""
+    own, there = part_of_ours(theirs).get('tokenizer', {}), lambda name: (folder / name).is_file()
     if own.get('kind', 'json') != 'json':
         return own
-    size, there = theirs.get('vocab_size'), lambda name: (folder / name).is_file()
-    if not isinstance(size, int):
-        fail(f"{folder / 'config.json'} has no vocab_size")
-    known = dict(vocab_size=size, bos=special(theirs, 'bos'), end=special(theirs, 'eos')) | own
+    known = dict(vocab_size=size, bos=special(theirs, 'bos'), end=special(theirs, 'eos'))
+    known |= dict(first=True) if family.first else {}
+    known = known | dict(chat=chat) | own if (chat := template_in(folder)) else known | own
     source = files.read_json(folder / 'tokenizer.json') if there('tokenizer.json') else {}
     pairs = source.get('model')
     of_bytes = isinstance(pairs, dict) and not pairs.get('byte_fallback')
@@ -173,49 +194,72 @@ def tokenizer_of(folder, theirs):
                       pre_tokenizer=dict(type='ByteLevel'))
     if source:
         return known | dict(kind='json', json=source)
-    if theirs.get('model_type') == 'gpt2' and size == 50257:
-        return dict(kind='gpt2')
+    if family.tokenizer == 'gpt2' and size >= 50257:
+        more = dict(vocab_size=size) if size > 50257 else {}  # GIDD's padding
+        return dict(kind='gpt2') | more | ({'first': True} if family.first else {})
     fail(f"{folder} holds no tokenizer.json and no tokenizer.model")
 
 
 # ---- writing ----------------------------------------------------------------------------------------------
 
 def write_folder(checkpoint, folder):
-    """A checkpoint dict of ours -> a folder in Hugging Face's layout, adapters merged; or the script ends.
+    """A checkpoint dict of ours -> a folder in the layout of its family, adapters merged; or the script ends.
     Returns their tensors."""
-    tensors, shape = in_layout(checkpoint)
-    meta, theirs, small = checkpoint['tokenizer'], layout.config_json(shape), {}
+    config, family = in_layout(checkpoint)
+    weights = lora.folded(checkpoint['ema'], checkpoint['config'])
+    weights = {name.removeprefix('gpt.'): p for name, p in weights.items()}
+    rows, V = weights['embed.weight'], config.vocab_size
+    names = adapt.marks(checkpoint['objective'], checkpoint['config'])
     own = {name: checkpoint[name] for name in ('objective', 'run', 'iter', 'tokens')}
-    own |= dict(config=checkpoint['config'] | {'lora_rank': 0}, tokenizer=meta,
-                rows=checkpoint.get('rows', {}))
-    if meta['kind'] == 'json':
-        own['tokenizer'] = {k: v for k, v in meta.items() if k != 'json'}
-        theirs |= dict(eos_token_id=meta['end'], bos_token_id=meta.get('bos'))
-        small['tokenizer.json'] = json.dumps(meta['json'], ensure_ascii=False).encode()
-    else:
-        print(f"note: a tokenizer of kind {meta['kind']} has no file in that layout, it goes into "
-              f"config.json, where only this repository looks", file=sys.stderr)
+    own |= dict(config=checkpoint['config'] | {'lora_rank': 0}, rows=checkpoint.get('rows', {}))
+    beside = {}
+    if family.mask is None:  # a layout that has no row for them
+        weights['embed.weight'], beside = rows[:V], {'unmask.marks': rows[V:].contiguous()}
+        size = dict(vocab_size=V)
+    else:  # the tokens, maybe [BOS], [MASK]
+        order = [V + i for i in reversed(range(len(names)))]
+        weights['embed.weight'] = torch.cat([rows[:V], rows[order]])
+        own['mark_rows'] = [len(rows) - 1 - i for i in range(len(names))]
+        for name in {'head.weight', 'head.bias'} & weights.keys():
+            p = weights[name]
+            weights[name] = torch.cat([p, p.new_zeros(len(names), *p.shape[1:])])
+        size = dict(vocab_size=len(rows) - (family.mask == 'beyond'))
+    try:
+        tensors = layout.to_theirs(weights, family, config)
+    except ValueError as e:
+        fail(f"the checkpoint has no counterpart in Hugging Face's layout: {e}")
+    places = len(weights['pos.weight']) if config.arch == 'gpt2' else config.block_size
+    theirs = layout.config_json(config, family, **size, block_size=places)
+    if isinstance(family.mask, str) and family.mask.endswith('_id'):
+        theirs[family.mask] = len(rows) - 1
+    theirs |= dict(bos_token_id=V) if len(names) > 1 and family.mask else {}
+    small = tokenizer_files(checkpoint['tokenizer'], own, theirs)
     small['config.json'] = json.dumps(theirs | dict(unmask=own), indent=1).encode()
+    tensors |= beside
     whole = library('safetensors.torch', "a folder in this layout").save(tensors, {'format': 'pt'})
     files.write_all(folder, small | {'model.safetensors': whole})
     return tensors
 
 
+def tokenizer_files(meta, own, theirs):
+    """The files {name: bytes} of a tokenizer; what has none goes into our part of config.json."""
+    if meta['kind'] != 'json':
+        own['tokenizer'] = meta
+        print(f"note: a tokenizer of kind {meta['kind']} has no file in that layout, it goes into "
+              f"config.json, where only this repository looks", file=sys.stderr)
+        return {}
+    own['tokenizer'] = {k: v for k, v in meta.items() if k != 'json'}
+    theirs |= dict(eos_token_id=meta['end'])
+    theirs.setdefault('bos_token_id', meta.get('bos'))
+    return {'tokenizer.json': json.dumps(meta['json'], ensure_ascii=False).encode()}
+
+
 def in_layout(checkpoint):
-    """A checkpoint dict -> (their tensors and ours of the marks, model.Config), or the script ends."""
-    objective, lost = checkpoint['objective'], "has no counterpart in Hugging Face's layout"
-    arch = checkpoint['config'].get('arch', 'ours')
-    if objective not in ('ar', 'masked') or arch == 'ours':
-        fail(f"objective={objective}, arch={arch} {lost}: ar and masked of arch=gpt2 and arch=llama have")
+    """A checkpoint dict -> (its Config, the Family of its layout), or the script ends."""
+    objective = checkpoint['objective']
     config = common.concept(objective).Config(**checkpoint['config'])
-    weights = lora.folded(checkpoint['ema'], checkpoint['config'])
-    weights = {name.removeprefix('gpt.'): p for name, p in weights.items()}
-    rows, V = weights['embed.weight'], config.vocab_size
-    weights['embed.weight'] = rows[:V]
-    shape = model.Config(**{f.name: getattr(config, f.name) for f in fields(model.Config)})
-    if arch == 'gpt2':  # with shift there is a position more, for [BOS]
-        shape = replace(shape, block_size=len(weights['pos.weight']))
-    odd = weights.keys() ^ layout.names_of(shape).keys()
-    if odd:
-        fail(f"the checkpoint {lost}: {', '.join(sorted(odd)[:3])}")
-    return layout.to_theirs(weights, shape) | {'unmask.marks': rows[V:].contiguous()}, shape
+    family = family_to_write(objective, config)
+    if family is None:
+        fail(f"objective={objective}, arch={config.arch} has no counterpart in Hugging Face's layout: ar and "
+             f"masked of arch=gpt2, llama and ddit have, block and sedd of ddit")
+    return config, family

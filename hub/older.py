@@ -3,7 +3,7 @@ Checkpoints that earlier versions of this repository wrote, with today's names.
 """
 import re
 
-from model import TAPS
+from parts.neighbours import TAPS
 
 OBJECTIVES = dict(subs='masked', sedd='sedd', d3pm='d3pm')  # by `parameterization`, all once `masked`
 CONFIG_GONE = ('copy_weight', 'bell_center', 'bell_width', 'random_length', 'parameterization', 'law_mean',
@@ -16,7 +16,9 @@ def upgraded(checkpoint):
     (hub/folder.py), comes back as it is."""
     config, run = dict(checkpoint['config']), dict(checkpoint['run'])
     objective, meta = checkpoint['objective'], checkpoint['tokenizer']
-    whole = {which: completed(checkpoint[which], config) for which in ('model', 'ema')}
+    ours = config.get('arch', 'ours') == 'ours'
+    whole = {which: completed(checkpoint[which], config) if ours else checkpoint[which]
+             for which in ('model', 'ema')}
     if 'packed' not in run:
         return checkpoint | whole | dict(run={k: v for k, v in run.items() if k not in RUN_GONE})
     if objective == 'masked':
@@ -59,3 +61,4 @@ def completed(weights, config):
             out.setdefault(f'{at}blocks.{number}.attn.gate.weight', matrix.new_zeros(H, C))
             out.setdefault(f'{at}blocks.{number}.attn.mix', matrix.new_zeros(config.get('n_kv_head') or H))
     return out
+

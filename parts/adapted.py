@@ -2,7 +2,8 @@
 How a denoiser that was an autoregressive model reads its input (DiffuGPT and DiffuLLaMA, arXiv 2410.17891).
 
 Two things may ease the change. `shift`: the network reads [BOS] xt, and what it says at position i is about
-token i + 1, as before; what it says at the last position is dropped. `anneal_iters`: in training a query sees
+token i + 1, as before; what it says at the last position is dropped. (Dream has no [BOS]: its first token is
+predicted where it stands.) `anneal_iters`: in training a query sees
 the past and, with probability r, each later token, one draw per step; r rises to 1 in so many steps. Outside
 of training every query sees everything. hub/adapt.py moves the weights.
 """
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from configurator import Natural
+from configurator import Fixed, Natural
 from parts import clock, lora
 
 
@@ -21,6 +22,9 @@ class Config(lora.Config):
     # a denoiser that was an autoregressive model
     shift: bool = False        # position i predicts token i + 1, as in an autoregressive model
     anneal_iters: Natural = 0  # steps until every token sees all others; 0: from the start
+    # set by the weights of others
+    bos: Fixed[bool] = True    # shift: does [BOS] stand in front of the text?
+    old_mask: Fixed[int] = -1  # the id of their [MASK], if it is one of the V tokens: never written
 
 
 def partly_causal(T, r):
@@ -32,13 +36,15 @@ def partly_causal(T, r):
 
 class Adapted(model.GPT):
     def __init__(self, config, **how):
-        super().__init__(replace(config, block_size=config.block_size + config.shift), causal=False,
-                         marks=1 + config.shift, **how)
-        self.shift, self.anneal_iters, self.clock = config.shift, config.anneal_iters, clock.Clock()
+        leads = config.shift and config.bos
+        super().__init__(replace(config, block_size=config.block_size + leads), causal=False,
+                         marks=1 + leads, **how)
+        self.shift, self.leads, self.anneal_iters = config.shift, leads, config.anneal_iters
+        self.clock = clock.Clock()
 
-    def forward(self, x, mask=None, time=None, where=None, only=None):
+    def forward(self, x, mask=None, cache=None, time=None, where=None, only=None):
         """As of GPT, with the shift undone: logits (B, T, V) of tokens x (B, T), or (N, V) at `only`."""
-        if self.shift:
+        if self.leads:
             x = F.pad(x, (1, 0), value=self.config.vocab_size + 1)  # [BOS], which sees what x[:, 0] sees
             if mask is not None:  # of one text and its padding
                 mask = torch.cat([mask[..., :1, :], mask], -2)
@@ -46,10 +52,10 @@ class Adapted(model.GPT):
         if self.training and self.anneal_iters:
             seen = partly_causal(x.size(1), ((self.clock.steps + 1) / self.anneal_iters).clamp(max=1))
             mask = seen if mask is None else seen & mask
-        if self.shift and only is not None:
-            only = F.pad(only, (0, 1))
-        out = super().forward(x, mask, time=time, where=where, only=only)
-        return out[:, :-1] if self.shift and only is None else out
+        h = self.trunk(self.embed(x), mask, cache, time, where)
+        if self.shift:  # what stands before a token says what it is; without [BOS] the first one does itself
+            h = h[:, :-1] if self.leads else torch.cat([h[:, :1], h[:, :-1]], 1)
+        return self.logits(h if only is None else h[only])
 
 
 def network(config, **how):

@@ -10,7 +10,7 @@ class Clock(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer('steps', torch.zeros(()), persistent=False)
+        self.register_buffer('steps', torch.zeros((), device='cpu'), persistent=False)
 
 
 def set_clocks(net, steps):

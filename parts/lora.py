@@ -95,6 +95,8 @@ def load_base(net, weights):
 def folded(weights, config):
     """The state dict of the merged network, from that of an adapted one (or of one that is not). config: a
     dict with lora_alpha."""
+    if not any(name.endswith('.A') for name in weights):
+        return weights
     out = {}
     for name, p in weights.items():
         at, _, last = name.rpartition('.')

@@ -17,7 +17,7 @@ OTHERS = ('generate.py', 'data/NAME/prepare.py')  # files of other repositories 
 LOWER = {'configurator', 'model', 'unmask'}
 
 # who may import whom, from above down; a name stands for a file of the ground floor or for a room
-BELOW = {'configurator': set(), 'text': {'configurator'}, 'model': {'configurator'},
+BELOW = {'configurator': set(), 'text': {'configurator'}, 'model': {'configurator', 'parts'},
          'unmask': {'configurator'}, 'parts': {'configurator', 'model', 'text'},
          **{name: LOWER | OBJECTIVES - {name} | {'parts', 'text'} for name in OBJECTIVES}}
 BELOW['common'] = {'configurator', 'text', *LOWER, *OBJECTIVES}

@@ -10,6 +10,7 @@ import ar
 import masked
 import model
 from parts import muon as optimizing
+from parts import neighbours
 
 
 def random_gpt(causal, arch='ours', T=12):
@@ -36,11 +37,11 @@ def convolved(h, taps, first, seen):
 def test_the_convolution_adds_up_the_neighbours_that_a_token_sees(causal, kind):
     torch.manual_seed(0)
     config, h = model.Config(vocab_size=7, n_head=2, n_embd=8), torch.randn(2, 9, 8)
-    near = model.Neighbours(config, causal)
+    near = neighbours.Neighbours(config, causal)
     torch.nn.init.normal_(near.taps)
     mask = dict(none=None, keys=torch.rand(2, 1, 1, 9) < 0.6, full=torch.rand(9, 9) < 0.6)[kind]
     seen = torch.ones(2, 9, 9, dtype=torch.bool) if mask is None else mask.view(-1, *mask.shape[-2:])
-    beside = model.beside if mask is None else model.seen_beside(mask, 9)
+    beside = neighbours.beside if mask is None else neighbours.seen_beside(mask, 9)
     expected = convolved(h, near.taps, near.first, seen.expand(2, 9, 9))
     assert torch.allclose(near(h, beside, None), expected, atol=1e-6)
     assert (near.first == -4) == causal

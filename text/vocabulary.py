@@ -9,6 +9,7 @@ tokenizer.json of GPT-2, SmolLM2 and LLaMA-3. Others are refused.
 import base64
 import importlib
 import itertools
+import unicodedata
 
 import numpy as np
 import torch
@@ -212,7 +213,9 @@ def json_tokens(meta):
         model, letters = source['model'], byte_letters()
         odd = {name: model.get(name) for name in ('byte_fallback', 'dropout', 'continuing_subword_prefix',
                                                   'end_of_word_suffix')}
-        odd |= dict(normalizer=source.get('normalizer'), type=model.get('type'))
+        normalizer = source.get('normalizer')
+        composed = normalizer == dict(type='NFC')  # Qwen's
+        odd |= dict(normalizer=None if composed else normalizer, type=model.get('type'))
         if any(value not in (None, False, '', 'BPE') for value in odd.values()):
             refuse(f"has {', '.join(f'{name}={value}' for name, value in odd.items() if value)}")
         added = {token['id']: token['content'].encode() for token in source.get('added_tokens', [])
@@ -233,7 +236,8 @@ def json_tokens(meta):
     if max(pieces, default=0) >= V:
         refuse(f"has id {max(pieces)}, the model a vocabulary of {V}")
     pieces |= added
-    return [pieces.get(i, b'') for i in range(V)], encode, meta['end']
+    nfc = lambda text: encode(unicodedata.normalize('NFC', text))
+    return [pieces.get(i, b'') for i in range(V)], nfc if composed else encode, meta['end']
 
 
 def sentencepiece_tokens(meta):

@@ -1,0 +1,2 @@
+def template_in(folder):
+    return ''
