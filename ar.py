@@ -13,7 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model
+from configurator import Positive
 from parts import lora
+from parts.steered import penalised
 from text.packing import counted, keep_apart, starts
 from unmask import sample_tokens
 
@@ -82,7 +84,8 @@ class Model(nn.Module):
         return (token_nats(self.logits(x, segment), x) * counted(x, segment, given)).sum(-1)
 
     @torch.no_grad()
-    def sample(self, xt, steps=0, temperature=1.0, top_k=0, top_p=1.0):
+    def sample(self, xt, steps=0, temperature=1.0, top_k=0, top_p=1.0, *,
+               repetition_penalty: Positive = 1.0):  # above 1: what is written already is less likely
         """Generator of canvases, one per token. xt (B, T) starts with the prompt; V is where to write.
 
         The same canvas as for a denoiser, so the same scripts serve both. steps is not used: it takes one for
@@ -92,6 +95,8 @@ class Model(nn.Module):
         new, xt = self.shifted(xt)[:, :start + 1], xt.clone()
         for i in range(start, xt.size(1)):
             logp = self.gpt(new, cache=cache)[:, -1].float().log_softmax(-1)
+            if repetition_penalty != 1:
+                logp = penalised(logp, xt, repetition_penalty)
             drawn = sample_tokens(logp, temperature, top_k, top_p)
             xt[:, i] = torch.where(xt[:, i] == self.mask_id, drawn, xt[:, i])  # some prompts are longer
             new = xt[:, i:i + 1]

@@ -7,17 +7,15 @@ of (seed, i) alone (`seed_everything`).
 """
 import contextlib
 import importlib
-import sys
 import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
-from tqdm import tqdm
 
 from configurator import fail
+from parts.filled import filled
 from text import files
 from text.packing import counted
 from text.vocabulary import Tokenizer
@@ -57,6 +55,13 @@ def fast_dtype(device):
 def autocast(device, dtype):
     """The precision of the networks; weights, losses and the mathematics around stay float32."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def precision(model, name, device):
+    """The same for a model that is to be measured. name: as of pick_dtype, or '', as its weights are stored."""
+    stored = next(model.parameters()).dtype
+    return autocast(device, stored if stored == torch.float32 and not name else
+                    pick_dtype(name or 'auto', device))
 
 
 def seed_everything(*numbers):
@@ -163,12 +168,11 @@ def concept(objective):
 def load_model(checkpoint, device, weights='ema', dtype='', **changes):
     """(model in eval mode, tokenizer) of a checkpoint dict; changes: config values to override.
     weights: ema | model, not averaged. dtype: 'float32' converts weights that hub/ reads in another type."""
-    module = concept(checkpoint['objective'])
-    kept = isinstance(checkpoint[weights], MutableMapping) and dtype != 'float32'
+    module, found = concept(checkpoint['objective']), checkpoint[weights]
+    make = lambda: module.Model(module.Config(**{**checkpoint['config'], **changes}))
+    stored = isinstance(found, MutableMapping) and not isinstance(found, dict)  # of others: in their own type
     try:
-        with torch.device('meta'):
-            model = module.Model(module.Config(**{**checkpoint['config'], **changes}))
-        fill(model, checkpoint[weights], device, None if kept else torch.float32)
+        model = filled(make, found, device, None if stored and dtype != 'float32' else torch.float32)
     except ValueError as e:
         fail(e)
     except (TypeError, RuntimeError) as e:
@@ -177,25 +181,4 @@ def load_model(checkpoint, device, weights='ema', dtype='', **changes):
     if tokenizer.vocab_size != model.config.vocab_size:
         fail(f"the checkpoint's tokenizer knows {tokenizer.vocab_size:,} tokens, its model "
              f"{model.config.vocab_size:,}")
-    return model.to(device).eval().requires_grad_(False), tokenizer
-
-
-def fill(model, weights, device, dtype=None):
-    """Give a model that lies on `meta` its weights, one after the other, so that memory holds none of them
-    twice. dtype: of all that are no integers; None: their own. Raises RuntimeError, ValueError."""
-    places, made = model.state_dict(keep_vars=True), {}
-    if odd := places.keys() ^ weights.keys():
-        raise RuntimeError(f"{min(odd)} is {'missing' if min(odd) in places else 'not known'}")
-    size = sum(p.numel() for p in {id(p): p for p in places.values()}.values())
-    with tqdm(total=size, unit=' weights', unit_scale=True, delay=2, leave=False,
-              disable=not sys.stderr.isatty()) as bar:
-        for name, old in places.items():
-            path, _, last = name.rpartition('.')
-            if id(old) not in made:  # else it is in the model twice
-                new = weights[name]
-                if new.shape != old.shape:
-                    raise RuntimeError(f"{name} is of shape {tuple(new.shape)} instead of {tuple(old.shape)}")
-                new = new.to(device, dtype if new.is_floating_point() else None)
-                made[id(old)] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
-                bar.update(new.numel())
-            setattr(model.get_submodule(path), last, made[id(old)])
+    return model.requires_grad_(False), tokenizer

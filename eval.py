@@ -112,8 +112,8 @@ def main(argv):
     changed = in_steps(checkpoint, config.T) if 'T' in chosen else checkpoint
     if config.block_size:
         changed = source.shortened(changed, config.block_size)
-    model, tokenizer = common.load_model(changed, device, config.weights)
-    amp = common.autocast(device, common.pick_dtype(config.dtype, device))
+    model, tokenizer = common.load_model(changed, device, config.weights, config.dtype)
+    amp = common.precision(model, config.dtype, device)
     if not config.judge:
         return likelihood(config, checkpoint, model, tokenizer, device, amp)
     try:

@@ -38,7 +38,9 @@ import torch
 import torch.nn as nn
 
 from ar import token_nats
+from configurator import Natural
 from parts import adapted
+from parts.cached import Cached
 from parts.schedules import SCHEDULES, noise
 from text.packing import counted, keep_apart
 from unmask import RULES, unmask  # noqa: F401  RULES: what sample.py may ask for, see ar.py
@@ -195,25 +197,24 @@ class Model(nn.Module):
         itself = torch.full((*xt.shape, self.mask_id), -torch.inf, device=xt.device)
         itself.scatter_(-1, token[..., None], 0.0)
         if xt.device.type != 'cpu' or torch.compiler.is_compiling():  # to select would wait for the device
-            return torch.where(masked[..., None], self.normalised(self.logits(xt, t)), itself)
+            logp = adapted.normalised(self.logits(xt, t), self.config)
+            return torch.where(masked[..., None], logp, itself)
         if (rows := masked.any(-1)).any():  # finished texts need no network, clean tokens no head
             logits = self.logits(xt[rows], None if t is None else t[rows], masked[rows])
-            itself[masked] = self.normalised(logits)
+            itself[masked] = adapted.normalised(logits, self.config)
         return itself
-
-    def normalised(self, logits):
-        """Logits (..., V) -> log p, float32; the id that was others' [MASK] has probability 0."""
-        old, logits = self.config.old_mask, logits.float()
-        if old >= 0:
-            logits = torch.cat([logits[..., :old], logits[..., old:old + 1] - torch.inf, logits[..., old + 1:]], -1)
-        return logits.log_softmax(-1)
 
     scores = denoise  # for rule=analytic; normalised here, not in sedd.py
 
     @torch.no_grad()
-    def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, **own):
+    def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, *,
+               cache: Literal['', 'prefix', 'dual'] = '',  # keep what is before a part (prefix), around it (dual)
+               refresh: Natural = 0,  # calls after which that is read anew; 0: at every part
+               **own):
         """Generator of canvases (B, T), one per network call; xt holds V where tokens are to be drawn. The
-        rules and their own knobs are those of unmask.py."""
+        rules and their own knobs are those of unmask.py, cache and refresh those of parts/cached.py."""
         how = dict(temperature=temperature, top_k=top_k, top_p=top_p, **own)
         ask = self.scores if rule == 'analytic' else self.denoise
+        if cache:
+            ask = Cached(self, xt, cache, refresh, own)
         yield from unmask(ask, xt, self.mask_id, steps, rule or 'ancestral', **how)

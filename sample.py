@@ -4,6 +4,7 @@ Write text with any checkpoint: unmasking, infilling, left to right, and texts l
     python sample.py --steps=64                                   # the newest checkpoint under out*/
     python sample.py --start="ROMEO:" --suffix="Exit." --rule=eb --gamma=0.1
     python sample.py --template="To be, ___ that is the ___." --hole=12
+    python sample.py --out_dir=GSAI-ML/LLaDA-8B-Instruct --chat="What is 12 times 7?" --part_length=32 --cache=dual
     python sample.py --watch                                      # the text as it denoises, in the terminal
     python sample.py --html=sample.html                           # the same as a page with a slider
 
@@ -25,7 +26,7 @@ from configurator import (Count, Filename, Natural, NonNegative, ShareAbove0, ar
                           help_of_rules, knobs_of, script, settings)
 from hub import find
 from parts.graphs import quick
-from text import ends, files
+from text import chat, ends, files
 from text.prompts import ids_of, prompt_of, starts
 from tools import page
 
@@ -56,6 +57,8 @@ class Config:
     suffix: str = ''             # given text at the end; FILE:path reads it from a file, as for template
     template: str = ''           # given text with ___ for each hole, instead of start and suffix
     hole: Count = 8              # tokens of a hole
+    chat: str = ''               # a message to a model that has a chat template; length: of the answer
+    early_end: Literal['', 'never', 'last'] = ''  # the end token of denoisers: never | last, behind all others
     stop: str = ''               # end a text after this string; <|endoftext|>: the model's own end
     min_entropy: NonNegative = 0.0  # stop when 256 tokens have less unigram entropy, nats (BD3-LM: 4)
 
@@ -66,18 +69,21 @@ class Config:
     def __post_init__(self):
         if self.template and (self.start or self.suffix or self.length):
             raise ValueError("template says where everything goes: leave out start, suffix and length")
+        if self.chat and (self.template or self.start or self.suffix):
+            raise ValueError("chat has a template of its own: leave out start, suffix and template")
 
 
 SAMPLER = [name for name, knob in knobs_of(Config).items() if knob.group == 'the sampler']
+ANSWER = 128  # tokens of an answer, unless --length= says it
 WINDOWS = 5   # to write after the start, if a model takes a canvas of any length and --length is not given
 PAUSE = 0.05  # seconds between the pictures of --watch
 
 
-def write(model, tokenizer, config, canvas, how):
+def write(model, tokenizer, config, canvas, how, marks=()):
     """From a canvas (B, L) to texts: (B of them, the canvases on the way if --html asks for them, network
-    calls, seconds). how: what model.sample is called with."""
+    calls, seconds). how: what model.sample is called with; marks: ids that end an answer."""
     V = tokenizer.vocab_size
-    stops = ends.of(tokenizer, config.stop, infilling=bool(config.suffix or config.template))
+    stops = ends.of(tokenizer, config.stop, bool(config.suffix or config.template), marks)
     n_given = (canvas != V).long().cumprod(-1).sum(-1).tolist()  # tokens at the start of every text
     block_size = canvas.size(1) if model.any_length else model.config.block_size
     overlap = config.overlap or block_size // 2
@@ -105,8 +111,9 @@ def write(model, tokenizer, config, canvas, how):
                 if all(at):
                     break
     texts = []
-    for row, end in zip(canvas.tolist(), ended(canvas, at)):
-        row = row[:end or (row.index(V) if V in row else None)]  # a model may have written less
+    for row, end, n in zip(canvas.tolist(), ended(canvas, at), n_given):
+        row = row[n if config.chat else 0:end or (row.index(V) if V in row else None)]  # V: it wrote less
+        row = [i for i in row if i not in marks]
         text = tokenizer.text(row)
         texts.append(ends.up_to(text, config.stop, tokenizer.text(row[:-1])) if end else text)
     return texts, canvases, len(calls), time.time() - began
@@ -131,7 +138,7 @@ def show(old, new, tokenizer):
 def make_canvas(config, start, tokenizer, block_size, any_length=False):
     """One row of tokens that begins with `start`, V where the model is to write: (length,) int64.
     any_length: of a model that writes window after window, block_size tokens each, until the row is full."""
-    V, bos = tokenizer.vocab_size, [] if tokenizer.bos is None else [tokenizer.bos]
+    V, bos = tokenizer.vocab_size, [] if tokenizer.first is None else [tokenizer.first]
     if config.template:
         first, *others = prompt_of(config.template).split('___')
         if not others:
@@ -141,12 +148,16 @@ def make_canvas(config, start, tokenizer, block_size, any_length=False):
             row += [V] * config.hole + ids_of(tokenizer, text, rest=True)
     else:
         suffix = ids_of(tokenizer, prompt_of(config.suffix), rest=True)
-        if start and tokenizer.sep:  # models of pairs: append the separator, once
+        length = config.length
+        if config.chat:
+            start, length = chat.turn(tokenizer, start)[0], 0
+            length = len(start) + (config.length or min(ANSWER, block_size - len(start)))
+        elif start and tokenizer.sep:  # models of pairs: append the separator, once
             start = bos + ids_of(tokenizer, start.removesuffix(tokenizer.meta['sep'])) + tokenizer.sep
         else:
             start = bos + ids_of(tokenizer, start)
         default = len(start) + WINDOWS * block_size if any_length else min(block_size, 1024)
-        length = config.length or default
+        length = length or default
         block_size = length if any_length else block_size
         if len(start) >= min(length, block_size):
             fail(f"start has {len(start)} tokens: it must be shorter than the text ({length}) "
@@ -183,7 +194,7 @@ def main(argv):
         files.writable(config.html, 'html')
     device = common.pick_device(config.device)
     path, checkpoint = find.find(config.out_dir, config.which)
-    model, tokenizer = common.load_model(checkpoint, device, config.weights)
+    model, tokenizer = common.load_model(checkpoint, device, config.weights, config.dtype)
     block_size = model.config.block_size
     if model.any_length and 'overlap' in chosen:
         fail(f"overlap is not for {checkpoint['objective']}, which writes a text of any length in one go")
@@ -194,12 +205,15 @@ def main(argv):
     try:
         best = {} if config.rule else model.reading
         how = arguments(model.sample, best | asked, {name: getattr(config, name) for name in SAMPLER})
+        marks = tuple(chat.turn(tokenizer, config.chat)[1]) if config.chat else ()
+        if config.early_end:
+            how[config.early_end] = marks or (tokenizer.end,)
         rows = [make_canvas(config, start, tokenizer, block_size, model.any_length)
-                for start in starts(config.start) for _ in range(config.num_samples)]
+                for start in starts(config.chat or config.start) for _ in range(config.num_samples)]
         canvas = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.vocab_size)
         common.seed_everything(config.seed)
-        with torch.no_grad(), common.autocast(device, common.pick_dtype(config.dtype, device)):
-            texts, canvases, calls, seconds = write(model, tokenizer, config, canvas.to(device), how)
+        with torch.no_grad(), common.precision(model, config.dtype, device):
+            texts, canvases, calls, seconds = write(model, tokenizer, config, canvas.to(device), how, marks)
     except ValueError as e:  # what this model cannot do
         fail(f"{path}: {e}")
     if config.html:

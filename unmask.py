@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from configurator import Natural, NonNegative, Share, ShareAbove0, ShareBelow1, knobs_of
+from configurator import Fixed, Natural, NonNegative, Positive, Share, ShareAbove0, ShareBelow1, knobs_of
+from parts import steered
 
 Grid = Literal['linear', 'maskgit']  # see `noise_levels`
 LARGEST = 2 ** 26                    # numbers that `sample_tokens` works on at once, to bound its memory
@@ -240,7 +241,8 @@ def shares(steps, sizes):
 def best_first(denoise, xt, mask_id, steps, choose, *, score,
                grid: Grid = 'linear',      # tokens per step: linear, equal | maskgit, few first
                apart: bool = False,        # a step's tokens far apart: one in each of equal stretches
-               part_length: Natural = 0):  # fill one part of this many tokens at a time; 0: all
+               part_length: Natural = 0,   # fill one part of this many tokens at a time; 0: all
+               last: Fixed[tuple] = ()):   # ids that are written when nothing else is left
     """As many tokens per step as the grid says, those with the highest scores; part after part with its
     share of the steps (LLaDA's generate.py: of equal parts, steps / parts each)."""
     in_turn = list(parts(xt == mask_id, part_length))
@@ -249,7 +251,7 @@ def best_first(denoise, xt, mask_id, steps, choose, *, score,
             logp, left = denoise(xt, (masked := xt == mask_id).float().mean(-1)), masked & part
             ids = None if score else write(xt, left, logp, choose)  # LLaDA ranks what it has drawn
             value = score(logp) if score else logp.gather(-1, ids.clamp(max=mask_id - 1)[..., None])[..., 0]
-            rank = ranks(value, left)
+            rank = ranks(steered.late(value, logp, last), left)
             first = left & (best_of_stretches(rank, left, k) if apart else rank < k[:, None])
             xt = write(xt, first, logp, choose) if score else torch.where(first, ids, xt)
             yield xt
@@ -257,14 +259,14 @@ def best_first(denoise, xt, mask_id, steps, choose, *, score,
 
 # ---- as many tokens per step as are safe, at least one ----------------------------------------------------
 
-def safest(denoise, xt, mask_id, choose, part_length, order, safe):
+def safest(denoise, xt, mask_id, choose, part_length, last, order, safe):
     """The first tokens of each row in this order, up to the last that is safe, as often as it takes. safe:
     (scores (B, T) of the candidates from the highest down, then others; their numbers 1 ... T) -> bool."""
     score, n = ORDERS[order][1], torch.arange(1, xt.size(1) + 1, device=xt.device)
     for part in parts(xt == mask_id, part_length):
         while (left := part & (xt == mask_id)).any():
             logp = denoise(xt, (xt == mask_id).float().mean(-1))
-            rank = ranks(value := score(logp), left)
+            rank = ranks(value := steered.late(score(logp), logp, last), left)
             able = safe(value.gather(1, rank.argsort(-1)), n) & (n <= left.sum(-1, keepdim=True))
             reveal = left & (rank < torch.where(able, n, 1).amax(-1, keepdim=True))
             xt = write(xt, reveal, logp, choose)
@@ -273,25 +275,29 @@ def safest(denoise, xt, mask_id, choose, part_length, order, safe):
 
 def threshold(denoise, xt, mask_id, steps, choose, *,
               threshold: Share = 0.9,     # reveal tokens above this probability
-              part_length: Natural = 0):  # fill one part of this many tokens at a time; 0: all
+              part_length: Natural = 0,   # fill one part of this many tokens at a time; 0: all
+              last: Fixed[tuple] = ()):   # ids that are written when nothing else is left
     """Reveal all tokens above a probability, at least one (Fast-dLLM arXiv 2505.22618)."""
-    return safest(denoise, xt, mask_id, choose, part_length, 'confidence', lambda c, n: c.exp() > threshold)
+    return safest(denoise, xt, mask_id, choose, part_length, last, 'confidence',
+                  lambda c, n: c.exp() > threshold)
 
 
 def factor(denoise, xt, mask_id, steps, choose, *,
            factor: NonNegative = 1.0,  # larger: more tokens per step
-           part_length: Natural = 0):  # fill one part of this many tokens at a time; 0: all
+           part_length: Natural = 0,   # fill one part of this many tokens at a time; 0: all
+              last: Fixed[tuple] = ()):   # ids that are written when nothing else is left
     """Reveal the n surest tokens, n the largest with (n + 1) (1 - p_n) < factor (arXiv 2505.22618)."""
-    return safest(denoise, xt, mask_id, choose, part_length, 'confidence',
-                    lambda c, n: (n + 1) * (1 - c.exp()) < factor)
+    return safest(denoise, xt, mask_id, choose, part_length, last, 'confidence',
+                  lambda c, n: (n + 1) * (1 - c.exp()) < factor)
 
 
 def eb(denoise, xt, mask_id, steps, choose, *,
        gamma: NonNegative = 0.1,   # bound in nats on the entropies of tokens drawn together
-       part_length: Natural = 0):  # fill one part of this many tokens at a time; 0: all
+       part_length: Natural = 0,   # fill one part of this many tokens at a time; 0: all
+       last: Fixed[tuple] = ()):   # ids that are written when nothing else is left
     """Entropy-bounded: the positions of least entropy whose sum without the largest is gamma (2505.24857)."""
-    return safest(denoise, xt, mask_id, choose, part_length, 'entropy',
-                    lambda score, n: (H := -score).cumsum(-1) - H <= gamma)
+    return safest(denoise, xt, mask_id, choose, part_length, last, 'entropy',
+                  lambda score, n: (H := -score).cumsum(-1) - H <= gamma)
 
 
 RULES = {f.__name__: f for f in (textbook, ancestral, first_hitting, analytic, remdm_cap, remdm_rescale,
@@ -303,9 +309,12 @@ for name, (words, score) in ORDERS.items():
 
 def unmask(denoise, xt, mask_id, steps, rule='ancestral', temperature=1.0, top_k=0, top_p=1.0, *,
            cfg: NonNegative = 0.0,  # guidance towards the given text; 0: none
+           repetition_penalty: Positive = 1.0,  # above 1: what is written already is less likely
+           never: Fixed[tuple] = (),  # ids that are not written
            **knobs):
     """Generator of canvases (B, T), one per network call; the last holds no mask id, given tokens stay. rule:
-    one of RULES, knobs: its own; cfg: see `guided`, others: see `sample_tokens`. Raises ValueError."""
+    one of RULES, knobs: its own; cfg, repetition_penalty, never: parts/steered.py; others: `sample_tokens`.
+    Raises ValueError."""
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not one of: {', '.join(RULES)}")
     for name in knobs:
@@ -315,16 +324,8 @@ def unmask(denoise, xt, mask_id, steps, rule='ancestral', temperature=1.0, top_k
         return iter(())
     if cfg and (rule == 'analytic' or not given.any()):
         raise ValueError("cfg guides towards a given text (--start) by probabilities (not rule=analytic)")
-    denoise = guided(denoise, given, mask_id, cfg) if cfg else denoise
+    denoise = steered.guided(denoise, given, mask_id, cfg) if cfg else denoise
+    denoise = steered.without(denoise, never) if never else denoise
+    denoise = steered.without_repeating(denoise, repetition_penalty) if repetition_penalty != 1 else denoise
     choose = functools.partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     return RULES[rule](denoise, xt, mask_id, steps, choose, **knobs)
-
-
-def guided(denoise, given, mask_id, scale):
-    """Classifier-free guidance (LLaDA arXiv 2502.09992): (1 + scale) times log p with the given tokens, less
-    scale times log p without them. What an earlier block of a long text wrote is given too."""
-    def guided_denoise(xt, t):
-        logp, without = denoise(torch.cat([xt, xt.masked_fill(given, mask_id)]), torch.cat([t, t])).chunk(2)
-        towards = ((1 + scale) * logp - scale * without).log_softmax(-1)
-        return torch.where((xt == mask_id)[..., None], towards, logp)
-    return guided_denoise

@@ -46,7 +46,7 @@ def folded(take, shapes, C):
 def reordered(stored, order, kind):
     """What makes the modulations of a block, (n C, ...), in our order and for our gates."""
     parts = read(stored).chunk(len(order))
-    return torch.cat([parts[i] - (kind == 'bias' and i in GATES) for i in order])
+    return torch.cat([parts[i] - int(kind == 'bias' and len(order) == 6 and i in GATES) for i in order])
 
 
 def constant(take, layers, C):
@@ -99,7 +99,7 @@ def unfolded(weights):
             bias = out.pop(f'{at}{name}.bias')  # bias (1 + scale) joins the shift
             A[shift] = A[shift] + bias[:, None] * A[shift + 1]
             b[shift] = b[shift] + bias * (1 + b[shift + 1])
-        b = [part + (i in GATES) for i, part in enumerate(b)]
+        b = [part + int(i in GATES) for i, part in enumerate(b)]
         out[f'{at}film.weight'], out[f'{at}film.bias'] = torch.cat(A), torch.cat(b)
     for name, shape in (('fc.weight', (WIDTH, WAVES)), ('fc.bias', (WIDTH,)),
                         ('proj.weight', (WIDTH, WIDTH)), ('proj.bias', (WIDTH,))):

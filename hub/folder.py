@@ -22,7 +22,7 @@ from hub.families import Family, family_to_write
 from hub.tensors import Weights, read, stored_in
 from parts import lora
 from text import files
-from text.chat import template_in
+from text.chat import marks_in, template_in
 from text.vocabulary import library
 
 # constants that may stand beside the weights
@@ -178,7 +178,9 @@ def tokenizer_of(folder, theirs, family, size):
         return own
     known = dict(vocab_size=size, bos=special(theirs, 'bos'), end=special(theirs, 'eos'))
     known |= dict(first=True) if family.first else {}
-    known = known | dict(chat=chat) | own if (chat := template_in(folder)) else known | own
+    template = template_in(folder)
+    known |= dict(chat=dict(template=template, **marks_in(folder))) if template else {}
+    known |= own
     source = files.read_json(folder / 'tokenizer.json') if there('tokenizer.json') else {}
     pairs = source.get('model')
     of_bytes = isinstance(pairs, dict) and not pairs.get('byte_fallback')

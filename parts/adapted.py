@@ -34,6 +34,14 @@ def partly_causal(T, r):
     return past | (torch.rand(T, T, device=r.device) < r)
 
 
+def normalised(logits, config):
+    """Logits (..., V) -> log p of what is written, float32: never the id that was others' [MASK]."""
+    logits = logits.float()
+    if config.old_mask >= 0:
+        logits = logits.index_fill(-1, torch.full((1,), config.old_mask, device=logits.device), -torch.inf)
+    return logits.log_softmax(-1)
+
+
 class Adapted(model.GPT):
     def __init__(self, config, **how):
         leads = config.shift and config.bos

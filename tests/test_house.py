@@ -18,9 +18,9 @@ LOWER = {'configurator', 'model', 'unmask'}
 
 # who may import whom, from above down; a name stands for a file of the ground floor or for a room
 BELOW = {'configurator': set(), 'text': {'configurator'}, 'model': {'configurator', 'parts'},
-         'unmask': {'configurator'}, 'parts': {'configurator', 'model', 'text'},
+         'unmask': {'configurator', 'parts'}, 'parts': {'configurator', 'model', 'text'},
          **{name: LOWER | OBJECTIVES - {name} | {'parts', 'text'} for name in OBJECTIVES}}
-BELOW['common'] = {'configurator', 'text', *LOWER, *OBJECTIVES}
+BELOW['common'] = {'configurator', 'parts', 'text', *LOWER, *OBJECTIVES}
 BELOW['hub'] = {'common', 'configurator', 'model', 'parts', 'text'}
 BELOW['tools'] = BELOW['hub'] | OBJECTIVES | {'hub', 'unmask'}
 BELOW |= {script: BELOW['tools'] | {'tools'} for script in ('train', 'sample', 'eval')}

@@ -1,2 +1,117 @@
+"""
+Turns: a message -> the ids that ask a model, by the chat template that was published with it.
+
+A template is a program in Jinja, run in a sandbox. Names of special tokens in what it writes are tokens, names
+in a message are text: the template runs with a character in place of the message, its text is cut at the names,
+and only then the message is put in. (A template that looks into the message sees that character.)
+"""
+import base64
+import functools
+import json
+import re
+import time
+from pathlib import Path
+
+from configurator import fail
+from text import files
+from text.vocabulary import library
+
+ASKED, ANSWER = '\ufdd0', '\ufdd1'  # in place of a message and an answer; no text holds them, says Unicode
+INSTEAD = "give the prompt with --start="
+
+
+# ---- in a folder in Hugging Face's layout -----------------------------------------------------------------
+
+def config_in(folder):
+    """tokenizer_config.json as a dict, {} if there is none."""
+    path = Path(folder, 'tokenizer_config.json')
+    return files.read_json(path) if path.is_file() else {}
+
+
 def template_in(folder):
-    return ''
+    """The chat template of the model in a folder, '' if it has none."""
+    if (path := Path(folder, 'chat_template.jinja')).is_file():
+        return files.read_text(path)
+    found = config_in(folder).get('chat_template')
+    if isinstance(found, list):  # several, each with a name
+        found = {t.get('name'): t.get('template') for t in found if isinstance(t, dict)}.get('default')
+    return found if isinstance(found, str) else ''
+
+
+def marks_in(folder):
+    """The special tokens that templates know by a name, dict(bos_token=..., eos_token=...); '': not said."""
+    config = config_in(folder)
+    name = lambda mark: name(mark.get('content')) if isinstance(mark, dict) else mark or ''
+    return {key: name(config.get(key)) for key in ('bos_token', 'eos_token')}
+
+
+# ---- a turn -----------------------------------------------------------------------------------------------
+
+def turn(tokenizer, message):
+    """A message -> (ids of the prompt, up to where the model writes; list of the ids that end its answer), or
+    the script ends. tokenizer: one whose meta holds, under `chat`, dict(template=..., **marks_in(folder)).
+
+    SentencePiece puts its space before every text between special tokens: so do Meta's code for LLaMA 2 and
+    transformers with legacy=True, while with legacy=False only a first text has it."""
+    chat, tokens = tokenizer.meta.get('chat') or {}, special_tokens(tokenizer)
+    if not chat.get('template'):
+        fail(f"this model has no chat template, so it was probably not trained on turns: {INSTEAD}")
+    asked = lambda content: written(chat, [dict(role='user', content=content)], True)
+    probe = f'\t \n"{ASKED}\n"\t \n'  # what does the template do with the ends of a message?
+    ways = [way for way in (str, str.lstrip, str.rstrip, str.strip) if way(probe) in asked(probe)]
+    if not ways:
+        fail(f"the chat template of this model leaves the message out, or changes it: {INSTEAD}")
+    ids = []
+    for text, i in cut(asked(ASKED), tokens):
+        ids += tokenizer.encode(text.replace(ASKED, ways[0](message))) + ([] if i is None else [i])
+    if max(ids, default=0) >= tokenizer.vocab_size:
+        fail(f"the chat template of this model names token {max(ids)}, which is [MASK] or none: {INSTEAD}")
+    whole = written(chat, [dict(role='user', content=ASKED), dict(role='assistant', content=ANSWER)], False)
+    ends = [cut(whole.partition(ANSWER)[2], tokens)[0][1], tokenizer.end]
+    return ids, [i for i in dict.fromkeys(ends) if i is not None and i < tokenizer.vocab_size]
+
+
+def special_tokens(tokenizer):
+    """Special tokens as a tokenizer.json lists them, [dict(id=..., content=name)]. Of SentencePiece the control
+    pieces: user-defined ones (Gemma's <start_of_turn>) come out of any text, a message too."""
+    meta = tokenizer.meta
+    if meta['kind'] == 'json':
+        return meta['json'].get('added_tokens', [])
+    if meta['kind'] == 'sentencepiece':
+        library_of = library('sentencepiece', "a tokenizer.model")
+        model = library_of.SentencePieceProcessor(model_proto=base64.b64decode(meta['model']))
+        return [dict(id=i, content=model.id_to_piece(i)) for i in range(len(model)) if model.is_control(i)]
+    return [dict(id=tokenizer.end, content='<|endoftext|>')] if meta['kind'] == 'gpt2' else []
+
+
+def cut(text, tokens):
+    """What a template wrote -> [(text, id of the special token behind it)], the last id None."""
+    tokens = sorted(tokens, key=lambda token: -len(token['content']))  # the longest of those at a place
+    space = {True: r'\s*'}  # some swallow what is around them
+    names = [space.get(token.get('lstrip'), '') + f"({re.escape(token['content'])})"
+             + space.get(token.get('rstrip'), '') for token in tokens]
+    parts, at = [], 0
+    for found in re.finditer('|'.join(names) or '(?!)', text):
+        parts.append((text[at:found.start()], tokens[found.lastindex - 1]['id']))
+        at = found.end()
+    return [*parts, (text[at:], None)]
+
+
+def written(chat, messages, prompt):
+    """What a template writes for messages, [dict(role=..., content=text)], and, if `prompt`, before an answer,
+    from what transformers gives to templates; or the script ends."""
+    def refuse(message):
+        raise ValueError(message)
+    world = library('jinja2.sandbox', "a chat template").ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+    world.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
+    world.globals |= dict(raise_exception=refuse, strftime_now=lambda form: time.strftime(form))
+    names = {name: mark for name, mark in chat.items() if name != 'template' and mark}
+    names |= dict(messages=messages, tools=None, documents=None, add_generation_prompt=prompt,
+                  enable_thinking=False)  # Qwen3 is to answer at once
+    template = re.sub(r'({%[-+]?\s*)(end)?generation\b',  # a block that matters in training only
+                      lambda m: m[1] + ('endif' if m[2] else 'if true'), chat['template'])
+    try:
+        return world.from_string(template).render(names)
+    except Exception as e:  # a program of others: anything may go wrong
+        fail(f"the chat template of this model does not work ({type(e).__name__}: {e}): {INSTEAD}")

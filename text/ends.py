@@ -10,13 +10,16 @@ from text.prompts import ids_of
 NAMES = ('<|endoftext|>', '</s>', '<eos>')  # of a model's own end
 
 
-def of(tokenizer, stop='', infilling=False):
+def of(tokenizer, stop='', infilling=False, marks=()):
     """Functions (ids, how many of them are given) -> the length at which the text ends, 0: not yet. It ends
-    after the string `stop`, however that was cut into tokens, and, unless text is given behind, after the end
-    of a line or an answer, where the dataset is made of these."""
+    after the string `stop`, however that was cut into tokens, after one of the ids `marks`, and, unless text
+    is given behind, after the end of a line or an answer, where the dataset is made of these."""
+    def at_mark(ids, start):
+        return next((n for n, i in enumerate(ids[start:], start + 1) if i in marks), 0)
+
     def at_end(ids, start):
         return ids.index(tokenizer.end, start) + 1 if tokenizer.end in ids[start:] else 0
-    stops, marked = [], (tokenizer.bos, tokenizer.sep) != (None, None)
+    stops, marked = [at_mark] if marks else [], (tokenizer.bos, tokenizer.sep) != (None, None)
     if stop in NAMES and tokenizer.end is not None:
         stops.append(at_end)
     elif stop:

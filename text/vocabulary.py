@@ -36,6 +36,8 @@ class Tokenizer:
     vocab_size   how many ids there are
     end          id of <|endoftext|>, which preparers write between documents, or of <eos>; or None
     bos          id of <bos> if every line of the dataset is a text of its own, [bos] ... [end]; or None
+    first        id that every text begins with when one is written: <bos>, or <|endoftext|> where a model of
+                 others has seen every text begin so; or None
     sep          ids between prompt and answer if the dataset is made of pairs (pairs.py); or None
     """
 
@@ -50,6 +52,7 @@ class Tokenizer:
             self.bos, self.lead, self.encode_rest = BOS if kind == 'bpe' else None, '', self.encode
             if kind == 'sentencepiece':
                 self.lead, self.encode_rest = without_lead(self.encode, self.pieces)
+            self.first = self.end if meta.get('first') else self.bos
             self.sep = self.encode_rest(meta['sep']) if 'sep' in meta else None
             self.vocab_size = len(self.pieces)
             self.lengths = np.array([len(piece) for piece in self.pieces])
@@ -145,6 +148,7 @@ def gpt2_tokens(meta):
         fail(f"tiktoken cannot get the vocabulary of GPT-2 ({type(e).__name__}): go online once, "
              f"or set TIKTOKEN_CACHE_DIR to a folder where it has been before")
     pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    pieces += [b''] * (meta.get('vocab_size', 0) - len(pieces))  # padding of others
     return pieces, encoding.encode_ordinary, encoding.eot_token
 
 

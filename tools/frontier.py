@@ -133,8 +133,8 @@ def main(argv):
         files.writable(config.plot, 'plot')
     device = common.pick_device(config.device)
     _, checkpoint = find.find(config.out_dir, config.which)
-    model, tokenizer = common.load_model(checkpoint, device, config.weights)
-    amp = common.autocast(device, common.pick_dtype(config.dtype, device))
+    model, tokenizer = common.load_model(checkpoint, device, config.weights, config.dtype)
+    amp = common.precision(model, config.dtype, device)
     try:
         points = list(points_of(config, judge.said(config, chosen), model.sample,
                                 common.concept(checkpoint['objective']).RULES))

@@ -74,8 +74,8 @@ def written(model, tokenizer, config, device, how):
     batches = torch.full((config.num_samples, L), model.mask_id, device=device).split(config.batch)
     with quick(model, config.compile) as calls:
         for canvas in batches:
-            if tokenizer.bos is not None:
-                canvas[:, 0] = tokenizer.bos
+            if tokenizer.first is not None:
+                canvas[:, 0] = tokenizer.first
             for canvas in common.generate(model, canvas, L if model.any_length else T, overlap, **how):
                 pass
             texts += [until_end(row, tokenizer) for row in canvas.tolist()]
@@ -83,7 +83,8 @@ def written(model, tokenizer, config, device, how):
 
 
 def until_end(ids, tokenizer):
-    """(text before the first <|endoftext|>, whether there is one)."""
+    """(text before the first <|endoftext|>, but for one at the very beginning, whether there is one)."""
+    ids = ids[1:] if ids[0] == tokenizer.first == tokenizer.end else ids
     ended = tokenizer.end in ids
     return tokenizer.text(ids[:ids.index(tokenizer.end)] if ended else ids), ended
 
@@ -125,10 +126,10 @@ def real_words(texts, known):
 
 # ---- the judge --------------------------------------------------------------------------------------------
 
-def load_judge(path, device):
+def load_judge(path, device, dtype=''):
     """A model with an exact likelihood, ours or of others: (model, tokenizer), or the script ends."""
     _, checkpoint = find.find(path)
-    net, tokenizer = common.load_model(checkpoint, device)
+    net, tokenizer = common.load_model(checkpoint, device, dtype=dtype)
     if net.bound != 'exact':
         fail(f"judge={path} is of {checkpoint['objective']}, whose likelihood is not exact: take an "
              f"autoregressive one")

@@ -240,9 +240,9 @@ def main(argv):
     path, checkpoint = find.find(config.out_dir, config.which)
     if checkpoint['objective'] not in ('vae', 'latent'):
         fail(f"these are tools for vae and latent, not for {checkpoint['objective']}")
-    model, tokenizer = common.load_model(checkpoint, device, config.weights)
+    model, tokenizer = common.load_model(checkpoint, device, config.weights, config.dtype)
     encoder = model.vae if checkpoint['objective'] == 'latent' else model
-    amp = common.autocast(device, common.pick_dtype(config.dtype, device))
+    amp = common.precision(model, config.dtype, device)
     if not (config.reconstruct or config.interpolate or config.nearest):
         try:
             return report(config, chosen, checkpoint, model, tokenizer, device, amp)

@@ -21,7 +21,7 @@ class Checkpoint:
     which: Literal['best', 'last'] = 'best'    # best | last
     weights: Literal['ema', 'model'] = 'ema'   # ema, the average over steps | model, the last
     device: str = 'auto'      # auto | cpu | cuda | mps
-    dtype: Literal['float32', 'bfloat16', 'auto'] = 'float32'  # of the networks: float32 | bfloat16 | auto
+    dtype: Literal['', 'float32', 'bfloat16', 'auto'] = ''  # float32 | bfloat16 | auto; '': as stored
     seed: Natural = 1337      # equal seeds, equal figures
 
 

@@ -217,8 +217,8 @@ def main(argv):
         fail(f"tasks are for ar, masked and sedd, not for {checkpoint['objective']}")
     if config.block_size:
         checkpoint = source.shortened(checkpoint, config.block_size)
-    model, tokenizer = common.load_model(checkpoint, device, config.weights)
-    amp = common.autocast(device, common.pick_dtype(config.dtype, device))
+    model, tokenizer = common.load_model(checkpoint, device, config.weights, config.dtype)
+    amp = common.precision(model, config.dtype, device)
     found = {name: load(name, config.data) for name in config.task.split(',')}
     if tokenizer.sep is None and any(TASKS[name].pairs for name in found):
         fail("task=gsm8k is for a model that was fine-tuned on pairs (config/sft_gsm8k.py)")
