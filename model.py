@@ -303,7 +303,7 @@ class GPT(nn.Module):
             h, first = block(h, rotary, mask, cache, near, time, first)
         if cache is not None:
             cache.length += h.size(1)
-        shift, scale = (None, None) if self.film is None else self.film(time).chunk(2, dim=-1)
+        scale, shift = (None, None) if self.film is None else self.film(time).chunk(2, dim=-1)
         return self.norm(h) if scale is None else self.norm(h) * (1 + scale) + shift
 
     def logits(self, h):

@@ -250,8 +250,8 @@ def best_first(denoise, xt, mask_id, steps, choose, *, score,
         for k in tokens_a_step(part.sum(-1), noise_levels(share, grid, xt.device)).T:
             logp, left = denoise(xt, (masked := xt == mask_id).float().mean(-1)), masked & part
             ids = None if score else write(xt, left, logp, choose)  # LLaDA ranks what it has drawn
-            value = score(logp) if score else logp.gather(-1, ids.clamp(max=mask_id - 1)[..., None])[..., 0]
-            rank = ranks(steered.late(value, logp, last), left)
+            drawn = lambda logp: logp.gather(-1, ids.clamp(max=mask_id - 1)[..., None])[..., 0]
+            rank = ranks(steered.late(score or drawn, logp, last), left)
             first = left & (best_of_stretches(rank, left, k) if apart else rank < k[:, None])
             xt = write(xt, first, logp, choose) if score else torch.where(first, ids, xt)
             yield xt
@@ -266,7 +266,7 @@ def safest(denoise, xt, mask_id, choose, part_length, last, order, safe):
     for part in parts(xt == mask_id, part_length):
         while (left := part & (xt == mask_id)).any():
             logp = denoise(xt, (xt == mask_id).float().mean(-1))
-            rank = ranks(value := steered.late(score(logp), logp, last), left)
+            rank = ranks(value := steered.late(score, logp, last), left)
             able = safe(value.gather(1, rank.argsort(-1)), n) & (n <= left.sum(-1, keepdim=True))
             reveal = left & (rank < torch.where(able, n, 1).amax(-1, keepdim=True))
             xt = write(xt, reveal, logp, choose)

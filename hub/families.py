@@ -22,6 +22,7 @@ class Family:
     # of the rows, or 'beyond', one more than config.json says
     mask: object = None
     first: bool = False      # was every row in training begun by <|endoftext|>?
+    by_tensor: bool = False  # may config.json be wrong about the number of rows?
     tokenizer: str = ''      # 'gpt2': that one, where the folder has none
     writes: dict = field(default_factory=dict)  # what a config.json that we write says besides
 
@@ -101,7 +102,7 @@ LLADA = replace(
                 scale_logits=False, input_emb_norm=False, alibi=False))
 
 DIFFUGPT = replace(
-    GPT2, objective='masked', mask='last', prefix='denoise_model.', sets=dict(shift=True),
+    GPT2, objective='masked', mask='last', by_tensor=True, prefix='denoise_model.', sets=dict(shift=True),
     bare=('embed_tokens.weight', 'lm_head.weight'), names=GPT2.names | {'embed.weight': 'embed_tokens.weight'})
 DIFFUGPT_S = replace(DIFFUGPT, mask=10541)  # an ordinary piece
 DIFFULLAMA = replace(LLAMA, objective='masked', mask=811, sets=dict(shift=True))  # so is this
@@ -125,11 +126,14 @@ SEDD = replace(
     writes=dict(graph=dict(type='absorb', file='data', report_all=False), noise=dict(
         type='loglinear', sigma_min=1e-4, sigma_max=20)))
 GIDD = replace(
-    DDIT, objective='masked', prefix='', sets=dict(time_input=True, time_as_t=True),
+    DDIT, objective='masked', mask='[MASK]', by_tensor=True, prefix='', sets=dict(time_input=True, time_as_t=True),
     knobs=dict(vocab_size='vocab_size', block_size='max_seq_len', n_layer='num_hidden_layers',
                n_head='num_attention_heads', n_embd='hidden_size'),
     only=dict(p_uniform=(0.0,), timestep_cond_dim=(128,)))
 
+
+
+A2D_BLOCKS = dict(block_length=32)
 
 
 def bidirectional(body):
@@ -146,16 +150,18 @@ FAMILIES = {
 
 def kin(family, theirs, name, tensors):
     """The family of a model whose config.json (dict) does not say all: by its name, in small letters, and by
-    the names of its tensors."""
+    its tensors {name: Stored}, if they are known."""
     kind = theirs.get('model_type')
     if kind == 'gpt2' and ('diffugpt' in name or any(t.startswith('denoise_model.') for t in tensors)):
-        return DIFFUGPT_S if theirs.get('vocab_size') == 50257 else DIFFUGPT
+        embedding = tensors.get('embed_tokens.weight')
+        rows = embedding.shape[0] if embedding else theirs.get('vocab_size')
+        return DIFFUGPT_S if rows == 50257 else DIFFUGPT
     if kind == 'llama' and 'diffullama' in name:
         return DIFFULLAMA
     if kind == 'qwen2' and 'open-dcoder' in name:
         return OPEN_DCODER
     if 'bd3lm' in name and kind in ('a2d-llama', 'a2d-qwen2', 'a2d-qwen3'):
-        return replace(family, objective='block', sets=family.sets | dict(block_length=32))
+        return replace(family, objective='block', sets=family.sets | A2D_BLOCKS)
     return family
 
 

@@ -66,15 +66,18 @@ class Described(NamedTuple):
     marks: list        # what our rows of [MASK] and [BOS] are, see layout.to_ours; None: a tensor of its own
 
 
-def described(folder, name='', stored=()):
+def described(folder, name='', stored={}):
     """What kind of model lies in a folder, from its small files; or the script ends. name: of the model, if
-    it is not the folder's; stored: the names of its tensors, if they are there."""
+    it is not the folder's; stored: its tensors, if they are there."""
     folder = Path(folder)
     theirs = files.read_json(folder / 'config.json')
     own = part_of_ours(theirs)
     try:
         family = layout.family_of(theirs, name or folder.absolute().name, stored)
         knobs = layout.shape_of(theirs, family)
+        if family.by_tensor and stored:
+            plain = layout.plain_names(stored, family)
+            knobs['vocab_size'] = plain[family.names['embed.weight']].shape[0]
         rows, objective = knobs['vocab_size'] + (family.mask == 'beyond'), own.get('objective', family.objective)
         if own:
             config, marks = own['config'], own.get('mark_rows')

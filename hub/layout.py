@@ -23,9 +23,9 @@ def refuse(what):
     raise ValueError(f"{what} is not something model.py does")
 
 
-def family_of(theirs, name='', tensors=()):
-    """The table for a config.json (dict); name: of the model; tensors: names of its tensors, if they are
-    known. Raises ValueError."""
+def family_of(theirs, name='', tensors={}):
+    """The table for a config.json (dict); name: of the model; tensors: {name: Stored}, if they are known.
+    Raises ValueError."""
     for key in ('quantization_config', 'quantization', 'compression_config'):
         if theirs.get(key):
             raise ValueError(f"its weights are quantised ({key}: {theirs[key]}), which is not read here: take "

@@ -41,6 +41,10 @@ LAST = 1e9  # what lowers a score, so that only scores as low as this one are lo
 
 
 def late(score, logp, ids):
-    """Scores (B, T) by which tokens are written, where the likeliest of log p (B, T, V) is one of the ids
-    behind all others (LLaDA's confidence_eos_eot_inf)."""
-    return score - LAST * torch.isin(logp.argmax(-1), torch.tensor(ids, device=logp.device)) if ids else score
+    """score(log p (B, T, V)) -> (B, T), by which tokens are written: as if the ids did not exist, and behind
+    all others where the likeliest token is one of them (LLaDA's confidence_eos_eot_inf)."""
+    if not ids:
+        return score(logp)
+    ids = torch.tensor(ids, device=logp.device)
+    others = logp.index_fill(-1, ids, -torch.inf).log_softmax(-1)
+    return score(others) - LAST * torch.isin(logp.argmax(-1), ids)

@@ -1,12 +1,11 @@
 """
 Turns: a message -> the ids that ask a model, by the chat template that was published with it.
 
-A template is a program in Jinja, run in a sandbox. Names of special tokens in what it writes are tokens, names
-in a message are text: the template runs with a character in place of the message, its text is cut at the names,
-and only then the message is put in. (A template that looks into the message sees that character.)
+A template is a program in Jinja, run in a sandbox. Names of special tokens in what it writes are tokens,
+names in a message are text: the template runs with a character in place of the message, its text is cut at
+the names, and only then the message is put in. (A template that looks into the message sees the character.)
 """
 import base64
-import functools
 import json
 import re
 import time
@@ -20,12 +19,9 @@ ASKED, ANSWER = '\ufdd0', '\ufdd1'  # in place of a message and an answer; no te
 INSTEAD = "give the prompt with --start="
 
 
-# ---- in a folder in Hugging Face's layout -----------------------------------------------------------------
-
 def config_in(folder):
     """tokenizer_config.json as a dict, {} if there is none."""
-    path = Path(folder, 'tokenizer_config.json')
-    return files.read_json(path) if path.is_file() else {}
+    return files.read_json(path) if (path := Path(folder, 'tokenizer_config.json')).is_file() else {}
 
 
 def template_in(folder):
@@ -45,25 +41,21 @@ def marks_in(folder):
     return {key: name(config.get(key)) for key in ('bos_token', 'eos_token')}
 
 
-# ---- a turn -----------------------------------------------------------------------------------------------
-
 def turn(tokenizer, message):
-    """A message -> (ids of the prompt, up to where the model writes; list of the ids that end its answer), or
-    the script ends. tokenizer: one whose meta holds, under `chat`, dict(template=..., **marks_in(folder)).
+    """A message -> (ids of the prompt, up to where the model writes; list of the ids that end its answer),
+    or the script ends. tokenizer: one whose meta holds, under `chat`, dict(template=..., **marks_in(folder)).
 
     SentencePiece puts its space before every text between special tokens: so do Meta's code for LLaMA 2 and
     transformers with legacy=True, while with legacy=False only a first text has it."""
-    chat, tokens = tokenizer.meta.get('chat') or {}, special_tokens(tokenizer)
+    chat, tokens = tokenizer.meta.get('chat') or {}, special_tokens(tokenizer.meta, tokenizer.end)
     if not chat.get('template'):
         fail(f"this model has no chat template, so it was probably not trained on turns: {INSTEAD}")
     asked = lambda content: written(chat, [dict(role='user', content=content)], True)
-    probe = f'\t \n"{ASKED}\n"\t \n'  # what does the template do with the ends of a message?
-    ways = [way for way in (str, str.lstrip, str.rstrip, str.strip) if way(probe) in asked(probe)]
-    if not ways:
+    if (probe := f'"{ASKED}\n"') not in asked(probe):
         fail(f"the chat template of this model leaves the message out, or changes it: {INSTEAD}")
-    ids = []
-    for text, i in cut(asked(ASKED), tokens):
-        ids += tokenizer.encode(text.replace(ASKED, ways[0](message))) + ([] if i is None else [i])
+    ids, core = [], message.strip()  # templates trim, and some tokens swallow, the white space around it
+    for text, i in cut(asked(message.replace(core, ASKED, 1) if core else message), tokens):
+        ids += tokenizer.encode(text.replace(ASKED, core)) + ([] if i is None else [i])
     if max(ids, default=0) >= tokenizer.vocab_size:
         fail(f"the chat template of this model names token {max(ids)}, which is [MASK] or none: {INSTEAD}")
     whole = written(chat, [dict(role='user', content=ASKED), dict(role='assistant', content=ANSWER)], False)
@@ -71,25 +63,23 @@ def turn(tokenizer, message):
     return ids, [i for i in dict.fromkeys(ends) if i is not None and i < tokenizer.vocab_size]
 
 
-def special_tokens(tokenizer):
-    """Special tokens as a tokenizer.json lists them, [dict(id=..., content=name)]. Of SentencePiece the control
-    pieces: user-defined ones (Gemma's <start_of_turn>) come out of any text, a message too."""
-    meta = tokenizer.meta
+def special_tokens(meta, end):
+    """Special tokens as a tokenizer.json lists them, [dict(id=..., content=name)]. Of SentencePiece these
+    are control pieces: user-defined ones, as Gemma's <start_of_turn>, come out of a message, too."""
     if meta['kind'] == 'json':
         return meta['json'].get('added_tokens', [])
     if meta['kind'] == 'sentencepiece':
         library_of = library('sentencepiece', "a tokenizer.model")
         model = library_of.SentencePieceProcessor(model_proto=base64.b64decode(meta['model']))
         return [dict(id=i, content=model.id_to_piece(i)) for i in range(len(model)) if model.is_control(i)]
-    return [dict(id=tokenizer.end, content='<|endoftext|>')] if meta['kind'] == 'gpt2' else []
+    return [dict(id=end, content='<|endoftext|>')] if meta['kind'] == 'gpt2' else []
 
 
 def cut(text, tokens):
     """What a template wrote -> [(text, id of the special token behind it)], the last id None."""
     tokens = sorted(tokens, key=lambda token: -len(token['content']))  # the longest of those at a place
-    space = {True: r'\s*'}  # some swallow what is around them
-    names = [space.get(token.get('lstrip'), '') + f"({re.escape(token['content'])})"
-             + space.get(token.get('rstrip'), '') for token in tokens]
+    space = lambda token, side: r'\s*' if token.get(side) else ''  # which some swallow
+    names = [f"{space(t, 'lstrip')}({re.escape(t['content'])}){space(t, 'rstrip')}" for t in tokens]
     parts, at = [], 0
     for found in re.finditer('|'.join(names) or '(?!)', text):
         parts.append((text[at:found.start()], tokens[found.lastindex - 1]['id']))
@@ -98,17 +88,16 @@ def cut(text, tokens):
 
 
 def written(chat, messages, prompt):
-    """What a template writes for messages, [dict(role=..., content=text)], and, if `prompt`, before an answer,
-    from what transformers gives to templates; or the script ends."""
+    """What a template writes for messages, [dict(role=..., content=text)], and if `prompt` before an answer,
+    given what transformers gives to it; or the script ends."""
     def refuse(message):
         raise ValueError(message)
     world = library('jinja2.sandbox', "a chat template").ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
-    world.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
+    world.filters['tojson'] = lambda x, **form: json.dumps(x, **dict(ensure_ascii=False) | form)
     world.globals |= dict(raise_exception=refuse, strftime_now=lambda form: time.strftime(form))
-    names = {name: mark for name, mark in chat.items() if name != 'template' and mark}
-    names |= dict(messages=messages, tools=None, documents=None, add_generation_prompt=prompt,
-                  enable_thinking=False)  # Qwen3 is to answer at once
+    names = {name: mark for name, mark in chat.items() if name != 'template' and mark} | dict(
+        messages=messages, tools=None, documents=None, add_generation_prompt=prompt, enable_thinking=False)
     template = re.sub(r'({%[-+]?\s*)(end)?generation\b',  # a block that matters in training only
                       lambda m: m[1] + ('endif' if m[2] else 'if true'), chat['template'])
     try:
