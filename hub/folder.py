@@ -180,7 +180,7 @@ def tokenizer_of(folder, theirs, family, size):
     if own.get('kind', 'json') != 'json':
         return own
     known = dict(vocab_size=size, bos=special(theirs, 'bos'), end=special(theirs, 'eos'))
-    known |= dict(first=True) if family.first else {}
+    known |= dict(first=True) if family.first and not own else {}
     template = template_in(folder)
     known |= dict(chat=dict(template=template, **marks_in(folder))) if template else {}
     known |= own
@@ -216,7 +216,8 @@ def write_folder(checkpoint, folder):
     rows, V = weights['embed.weight'], config.vocab_size
     names = adapt.marks(checkpoint['objective'], checkpoint['config'])
     own = {name: checkpoint[name] for name in ('objective', 'run', 'iter', 'tokens')}
-    own |= dict(config=checkpoint['config'] | {'lora_rank': 0}, rows=checkpoint.get('rows', {}))
+    merged = {name: 0 for name in checkpoint['config'] if name == 'lora_rank'}
+    own |= dict(config=checkpoint['config'] | merged, rows=checkpoint.get('rows', {}))
     beside = {}
     if family.mask is None:  # a layout that has no row for them
         weights['embed.weight'], beside = rows[:V], {'unmask.marks': rows[V:].contiguous()}
@@ -254,7 +255,7 @@ def tokenizer_files(meta, own, theirs):
               f"config.json, where only this repository looks", file=sys.stderr)
         return {}
     own['tokenizer'] = {k: v for k, v in meta.items() if k != 'json'}
-    theirs |= dict(eos_token_id=meta['end'])
+    theirs |= dict(eos_token_id=meta['end'], pad_token_id=meta['end'])
     theirs.setdefault('bos_token_id', meta.get('bos'))
     return {'tokenizer.json': json.dumps(meta['json'], ensure_ascii=False).encode()}
 

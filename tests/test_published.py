@@ -1,7 +1,8 @@
 """Published diffusion models: each layout is read, and says what the published code said of the same weights.
 
 tests/published.json holds the numbers of the published code, run once; see NOTES.md, 2026-11-27."""
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import common
 import model
-from hub import families, find
+from hub import families, find, folder
 from published import CONFIG, MASK, make, numbers
 
 safetensors = pytest.importorskip('safetensors.torch')
@@ -142,3 +143,72 @@ def test_qwen_says_what_transformers_says(name, opened):
     text = want['greedy']
     for i in range(4, 16):  # each is the likeliest behind those before it
         assert net.gpt(torch.tensor(text[:i])[None])[0, -1].argmax() == text[i]
+
+
+# ---- writing ----------------------------------------------------------------------------------------------
+
+OURS = [('masked', dict(arch='ddit'), 'mdlm'), ('masked', dict(arch='ddit', time_input=True), 'mdlm'),
+        ('block', dict(arch='ddit', block_length=4), 'bd3lm'), ('sedd', dict(arch='ddit'), None),
+        ('masked', dict(arch='llama', n_kv_head=2, n_inner=40), 'llada'),
+        ('masked', dict(arch='llama', shift=True), 'llama'), ('masked', dict(arch='gpt2', shift=True), 'gpt2'),
+        ('masked', dict(arch='gpt2'), 'gpt2'), ('ar', dict(arch='llama', qkv_bias=True), 'qwen2'),
+        ('ar', dict(arch='llama', qk_norm=True, head_width=16, tied=True), 'qwen3'),
+        ('masked', dict(arch='llama', qkv_bias=True, shift=True, bos=False), 'Dream'),
+        ('masked', dict(arch='llama', qk_norm=True), 'qwen3')]
+
+
+def of_ours(objective, knobs):
+    """A random checkpoint of ours."""
+    concept = common.concept(objective)
+    config = concept.Config(**{**dict(vocab_size=11, block_size=24, n_layer=2, n_head=4, n_embd=32), **knobs})
+    torch.manual_seed(0)
+    net = concept.Model(config)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    letters = {c: i for i, c in enumerate('abcdefghijk')}
+    meta = dict(kind='json', vocab_size=11, end=10, bos=None, json=dict(
+        model=dict(type='BPE', vocab=letters, merges=[]), added_tokens=[],
+        pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False)))
+    return net.eval(), dict(objective=objective, config=asdict(config), tokenizer=meta, iter=7, tokens=8,
+                            run=dict(dataset='mine'), model=net.state_dict(), ema=net.state_dict())
+
+
+def says(net, x):
+    """What a model says of the tokens x, some of them masked, with noise of a fixed seed."""
+    torch.manual_seed(0)
+    return net.nats(x, n=4)
+
+
+@pytest.mark.parametrize('objective, knobs, kind', OURS)
+@torch.no_grad()
+def test_a_model_of_ours_goes_out_in_a_published_layout_and_comes_back_the_same(objective, knobs, kind, tmp_path):
+    net, checkpoint = of_ours(objective, knobs)
+    folder.write_folder(checkpoint, tmp_path / 'out')
+    theirs = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert theirs.get('model_type') == kind
+    back = find.find(str(tmp_path / 'out'))[1]
+    assert back['config'] == checkpoint['config'] and back['tokenizer'] == checkpoint['tokenizer']
+    assert (back['iter'], back['tokens'], back['objective']) == (7, 8, objective)
+    again, _ = common.load_model(back, torch.device('cpu'))
+    x = torch.randint(11, (3, 24))
+    assert torch.allclose(says(net, x), says(again, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize('objective, knobs, kind', [o for o in OURS if o[2] in ('mdlm', 'bd3lm', 'llada', 'Dream')])
+@torch.no_grad()
+def test_without_our_part_of_config_json_it_is_the_published_family_and_says_the_same(
+        objective, knobs, kind, tmp_path):
+    net, checkpoint = of_ours(objective, knobs)
+    folder.write_folder(checkpoint, tmp_path / 'out')
+    path = tmp_path / 'out' / 'config.json'
+    theirs = json.loads(path.read_text())
+    del theirs['unmask']
+    path.write_text(json.dumps(theirs))
+    back = find.find(str(tmp_path / 'out'))[1]
+    assert back['objective'] == objective
+    again, _ = common.load_model(back, torch.device('cpu'))
+    x = torch.randint(11, (3, 24))
+    if objective == 'block':  # in theirs the first token is given
+        assert again.config.first_given
+        again.config.first_given = False
+    assert torch.allclose(says(net, x), says(again, x), rtol=1e-5)
