@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import model
 from parts.adapted import normalised
+from parts.graphs import graphed
 from parts.neighbours import TAPS
 
 
@@ -49,7 +50,7 @@ class Cached:
             raise ValueError("a cache is for texts that all begin with equally many given tokens")
         self.net, self.kind, self.refresh, self.length = net, kind, refresh, length
         self.begin, self.part, self.age, self.cache = begin[0], None, 0, Canvas()
-        self.out = torch.zeros(*xt.shape, net.mask_id, device=xt.device)
+        self.out, self.readers = torch.zeros(*xt.shape, net.mask_id, device=xt.device), {}
 
     def __call__(self, xt, t):
         masked, T = xt == self.net.mask_id, xt.size(1)
@@ -58,6 +59,7 @@ class Cached:
         end = min(start + self.length, T)
         if start != self.part or self.refresh and self.age >= self.refresh:
             self.part, self.age, low, high = start, 0, 0, T
+            self.readers = dict(list(self.readers.items())[:1])  # the first is that of the whole canvas
         else:
             low, high = start, T if self.kind == 'prefix' else end
         self.age += 1
@@ -69,17 +71,20 @@ class Cached:
 
     def hidden(self, xt, t, low, high):
         """What the network says of the tokens low to high - 1, (B, high - low, C), reading them alone."""
-        gpt, time = self.net.gpt, t if self.net.config.time_input else None
+        gpt = self.net.gpt
         shift, leads = getattr(gpt, 'shift', False), getattr(gpt, 'leads', False)
         if leads:  # [BOS] stands before: token i is at i + 1, and what is said of it at i
             xt = F.pad(xt, (1, 0), value=self.net.mask_id + 1)
         a, b = max(0, low - (shift and not leads)), high + leads
-        where = torch.arange(a, b, device=xt.device)
-        whole = (a, b) == (0, xt.size(1))
-        cache = self.cache.at(a, b)
-        if whole:
-            cache.kept.clear()
-        h = gpt.trunk(gpt.embed(xt[:, a:b]), cache=cache, time=time, where=where, near=cache.beside)
+        if (a, b) not in self.readers:
+            self.readers[a, b] = graphed(lambda x, t: self.read(x, t, a, b))
+        h = self.readers[a, b](xt[:, a:b], t)
         if not shift:
             return h
         return h[:, :-1] if leads or low else torch.cat([h[:, :1], h[:, :-1]], 1)
+
+    def read(self, x, t, a, b):
+        """The trunk at the tokens x (B, b - a) from place a on, which renews what is kept of them."""
+        cache, gpt = self.cache.at(a, b), self.net.gpt
+        return gpt.trunk(gpt.embed(x), cache=cache, time=t if self.net.config.time_input else None,
+                         where=torch.arange(a, b, device=x.device), near=cache.beside)
