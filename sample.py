@@ -179,6 +179,8 @@ def samplers():
              *help_lines(unmask.unmask, '      ')]
     for objective in common.OBJECTIVES:
         concept = common.concept(objective)
+        if concept.Model.sample in functions:  # those of masked are sedd's and d3pm's, too
+            continue
         rules = {name: rule for name, rule in concept.RULES.items() if rule not in unmask.RULES.values()}
         own = list(help_lines(concept.Model.sample))
         lines += [f"\nknobs of objective={objective}:", *own] if own else []

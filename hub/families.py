@@ -24,6 +24,7 @@ class Family:
     first: bool = False      # was every row in training begun by <|endoftext|>?
     by_tensor: bool = False  # may config.json be wrong about the number of rows?
     tokenizer: str = ''      # 'gpt2': that one, where the folder has none
+    words: str = ''          # regular expression of words, where there are merges and no tokenizer.json
     writes: dict = field(default_factory=dict)  # what a config.json that we write says besides
 
 
@@ -45,9 +46,11 @@ LLAMA = Family(
     only=dict(hidden_act=('silu',), attention_bias=(False,), mlp_bias=(False,), is_causal=(True,),
               partial_rotary_factor=(1.0,), use_sliding_window=(False,)),
     writes=dict(model_type='llama', architectures=['LlamaForCausalLM'], hidden_act='silu'))
-QWEN2 = replace(LLAMA, sets=dict(qkv_bias=True), only=LLAMA.only | dict(attention_bias=(True,)),
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = replace(LLAMA, words=QWEN_WORDS, sets=dict(qkv_bias=True), only=LLAMA.only | dict(attention_bias=(True,)),
                 writes=dict(model_type='qwen2', architectures=['Qwen2ForCausalLM'], hidden_act='silu'))
-QWEN3 = replace(LLAMA, sets=dict(qk_norm=True),
+QWEN3 = replace(LLAMA, words=QWEN_WORDS, sets=dict(qk_norm=True),
                 writes=dict(model_type='qwen3', architectures=['Qwen3ForCausalLM'], hidden_act='silu'))
 
 GPT2 = Family(

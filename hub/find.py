@@ -116,7 +116,7 @@ def download(repository, weights=True):
     get('config.json', needed=True)
     refuse_unknown(files.read_json(folder / 'config.json'), repository)
     if not (get('tokenizer.json') or get('tokenizer.model')):
-        get('vocab.json'), get('merges.txt')
+        get('vocab.json'), get('merges.txt'), get('added_tokens.json')
     get('tokenizer_config.json'), get('chat_template.jinja')  # how it is spoken to, if it is
     if weights and not get('model.safetensors'):
         get('model.safetensors.index.json')

@@ -127,9 +127,9 @@ def mask_of(mask, theirs, rows, folder):
     if isinstance(mask, str) and mask in theirs:
         mask = theirs[mask]
     elif isinstance(mask, str):
-        added = {token.get('content'): token.get('id') for token in
-                 files.read_json(folder / 'tokenizer.json').get('added_tokens', [])}
-        mask = added[mask]
+        path = folder / 'tokenizer.json'
+        added = files.read_json(path).get('added_tokens', []) if path.is_file() else added_in(folder, {})
+        mask = {token.get('content'): token.get('id') for token in added}[mask]
     if type(mask) is not int or not 0 <= mask < rows:
         raise ValueError(f"the id of [MASK], {mask}, has no row in an embedding of {rows}")
     return mask
@@ -194,15 +194,26 @@ def tokenizer_of(folder, theirs, family, size):
         vocab = files.read_json(folder / 'vocab.json')
         merges = [line for line in files.read_text(folder / 'merges.txt').split('\n')
                   if line.strip() and not line.startswith('#version')]
-        added = [dict(id=vocab[name], content=name) for name in ('<|endoftext|>',) if name in vocab]
-        source = dict(model=dict(type='BPE', vocab=vocab, merges=merges), added_tokens=added,
+        source = dict(model=dict(type='BPE', vocab=vocab, merges=merges), added_tokens=added_in(folder, vocab),
                       pre_tokenizer=dict(type='ByteLevel'))
+        if family.words:
+            split = dict(type='Split', pattern=dict(Regex=family.words), behavior='Isolated', invert=False)
+            source |= dict(normalizer=dict(type='NFC'), pre_tokenizer=dict(
+                type='Sequence', pretokenizers=[split, dict(type='ByteLevel', use_regex=False)]))
     if source:
         return known | dict(kind='json', json=source)
     if family.tokenizer == 'gpt2' and size >= 50257:
         more = dict(vocab_size=size) if size > 50257 else {}  # GIDD's padding
         return dict(kind='gpt2') | more | ({'first': True} if family.first else {})
     fail(f"{folder} holds no tokenizer.json and no tokenizer.model")
+
+
+def added_in(folder, vocab):
+    """The special tokens of a folder without tokenizer.json, as they would stand in that."""
+    path = folder / 'added_tokens.json'
+    added = files.read_json(path) if path.is_file() else {}
+    added |= {name: vocab[name] for name in ('<|endoftext|>',) if name in vocab}
+    return [dict(id=i, content=name) for name, i in added.items()]
 
 
 # ---- writing ----------------------------------------------------------------------------------------------

@@ -82,11 +82,13 @@ def quick(model, compile=False):
     for name, f in verbs.items():
         setattr(model, name, counted_call((compiled if compile else graphed)(f)))
     hook = model.gpt.norm.register_forward_pre_hook(count) if hasattr(model, 'gpt') else None
+    model.calls = calls  # for parts/cached.py, whose graphs the hook does not see
     try:
         yield calls
     finally:
         for name in verbs:
             delattr(model, name)  # that of the class is there again
+        del model.calls
         if hook:
             hook.remove()
 

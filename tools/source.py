@@ -9,7 +9,7 @@ import torch
 
 import common
 from configurator import Filename, Natural, fail, knobs_of
-from text import files
+from text import files, windows
 from text.rows import KINDS, kind_of, load_meta, load_tokens, open_rows
 from text.vocabulary import Tokenizer, as_ids
 
@@ -63,10 +63,26 @@ def rows_of(tokens, tokenizer, model, checkpoint, most):
     """The rows of a text, all or `most` evenly spread, made as for training: {name: tensor (N, ...)}."""
     Config, rows = KINDS[kind_of(tokenizer)].Config, checkpoint.get('rows', {})
     knobs = Config(**{name: rows[name] for name in knobs_of(Config) if name in rows})
-    batch = open_rows(tokens, tokenizer, model, knobs).all(most)
+    first = Tokenizer(checkpoint['tokenizer']).first
+    if first is not None and kind_of(tokenizer) == 'windows':
+        batch = framed(tokens, model, first, most)
+    else:
+        batch = open_rows(tokens, tokenizer, model, knobs).all(most)
     if not len(batch['x']):
         fail(f"the text has {len(tokens)} tokens, fewer than block_size={model.config.block_size}")
     return batch
+
+
+def framed(tokens, model, first, most):
+    """Windows as a model saw them that was trained on rows between two <|endoftext|>, which are given here.
+    A model that takes no prompts is given the first one only, by its config."""
+    ends = 1 + ('pairs' in model.takes)
+    x = windows.Rows(tokens, None, model.config.block_size - ends).all(most)['x']
+    x = torch.nn.functional.pad(x, (1, ends - 1), value=first)
+    if ends == 1:
+        return dict(x=x)
+    place = torch.arange(x.size(1), device=x.device)
+    return dict(x=x, given=((place == 0) | (place == x.size(1) - 1)).expand_as(x))
 
 
 def shortened(checkpoint, T):
