@@ -58,7 +58,7 @@ def autocast(device, dtype):
 
 
 def precision(model, name, device):
-    """The same for a model that is to be measured. name: as of pick_dtype, or '', as its weights are stored."""
+    """The same for a model that is there. name: as of pick_dtype, or '': as its weights are stored."""
     stored = next(model.parameters()).dtype
     return autocast(device, stored if stored == torch.float32 and not name else
                     pick_dtype(name or 'auto', device))

@@ -26,7 +26,7 @@ from configurator import Count, Natural, fail, knobs_of, script, settings
 from hub import find
 from text.rows import kind_of
 from text.vocabulary import as_ids
-from tools import judge, source
+from tools import judge, samplers, source
 from tools.frontier import label_of
 
 
@@ -103,7 +103,7 @@ def judge_texts(config, how, checkpoint, model, tokenizer, device, amp):
 
 
 def main(argv):
-    config, chosen = settings(argv, __doc__, Config, functions=judge.samplers())
+    config, chosen = settings(argv, __doc__, Config, functions=samplers.functions())
     said = judge.said(config, chosen)
     if said and not config.judge:
         fail(f"{', '.join(said)}: for texts, which need a judge, for example --judge=out-ar")

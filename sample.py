@@ -21,14 +21,13 @@ from typing import Literal
 import torch
 
 import common
-import unmask
-from configurator import (Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail, help_lines,
-                          help_of_rules, knobs_of, script, settings)
+from configurator import (Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail, knobs_of,
+                          script, settings)
 from hub import find
 from parts.graphs import quick
 from text import chat, ends, files
 from text.prompts import ids_of, prompt_of, starts
-from tools import page
+from tools import page, samplers, terminal
 
 
 @dataclass
@@ -76,7 +75,6 @@ class Config:
 SAMPLER = [name for name, knob in knobs_of(Config).items() if knob.group == 'the sampler']
 ANSWER = 128  # tokens of an answer, unless --length= says it
 WINDOWS = 5   # to write after the start, if a model takes a canvas of any length and --length is not given
-PAUSE = 0.05  # seconds between the pictures of --watch
 
 
 def write(model, tokenizer, config, canvas, how, marks=()):
@@ -101,7 +99,7 @@ def write(model, tokenizer, config, canvas, how, marks=()):
         for new in common.generate(model, canvas, block_size, overlap, **how):
             if config.watch:
                 pause = time.time()
-                show(canvas[0].tolist(), new[0].tolist(), tokenizer)
+                terminal.show(canvas[0].tolist(), new[0].tolist(), tokenizer)
                 began += time.time() - pause
             if config.html:
                 canvases.append(new)
@@ -117,20 +115,6 @@ def write(model, tokenizer, config, canvas, how, marks=()):
         text = tokenizer.text(row)
         texts.append(ends.up_to(text, config.stop, tokenizer.text(row[:-1])) if end else text)
     return texts, canvases, len(calls), time.time() - began
-
-
-def show(old, new, tokenizer):
-    """Draw a canvas (L,) over the last one in the terminal: masks dim, tokens new since `old` bright. Where
-    there is no terminal: a line."""
-    if not sys.stdout.isatty():
-        return print(tokenizer.decode(new).replace('\n', ' '), flush=True)
-    text = ''
-    for before, after in zip(old, new):
-        char = tokenizer.decode([after])
-        text += f'\033[2m{char}\033[0m' if after == tokenizer.vocab_size else \
-            f'\033[1;32m{char}\033[0m' if before != after else char
-    print('\033[H\033[J' + text, flush=True)
-    time.sleep(PAUSE)
 
 
 # ---- from a prompt to a canvas ----------------------------------------------------------------------------
@@ -172,26 +156,8 @@ def make_canvas(config, start, tokenizer, block_size, any_length=False):
 
 # ---- from the command line --------------------------------------------------------------------------------
 
-def samplers():
-    """All functions whose keyword-only arguments are flags, and what --help says of them."""
-    functions = [unmask.unmask, *unmask.RULES.values()]
-    lines = ['', help_of_rules("rules of unmask.py and their own knobs", unmask.RULES), "  all of them:",
-             *help_lines(unmask.unmask, '      ')]
-    for objective in common.OBJECTIVES:
-        concept = common.concept(objective)
-        if concept.Model.sample in functions:  # those of masked are sedd's and d3pm's, too
-            continue
-        rules = {name: rule for name, rule in concept.RULES.items() if rule not in unmask.RULES.values()}
-        own = list(help_lines(concept.Model.sample))
-        lines += [f"\nknobs of objective={objective}:", *own] if own else []
-        lines += [help_of_rules(f"rules of objective={objective}", rules)] if rules else []
-        functions += [concept.Model.sample, *rules.values()]
-    return functions, '\n'.join(lines)
-
-
 def main(argv):
-    functions, rules = samplers()
-    config, chosen = settings(argv, __doc__, Config, functions=functions, others=rules)
+    config, chosen = settings(argv, __doc__, Config, functions=samplers.functions(), others=samplers.help())
     if config.html:
         files.writable(config.html, 'html')
     device = common.pick_device(config.device)

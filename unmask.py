@@ -313,8 +313,7 @@ def unmask(denoise, xt, mask_id, steps, rule='ancestral', temperature=1.0, top_k
            never: Fixed[tuple] = (),  # ids that are not written
            **knobs):
     """Generator of canvases (B, T), one per network call; the last holds no mask id, given tokens stay. rule:
-    one of RULES, knobs: its own; cfg, repetition_penalty, never: parts/steered.py; others: `sample_tokens`.
-    Raises ValueError."""
+    of RULES, knobs: its own; cfg, repetition_penalty, never: parts/steered.py. Raises ValueError."""
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not one of: {', '.join(RULES)}")
     for name in knobs:

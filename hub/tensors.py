@@ -18,7 +18,7 @@ from text.vocabulary import library
 
 # safetensors' names for the types of weights that are numbers
 PLAIN = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
-PIECE = 2 ** 26  # bytes of a tensor that are read at once
+PIECE = 2 ** 24  # bytes of a tensor that are read at once
 
 
 class Stored(NamedTuple):

@@ -1,10 +1,13 @@
 import contextlib
+import hashlib
+import http.server
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +144,49 @@ def chi_square_p(samples, joint_p, V):
     expected = joint_p * len(samples)
     statistic = ((observed - expected) ** 2 / expected).sum()
     return torch.special.gammaincc(torch.tensor((len(joint_p) - 1) / 2).double(), statistic / 2).item()
+
+
+@pytest.fixture
+def local_hub(tmp_path, monkeypatch):
+    """A hub with the repositories me/tiny, once old/name, me/tiny-NAME and the gated me/shut, which all hold
+    what is in the folder `served`; returns what has been asked for, and the handler, whose `digest` may replace
+    the checksum that is published."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        digest = ''
+
+        def redirect(self, status, path, **headers):
+            self.send_response(status)
+            for name, value in dict(headers, Location=path, Content_Length='0').items():
+                self.send_header(name.replace('_', '-'), value)
+            self.end_headers()
+
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path.startswith('/me/shut/') and self.headers.get('Authorization') != 'Bearer secret':
+                return self.send_error(401)
+            if self.path.startswith('/old/name/'):  # the hub's way for what has been renamed
+                return self.redirect(307, self.path.replace('/old/name/', '/me/tiny/'))
+            file = tmp_path / 'served' / self.path.rpartition('/')[2]
+            if not self.path.startswith(('/me/tiny', '/me/shut/', '/large/')) or not file.is_file():
+                return self.send_error(404 if self.path.startswith('/me/') else 401)
+            data = file.read_bytes()
+            if file.suffix == '.safetensors' and not self.path.startswith('/large/'):
+                digest = self.digest or hashlib.sha256(data).hexdigest()
+                return self.redirect(302, f'/large/{file.name}', X_Linked_Etag=f'"{digest}"')
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield asked, Handler
+    server.shutdown()

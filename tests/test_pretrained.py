@@ -1,13 +1,10 @@
 """Weights and tokenizers of others: each shape against another implementation, reading against writing, and
 everything that can be wrong with a folder or a download."""
 import base64
-import hashlib
-import http.server
 import io
 import json
 import os
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -448,49 +445,9 @@ def test_writing_refuses_what_has_no_counterpart_and_a_folder_that_is_taken(own,
 # ---- the hub ----------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub with the repository me/tiny, once old/name, and the gated me/shut; returns what has been asked
-    for, and the handler, whose `digest` may replace the checksum that is published."""
+def hub(local_hub, tmp_path):
     make_folder(tmp_path / 'served', 'llama')
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        digest = ''
-
-        def redirect(self, status, path, **headers):
-            self.send_response(status)
-            for name, value in dict(headers, Location=path, Content_Length='0').items():
-                self.send_header(name.replace('_', '-'), value)
-            self.end_headers()
-
-        def do_GET(self):
-            asked.append(self.path)
-            if self.path.startswith('/me/shut/') and self.headers.get('Authorization') != 'Bearer secret':
-                return self.send_error(401)
-            if self.path.startswith('/old/name/'):  # the hub's way for what has been renamed
-                return self.redirect(307, self.path.replace('/old/name/', '/me/tiny/'))
-            file = tmp_path / 'served' / self.path.rpartition('/')[2]
-            if not self.path.startswith(('/me/tiny/', '/me/shut/', '/large/')) or not file.is_file():
-                return self.send_error(404 if self.path.startswith('/me/') else 401)
-            data = file.read_bytes()
-            if file.suffix == '.safetensors' and not self.path.startswith('/large/'):
-                digest = self.digest or hashlib.sha256(data).hexdigest()
-                return self.redirect(302, f'/large/{file.name}', X_Linked_Etag=f'"{digest}"')
-            self.send_response(200)
-            self.send_header('Content-Length', str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
-    monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
-    monkeypatch.delenv('HF_TOKEN', raising=False)
-    monkeypatch.chdir(tmp_path)
-    yield asked, Handler
-    server.shutdown()
+    return local_hub
 
 
 def test_a_repository_is_downloaded_once_and_equals_the_folder_it_is_served_from(hub, tmp_path):

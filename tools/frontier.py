@@ -20,7 +20,7 @@ from configurator import Filename, fail, knobs_of, script, settings
 from hub import find
 from text import files
 from text.vocabulary import library
-from tools import judge, source
+from tools import judge, samplers, source
 
 SWEEPS = {'threshold': ('threshold', (0.3, 0.5, 0.7, 0.9, 0.97)),
           'factor': ('factor', (8.0, 4.0, 2.0, 1.0, 0.5)),
@@ -125,7 +125,7 @@ def plot(rows, path):
 
 
 def main(argv):
-    config, chosen = settings(argv, __doc__, Config, functions=judge.samplers())
+    config, chosen = settings(argv, __doc__, Config, functions=samplers.functions())
     if config.csv:
         files.writable(config.csv, 'csv')
     if config.plot:

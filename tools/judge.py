@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 import common
-import unmask
 from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, arguments, fail
 from hub import find
 from parts.graphs import quick
@@ -46,12 +45,6 @@ class Config:
 # ---- how texts are written --------------------------------------------------------------------------------
 
 SHARED = ('steps', 'rule', 'temperature', 'top_k', 'top_p')  # arguments of samplers that are knobs of scripts
-
-
-def samplers():
-    """All functions whose keyword arguments are knobs: samplers and their rules."""
-    modules = [common.concept(name) for name in common.OBJECTIVES]
-    return [unmask.unmask, *(f for m in modules for f in (m.Model.sample, *m.RULES.values()))]
 
 
 def said(config, chosen):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import common
 from configurator import Count, Filename, Natural, NonNegative, ShareAbove0, fail, script, settings
 from hub import find
-from tools import judge, source
+from tools import judge, samplers, source
 from tools.items import TASKS, Choice, load, passes
 
 LEVELS = 32  # of the published score
@@ -209,7 +209,7 @@ def measure(name, items, model, tokenizer, device, draws, seed, how, execute=Fal
 
 
 def main(argv):
-    config, chosen = settings(argv, __doc__, Config, functions=judge.samplers(),
+    config, chosen = settings(argv, __doc__, Config, functions=samplers.functions(),
                              others='\n\ntasks: ' + ', '.join(TASKS))
     device = common.pick_device(config.device)
     _, checkpoint = find.find(config.out_dir, config.which)
