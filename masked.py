@@ -208,7 +208,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, *,
-               cache: Literal['', 'prefix', 'dual'] = '',  # keep what is before a part (prefix), around it (dual)
+               cache: Literal['', 'prefix', 'dual'] = '',  # what is kept: prefix | dual, also what is behind
                refresh: Natural = 0,  # calls after which that is read anew; 0: at every part
                **own):
         """Generator of canvases (B, T), one per network call; xt holds V where tokens are to be drawn. The

@@ -4,7 +4,7 @@ Write text with any checkpoint: unmasking, infilling, left to right, and texts l
     python sample.py --steps=64                                   # the newest checkpoint under out*/
     python sample.py --start="ROMEO:" --suffix="Exit." --rule=eb --gamma=0.1
     python sample.py --template="To be, ___ that is the ___." --hole=12
-    python sample.py --out_dir=GSAI-ML/LLaDA-8B-Instruct --chat="What is 12 times 7?" --part_length=32 --cache=dual
+    python sample.py --out_dir=GSAI-ML/LLaDA-8B-Instruct --chat="What is 12 times 7?" --rule=threshold
     python sample.py --watch                                      # the text as it denoises, in the terminal
     python sample.py --html=sample.html                           # the same as a page with a slider
 
@@ -57,7 +57,7 @@ class Config:
     template: str = ''           # given text with ___ for each hole, instead of start and suffix
     hole: Count = 8              # tokens of a hole
     chat: str = ''               # a message to a model that has a chat template; length: of the answer
-    early_end: Literal['', 'never', 'last'] = ''  # the end token of denoisers: never | last, behind all others
+    early_end: Literal['', 'never', 'last'] = ''  # when a denoiser may write the end token: never | last
     stop: str = ''               # end a text after this string; <|endoftext|>: the model's own end
     min_entropy: NonNegative = 0.0  # stop when 256 tokens have less unigram entropy, nats (BD3-LM: 4)
 

@@ -50,38 +50,48 @@ def reordered(stored, order, kind):
 
 
 def constant(take, layers, C):
-    """The same where the noise level is never told."""
-    time = {ours: take(f'sigma_map.mlp.{n}.{kind}', shape) for ours, n, kind, shape in (
-        ('fc.weight', 0, 'weight', (WIDTH, WAVES)), ('fc.bias', 0, 'bias', (WIDTH,)),
-        ('proj.weight', 2, 'weight', (WIDTH, WIDTH)), ('proj.bias', 2, 'bias', (WIDTH,)))}
+    """The same where the noise level is never told: all vectors are constants, computed once."""
+    time = {}
+    for ours, theirs, width in (('fc', 'sigma_map.mlp.0', WAVES), ('proj', 'sigma_map.mlp.2', WIDTH)):
+        time[f'{ours}.weight'] = take(f'{theirs}.weight', (WIDTH, width))
+        time[f'{ours}.bias'] = take(f'{theirs}.bias', (WIDTH,))
 
     @functools.cache
     def level():
         net = Waves()
-        net.load_state_dict({name: read(s).float() for name, s in time.items()})
+        net.load_state_dict({name: read(stored).float() for name, stored in time.items()})
         with torch.no_grad():
             return net(torch.zeros(1, 1))[0, 0]
 
-    def modulation(at, n):
-        A, b = take(f'{at}adaLN_modulation.weight', (n * C, WIDTH)), take(f'{at}adaLN_modulation.bias', (n * C,))
+    def vectors(at, n):
+        """A function that gives the n vectors (C,) of a block."""
+        A = take(f'{at}adaLN_modulation.weight', (n * C, WIDTH))
+        b = take(f'{at}adaLN_modulation.bias', (n * C,))
         return functools.cache(lambda: F.linear(level(), read(A).float(), read(b).float()).chunk(n))
 
-    def times(stored, factor):
-        return lambda: (lambda x: (x.float() * factor().view(-1, *[1] * (x.dim() - 1))).to(x.dtype))(read(stored))
-    made = {}
+    def norm(ours, theirs, a, i):
+        """LN with the i-th vector as shift and the next one as scale."""
+        weight = take(f'{theirs}.weight', (C,))
+        return {f'{ours}.weight': lambda: times(read(weight), 1 + a()[i + 1]),
+                f'{ours}.bias': lambda: a()[i].clone()}
+
+    def gated(ours, theirs, shape, a, i):
+        """A matrix, or a bias, times the i-th vector."""
+        stored = take(theirs, shape)
+        return {ours: lambda: times(read(stored), a()[i])}
+    made = norm('norm', 'output_layer.norm_final', vectors('output_layer.', 2), 0)
     for at in layers:
-        a = modulation(at, 6)
-        for norm, i in (('norm1', 0), ('norm2', 3)):
-            made[f'{at}{norm}.weight'] = times(take(f'{at}{norm}.weight', (C,)), lambda a=a, i=i: 1 + a()[i + 1])
-            made[f'{at}{norm}.bias'] = lambda a=a, i=i: a()[i].clone()
-        for ours, theirs, shape, i in (('attn.proj.weight', 'attn_out.weight', (C, C), 2),
-                                       ('mlp.proj.weight', 'mlp.2.weight', (C, 4 * C), 5),
-                                       ('mlp.proj.bias', 'mlp.2.bias', (C,), 5)):
-            made[at + ours] = times(take(at + theirs, shape), lambda a=a, i=i: a()[i])
-    a = modulation('output_layer.', 2)
-    made['norm.weight'] = times(take('output_layer.norm_final.weight', (C,)), lambda: 1 + a()[1])
-    made['norm.bias'] = lambda: a()[0].clone()
+        a = vectors(at, 6)
+        made |= norm(f'{at}norm1', f'{at}norm1', a, 0) | norm(f'{at}norm2', f'{at}norm2', a, 3)
+        made |= gated(f'{at}attn.proj.weight', f'{at}attn_out.weight', (C, C), a, 2)
+        made |= gated(f'{at}mlp.proj.weight', f'{at}mlp.2.weight', (C, 4 * C), a, 5)
+        made |= gated(f'{at}mlp.proj.bias', f'{at}mlp.2.bias', (C,), a, 5)
     return made
+
+
+def times(x, factor):
+    """Each row of x (C, ...) times its factor (C,), in the type of x."""
+    return (x.float() * factor.view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
 
 def unfolded(weights):

@@ -18,8 +18,8 @@ class Family:
     objective: str = 'ar'    # ar | masked | sedd | block; another one that we do not have is refused
     only: dict = field(default_factory=dict)   # keys of config.json: the values that can be done, if present
     sets: dict = field(default_factory=dict)   # knobs that all models of the family have
-    # denoisers: the id of [MASK], the key of config.json that says it, a token's name in tokenizer.json, 'last'
-    # of the rows, or 'beyond', one more than config.json says
+    # denoisers: the id of [MASK], the key of config.json that says it, its name in tokenizer.json, 'last' of
+    # the rows, or 'beyond', one more than config.json says
     mask: object = None
     first: bool = False      # was every row in training begun by <|endoftext|>?
     by_tensor: bool = False  # may config.json be wrong about the number of rows?
@@ -48,7 +48,8 @@ LLAMA = Family(
     writes=dict(model_type='llama', architectures=['LlamaForCausalLM'], hidden_act='silu'))
 QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-QWEN2 = replace(LLAMA, words=QWEN_WORDS, sets=dict(qkv_bias=True), only=LLAMA.only | dict(attention_bias=(True,)),
+QWEN2 = replace(LLAMA, words=QWEN_WORDS, sets=dict(qkv_bias=True),
+                only=LLAMA.only | dict(attention_bias=(True,)),
                 writes=dict(model_type='qwen2', architectures=['Qwen2ForCausalLM'], hidden_act='silu'))
 QWEN3 = replace(LLAMA, words=QWEN_WORDS, sets=dict(qk_norm=True),
                 writes=dict(model_type='qwen3', architectures=['Qwen3ForCausalLM'], hidden_act='silu'))
@@ -84,7 +85,8 @@ DDIT = Family(
 
 # ---- families ---------------------------------------------------------------------------------------------
 
-DREAM = replace(QWEN2, objective='masked', mask='mask_token_id', sets=dict(qkv_bias=True, shift=True, bos=False),
+DREAM = replace(QWEN2, objective='masked', mask='mask_token_id',
+                sets=dict(qkv_bias=True, shift=True, bos=False),
                 writes=dict(model_type='Dream', architectures=['DreamModel'], hidden_act='silu'))
 LLADA = replace(
     LLAMA, objective='masked', mask='mask_token_id', body='transformer.blocks.', bare=(),
@@ -106,19 +108,21 @@ LLADA = replace(
 
 DIFFUGPT = replace(
     GPT2, objective='masked', mask='last', by_tensor=True, prefix='denoise_model.', sets=dict(shift=True),
-    bare=('embed_tokens.weight', 'lm_head.weight'), names=GPT2.names | {'embed.weight': 'embed_tokens.weight'})
+    bare=('embed_tokens.weight', 'lm_head.weight'),
+    names=GPT2.names | {'embed.weight': 'embed_tokens.weight'})
 DIFFUGPT_S = replace(DIFFUGPT, mask=10541)  # an ordinary piece
 DIFFULLAMA = replace(LLAMA, objective='masked', mask=811, sets=dict(shift=True))  # so is this
-OPEN_DCODER = replace(QWEN2, objective='masked', mask='<|mask|>', sets=QWEN2.sets | dict(shift=True, bos=False))
+OPEN_DCODER = replace(DREAM, mask='<|mask|>')
 
 MDLM = replace(
     DDIT, objective='masked', first=True, knobs=DDIT.knobs | dict(time_input='time_conditioning'),
     writes=dict(model_type='mdlm', architectures=['MDLM'], cond_dim=128, dropout=0.1))
 BD3LM = replace(
-    DDIT, objective='block', first=True, sets=dict(first_given=True), knobs=DDIT.knobs | dict(block_length='block_size'),
-    only=DDIT.only | dict(time_conditioning=(False,), cross_attn=(True,)), 
-    writes=dict(model_type='bd3lm', architectures=['BD3LM'], cond_dim=128, dropout=0.1, adaln=True, causal=False,
-                cross_attn=True, attn_backend='sdpa', time_conditioning=False, var_min=True,
+    DDIT, objective='block', first=True, sets=dict(first_given=True),
+    knobs=DDIT.knobs | dict(block_length='block_size'),
+    only=DDIT.only | dict(time_conditioning=(False,), cross_attn=(True,)),
+    writes=dict(model_type='bd3lm', architectures=['BD3LM'], cond_dim=128, dropout=0.1, adaln=True,
+                causal=False, cross_attn=True, attn_backend='sdpa', time_conditioning=False, var_min=True,
                 sampling_eps_min=0.001, sampling_eps_max=0.999))
 SEDD = replace(
     DDIT, objective='sedd', prefix='', sets=dict(time_input=True),
@@ -129,7 +133,8 @@ SEDD = replace(
     writes=dict(graph=dict(type='absorb', file='data', report_all=False), noise=dict(
         type='loglinear', sigma_min=1e-4, sigma_max=20)))
 GIDD = replace(
-    DDIT, objective='masked', mask='[MASK]', by_tensor=True, prefix='', sets=dict(time_input=True, time_as_t=True),
+    DDIT, objective='masked', mask='[MASK]', by_tensor=True, prefix='',
+    sets=dict(time_input=True, time_as_t=True),
     knobs=dict(vocab_size='vocab_size', block_size='max_seq_len', n_layer='num_hidden_layers',
                n_head='num_attention_heads', n_embd='hidden_size'),
     only=dict(p_uniform=(0.0,), timestep_cond_dim=(128,)))

@@ -46,9 +46,10 @@ def read_folder(folder, name=''):
     stored = one_embedding(layout.plain_names(stored, what.family), what.family, what.config)
     marks = marks_beside(stored, shapes['embed.weight'], what.config) if what.marks is None else what.marks
     weights = layout.to_ours(stored, what.family, what.config, shapes, what.rows, marks)
-    if stored:  # what is left may change what the others mean, as the scales of quantised weights do, or biases
-        fail(f"the tensor {min(s.name for s in stored.values())} (of {len(stored)}) has no place in this model: config.json and the "
-             f"weights do not belong together, or they are quantised or of a kind that model.py does not do")
+    if stored:  # it may change what the others mean, as the scales of quantised weights do, or biases
+        fail(f"the tensor {min(s.name for s in stored.values())} (of {len(stored)}) has no place in this "
+             f"model: config.json and the weights do not belong together, or they are quantised or of a kind "
+             f"that model.py does not do")
     weights = Weights({f'gpt.{name}': make for name, make in weights.made.items()})
     own = part_of_ours(what.theirs) or dict(run={'dataset': ''}, iter=0, tokens=0)
     return own | dict(objective=what.objective, config=asdict(what.config), tokenizer=what.tokenizer,
@@ -78,7 +79,8 @@ def described(folder, name='', stored={}):
         if family.by_tensor and stored:
             plain = layout.plain_names(stored, family)
             knobs['vocab_size'] = plain[family.names['embed.weight']].shape[0]
-        rows, objective = knobs['vocab_size'] + (family.mask == 'beyond'), own.get('objective', family.objective)
+        objective = own.get('objective', family.objective)
+        rows = knobs['vocab_size'] + (family.mask == 'beyond')
         if own:
             config, marks = own['config'], own.get('mark_rows')
             check_same(knobs, config, folder)
@@ -89,8 +91,8 @@ def described(folder, name='', stored={}):
         config = Config(**{name: convert(of_concept[name], value) for name, value in config.items()})
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as e:
         fail(f"{folder / 'config.json'}: {f'{e} is missing' if type(e) is KeyError else e}")
-    return Described(theirs, family, objective, config, tokenizer_of(folder, theirs, family, config.vocab_size),
-                     rows, marks)
+    tokenizer = tokenizer_of(folder, theirs, family, config.vocab_size)
+    return Described(theirs, family, objective, config, tokenizer, rows, marks)
 
 
 def check_same(knobs, config, folder):
@@ -194,8 +196,8 @@ def tokenizer_of(folder, theirs, family, size):
         vocab = files.read_json(folder / 'vocab.json')
         merges = [line for line in files.read_text(folder / 'merges.txt').split('\n')
                   if line.strip() and not line.startswith('#version')]
-        source = dict(model=dict(type='BPE', vocab=vocab, merges=merges), added_tokens=added_in(folder, vocab),
-                      pre_tokenizer=dict(type='ByteLevel'))
+        source = dict(model=dict(type='BPE', vocab=vocab, merges=merges),
+                      added_tokens=added_in(folder, vocab), pre_tokenizer=dict(type='ByteLevel'))
         if family.words:
             split = dict(type='Split', pattern=dict(Regex=family.words), behavior='Isolated', invert=False)
             source |= dict(normalizer=dict(type='NFC'), pre_tokenizer=dict(

@@ -28,8 +28,8 @@ def family_of(theirs, name='', tensors={}):
     Raises ValueError."""
     for key in ('quantization_config', 'quantization', 'compression_config'):
         if theirs.get(key):
-            raise ValueError(f"its weights are quantised ({key}: {theirs[key]}), which is not read here: take "
-                             f"the model as it was before")
+            raise ValueError(f"its weights are quantised ({key}: {theirs[key]}), which is not read here: "
+                             f"take the model as it was before")
     kind = 'sedd' if 'graph' in theirs and 'noise' in theirs else theirs.get('model_type')
     if type(kind) is not str or kind not in FAMILIES:
         code = ", and what its own code (auto_map) does is not known: it is never run" \
@@ -37,8 +37,8 @@ def family_of(theirs, name='', tensors={}):
         raise ValueError(f"model_type={kind} is not one of: {', '.join(FAMILIES)}{code}")
     family = kin(FAMILIES[kind], theirs, name.lower(), tensors)
     if family.objective not in common.OBJECTIVES:
-        raise ValueError(f"model_type={kind} is of objective={family.objective}, which this repository does not "
-                         f"have")
+        raise ValueError(f"model_type={kind} is of objective={family.objective}, which this repository does "
+                         f"not have")
     return family
 
 
@@ -127,7 +127,8 @@ def names_of(family, ours):
         if name.startswith('blocks.'):
             number, _, rest = name.removeprefix('blocks.').partition('.')
             module, _, kind = rest.rpartition('.')
-            found[name] = [f'{family.body}{number}.{theirs}.{kind}' for theirs in family.block.get(module, [])]
+            at = f'{family.body}{number}.'
+            found[name] = [f'{at}{theirs}.{kind}' for theirs in family.block.get(module, [])]
         else:
             found[name] = [family.names[name]] if name in family.names else []
     homeless = [name for name, theirs in found.items() if not theirs and name not in ddit.MADE]

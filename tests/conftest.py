@@ -149,8 +149,8 @@ def chi_square_p(samples, joint_p, V):
 @pytest.fixture
 def local_hub(tmp_path, monkeypatch):
     """A hub with the repositories me/tiny, once old/name, me/tiny-NAME and the gated me/shut, which all hold
-    what is in the folder `served`; returns what has been asked for, and the handler, whose `digest` may replace
-    the checksum that is published."""
+    what is in the folder `served`; returns what has been asked for, and the handler, whose `digest` may
+    replace the checksum that is published."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -7,14 +7,16 @@ from parts.cached import Cached
 from parts.graphs import quick
 
 SHAPES = [dict(arch='ours'), dict(arch='gpt2'), dict(arch='llama', n_kv_head=2), dict(arch='ddit'),
-          dict(arch='llama', shift=True), dict(arch='llama', shift=True, bos=False), dict(arch='gpt2', shift=True),
+          dict(arch='llama', shift=True), dict(arch='llama', shift=True, bos=False),
+          dict(arch='gpt2', shift=True),
           dict(arch='ddit', time_input=True), dict(arch='ours', time_input=True),
           dict(arch='llama', old_mask=3)]
 
 
 def random_model(n_layer=2, **knobs):
     torch.manual_seed(0)
-    net = masked.Model(masked.Config(vocab_size=11, block_size=24, n_layer=n_layer, n_head=4, n_embd=32, **knobs))
+    sizes = dict(vocab_size=11, block_size=24, n_layer=n_layer, n_head=4, n_embd=32)
+    net = masked.Model(masked.Config(**sizes, **knobs))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return net.eval()

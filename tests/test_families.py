@@ -1,4 +1,4 @@
-"""Published families at work: downloads, scripts, fine-tuning, chat, rules, memory, and what cannot be read."""
+"""Published families at work: downloads, scripts, fine-tuning, chat, memory, and what cannot be read."""
 import json
 import math
 import shutil
@@ -181,23 +181,23 @@ def test_ids_that_are_never_written_are_not_and_the_rest_keeps_its_proportions()
 
 def test_a_place_where_an_end_is_likeliest_waits_for_the_others():
     p = torch.tensor([[[0.9, 0.05, 0.05], [0.1, 0.5, 0.4], [0.2, 0.2, 0.6]]])
-    frames = list(unmask.unmask(lambda xt, t: p.log(), torch.full((1, 3), 3), 3, 3, 'confidence', temperature=0,
-                                last=(0,)))
+    frames = list(unmask.unmask(lambda xt, t: p.log(), torch.full((1, 3), 3), 3, 3, 'confidence',
+                                temperature=0, last=(0,)))
     assert [f[0].tolist() for f in frames] == [[3, 3, 2], [3, 1, 2], [0, 1, 2]]
 
 
 # ---- memory -----------------------------------------------------------------------------------------------
 
 PEAK = """
-import resource, sys, torch, common
+import sys, torch, common
 from hub import find
 load = lambda name: common.load_model(find.find(name)[1], torch.device('cpu'))[0]
 load(sys.argv[1])  # what is imported on the way is there then
-before = int(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1])
+status = lambda key: int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1])
+before = status('VmRSS')
 net = load(sys.argv[2])
 size = sum(p.nbytes for p in net.parameters())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print({p.dtype for p in net.parameters()} == {torch.bfloat16}, size, (peak - before) * 1024 / size)
+print({p.dtype for p in net.parameters()} == {torch.bfloat16}, size, (status('VmHWM') - before) * 1024 / size)
 """
 
 
@@ -229,8 +229,8 @@ def test_a_model_takes_the_memory_of_its_files_and_no_more_than_a_seventh_beyond
     letters = dict(model=dict(type='BPE', vocab={c: i for i, c in enumerate('abc')}, merges=[]),
                    added_tokens=[], pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False))
     (tmp_path / 'big' / 'tokenizer.json').write_text(json.dumps(letters))
-    done = subprocess.run([sys.executable, '-c', PEAK, tmp_path / 'small', tmp_path / 'big'], cwd=ROOT, capture_output=True,
-                          text=True)
+    command = [sys.executable, '-c', PEAK, tmp_path / 'small', tmp_path / 'big']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     own_type, size, share = done.stdout.split()
     assert own_type == 'True' and int(size) > 250e6 and 0.9 < float(share) < 1.15, done
 

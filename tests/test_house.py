@@ -13,7 +13,8 @@ GROUND = sorted(ROOT.glob('*.py'))
 ROOMS = ('text', 'hub', 'parts', 'tools')
 DOCS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 OBJECTIVES = set(common.OBJECTIVES)
-OTHERS = ('generate.py', 'data/NAME/prepare.py')  # files of other repositories that we name
+OTHERS = ('generate.py', 'graph_lib.py', 'dit.py', 'modeling_bd3lm.py', 'modeling_dit.py', 'transformer.py',
+          'samplers/bd3lm.py', 'bd3lm.py', 'data/NAME/prepare.py')  # files of other repositories that we name
 LOWER = {'configurator', 'model', 'unmask'}
 
 # who may import whom, from above down; a name stands for a file of the ground floor or for a room

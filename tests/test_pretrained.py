@@ -607,7 +607,8 @@ Q = 'model.layers.0.self_attn.q_proj.weight'
     (lambda t: without(t, Q), [Q, 'missing']),
     (lambda t: without(t, 'lm_head.weight'), ['lm_head.weight', 'missing']),
     (lambda t: t | {EMBED: t[EMBED][:200]}, [EMBED, '(200, 16)']),
-    (lambda t: bare(t) | {'embed_tokens.weight': t[EMBED], 'model.x': torch.ones(1)}, ['model.x', 'no place']),
+    (lambda t: bare(t) | {'embed_tokens.weight': t[EMBED], 'model.x': torch.ones(1)},
+     ['model.x', 'no place']),
     (lambda t: t | {'embed_tokens.weight': t[EMBED]}, ['twice', 'model.'])])
 def test_tensors_that_config_json_does_not_speak_of_are_refused_by_name(change, words, tmp_path, refused):
     make_folder(tmp_path / 'theirs', 'llama')

@@ -129,7 +129,8 @@ def test_the_rules_against_early_end_tokens_are_lladas(length, opened):
     net.config.old_mask = -1  # theirs may write [MASK], and count its share among the confidences
     x, _, _, want = case('llada', net)
     eos, eot = want['options']['eos'], want['options']['eot']
-    for name, how in (('logits_eos_inf', dict(never=(eos,))), ('confidence_eos_eot_inf', dict(last=(eos, eot)))):
+    for name, how in (('logits_eos_inf', dict(never=(eos,))),
+                      ('confidence_eos_eot_inf', dict(last=(eos, eot)))):
         assert written(net, x, part_length=length, **how) == want['options'][f'{name}_block{length}'], name
 
 
@@ -150,7 +151,8 @@ def test_qwen_says_what_transformers_says(name, opened):
 OURS = [('masked', dict(arch='ddit'), 'mdlm'), ('masked', dict(arch='ddit', time_input=True), 'mdlm'),
         ('block', dict(arch='ddit', block_length=4), 'bd3lm'), ('sedd', dict(arch='ddit'), None),
         ('masked', dict(arch='llama', n_kv_head=2, n_inner=40), 'llada'),
-        ('masked', dict(arch='llama', shift=True), 'llama'), ('masked', dict(arch='gpt2', shift=True), 'gpt2'),
+        ('masked', dict(arch='llama', shift=True), 'llama'),
+        ('masked', dict(arch='gpt2', shift=True), 'gpt2'),
         ('masked', dict(arch='gpt2'), 'gpt2'), ('ar', dict(arch='llama', qkv_bias=True), 'qwen2'),
         ('ar', dict(arch='llama', qk_norm=True, head_width=16, tied=True), 'qwen3'),
         ('masked', dict(arch='llama', qkv_bias=True, shift=True, bos=False), 'Dream'),
@@ -181,7 +183,8 @@ def says(net, x):
 
 @pytest.mark.parametrize('objective, knobs, kind', OURS)
 @torch.no_grad()
-def test_a_model_of_ours_goes_out_in_a_published_layout_and_comes_back_the_same(objective, knobs, kind, tmp_path):
+def test_a_model_of_ours_goes_out_in_a_published_layout_and_comes_back_the_same(
+        objective, knobs, kind, tmp_path):
     net, checkpoint = of_ours(objective, knobs)
     folder.write_folder(checkpoint, tmp_path / 'out')
     theirs = json.loads((tmp_path / 'out' / 'config.json').read_text())
@@ -194,7 +197,8 @@ def test_a_model_of_ours_goes_out_in_a_published_layout_and_comes_back_the_same(
     assert torch.allclose(says(net, x), says(again, x), rtol=1e-5)
 
 
-@pytest.mark.parametrize('objective, knobs, kind', [o for o in OURS if o[2] in ('mdlm', 'bd3lm', 'llada', 'Dream')])
+@pytest.mark.parametrize('objective, knobs, kind',
+                         [o for o in OURS if o[2] in ('mdlm', 'bd3lm', 'llada', 'Dream')])
 @torch.no_grad()
 def test_without_our_part_of_config_json_it_is_the_published_family_and_says_the_same(
         objective, knobs, kind, tmp_path):

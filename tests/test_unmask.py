@@ -10,6 +10,7 @@ import ar
 import configurator
 import d3pm
 import unmask
+from parts import steered
 from conftest import Joint, chi_square_p
 
 
@@ -481,14 +482,14 @@ def test_guidance_of_scale_0_changes_nothing_and_more_moves_towards_the_given(jo
     xt = torch.tensor([[1, 3, 3], [0, 3, 2]])
     given, t = xt != 3, torch.full((2,), 0.6)
     plain = joint.denoise(xt, t)
-    none = unmask.guided(joint.denoise, given, 3, 0.0)(xt, t)
+    none = steered.guided(joint.denoise, given, 3, 0.0)(xt, t)
     assert torch.allclose(none.exp(), plain.exp())
     without = joint.denoise(torch.full_like(xt, 3), t)
-    twice = unmask.guided(joint.denoise, given, 3, 1.0)(xt, t)[0, 1]
+    twice = steered.guided(joint.denoise, given, 3, 1.0)(xt, t)[0, 1]
     assert torch.allclose(twice, (2 * plain - without)[0, 1].log_softmax(-1))
     xt[1, 1] = 1  # written meanwhile
     times = []
-    both = unmask.guided(lambda xt, t: times.append(t) or joint.denoise(xt, t), given, 3, 1.0)(xt, t)
+    both = steered.guided(lambda xt, t: times.append(t) or joint.denoise(xt, t), given, 3, 1.0)(xt, t)
     assert not both.isnan().any() and times[0].tolist() == pytest.approx([0.6] * 4)
     xt[1, 1] = 3
     calls = joint.calls
