@@ -27,6 +27,7 @@ import model
 from ar import prompt_length, token_nats
 from configurator import Count, Fixed, Share
 from masked import exactly, low_discrepancy
+from parts.adapted import normalised
 from parts.neighbours import beside
 from unmask import RULES, shares, unmask  # noqa: F401
 
@@ -177,7 +178,7 @@ class Model(nn.Module):
     def denoise_block(self, xt, cache):
         """log p(x0 | noisy block xt, cache), (B, t, V) float32, normalised; the cache stays as it is."""
         before = cache.length
-        logp = self.gpt(xt, cache=cache).float().log_softmax(-1)
+        logp = normalised(self.gpt(xt, cache=cache), self.config)
         cache.trim(before)
         return logp
 
@@ -190,8 +191,8 @@ class Model(nn.Module):
         unmask.py); by default random, with its even counts: ancestral steps often reveal several of a block's
         few tokens at once.
         """
-        if own.get('cfg'):
-            raise ValueError("cfg is not for block diffusion, whose prompt is in the cache")
+        if own.get('cfg') or own.get('cache'):
+            raise ValueError("cfg and cache are not for block diffusion, which has an exact cache of its own")
         how = dict(temperature=temperature, top_k=top_k, top_p=top_p, **own)
         n, cache = self.config.block_length, model.Cache()
         first = prompt_length(xt, self.mask_id) // n * n

@@ -8,7 +8,6 @@ of (seed, i) alone (`seed_everything`).
 import contextlib
 import importlib
 import warnings
-from collections.abc import MutableMapping
 from pathlib import Path
 
 import numpy as np
@@ -167,12 +166,13 @@ def concept(objective):
 
 def load_model(checkpoint, device, weights='ema', dtype='', **changes):
     """(model in eval mode, tokenizer) of a checkpoint dict; changes: config values to override.
-    weights: ema | model, not averaged. dtype: 'float32' converts weights that hub/ reads in another type."""
+    weights: ema | model, not averaged. dtype: 'float32' converts those of others (hub/), which otherwise keep
+    their own type; ours are float32."""
     module, found = concept(checkpoint['objective']), checkpoint[weights]
     make = lambda: module.Model(module.Config(**{**checkpoint['config'], **changes}))
-    stored = isinstance(found, MutableMapping) and not isinstance(found, dict)  # of others: in their own type
+    own_type = getattr(found, 'dtype', torch.float32)  # of others' weights
     try:
-        model = filled(make, found, device, None if stored and dtype != 'float32' else torch.float32)
+        model = filled(make, found, device, torch.float32 if dtype == 'float32' else own_type)
     except ValueError as e:
         fail(e)
     except (TypeError, RuntimeError) as e:

@@ -70,7 +70,7 @@ def likelihood(config, checkpoint, model, tokenizer, device, amp):
         if config.order not in model.orders:
             fail(f"order={config.order} is not something {checkpoint['objective']} can do")
         if batch.keys() != {'x'}:
-            fail(f"order={config.order} reads windows, not packed lines: leave it out")
+            fail(f"order={config.order} reads windows without given tokens, not packed lines: leave it out")
         nats, label = model.nats_left, 'exact, left to right'
     at_once = common.rows_at_once(x.size(1), tokenizer.vocab_size)
     with amp:

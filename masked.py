@@ -215,6 +215,6 @@ class Model(nn.Module):
         rules and their own knobs are those of unmask.py, cache and refresh those of parts/cached.py."""
         how = dict(temperature=temperature, top_k=top_k, top_p=top_p, **own)
         ask = self.scores if rule == 'analytic' else self.denoise
-        if cache:
+        if cache or refresh:
             ask = Cached(self, xt, cache, refresh, own)
         yield from unmask(ask, xt, self.mask_id, steps, rule or 'ancestral', **how)

@@ -58,6 +58,7 @@ class Config:
     qkv_bias: Fixed[bool] = False         # llama: biases on queries, keys and values (Qwen2)
     qk_norm: Fixed[bool] = False          # llama: a norm on the queries and keys of every head (Qwen3)
     time_as_t: Fixed[bool] = False        # ddit: the network is told t, not sigma (GIDD)
+    old_mask: Fixed[int] = -1             # the id of others' [MASK], if among the V tokens: never written
 
     def __post_init__(self):
         if self.n_embd % self.n_head and not self.head_width:
@@ -149,7 +150,7 @@ class Norm(nn.Module):
             return F.rms_norm(x, self.shape)
         if self.bias is None:
             return F.rms_norm(x, self.shape, self.weight.type_as(x), self.eps)
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.shape, self.weight.type_as(x), self.bias.type_as(x), self.eps)
 
 
 class Attention(nn.Module):

@@ -57,7 +57,7 @@ class Config:
     template: str = ''           # given text with ___ for each hole, instead of start and suffix
     hole: Count = 8              # tokens of a hole
     chat: str = ''               # a message to a model that has a chat template; length: of the answer
-    early_end: Literal['', 'never', 'last'] = ''  # when a denoiser may write the end token: never | last
+    early_end: Literal['', 'never', 'last'] = ''  # denoisers write the end token: never | last; '': any time
     stop: str = ''               # end a text after this string; <|endoftext|>: the model's own end
     min_entropy: NonNegative = 0.0  # stop when 256 tokens have less unigram entropy, nats (BD3-LM: 4)
 
@@ -170,12 +170,14 @@ def main(argv):
         fail(f"overlap={config.overlap} must be smaller than block_size={block_size}")
     asked = {name: value for name, value in chosen.items()  # --rule= asks for none
              if value != '' and (name in SAMPLER or name not in knobs_of(Config))}
+    marks = tuple(chat.turn(tokenizer, config.chat)[1]) if config.chat else ()
+    if config.early_end:
+        asked[config.early_end] = marks or (() if tokenizer.end is None else (tokenizer.end,))
+        if not asked[config.early_end]:
+            fail("early_end is about the token that ends a text: this model has none")
     try:
         best = {} if config.rule else model.reading
         how = arguments(model.sample, best | asked, {name: getattr(config, name) for name in SAMPLER})
-        marks = tuple(chat.turn(tokenizer, config.chat)[1]) if config.chat else ()
-        if config.early_end:
-            how[config.early_end] = marks or (tokenizer.end,)
         rows = [make_canvas(config, start, tokenizer, block_size, model.any_length)
                 for start in starts(config.chat or config.start) for _ in range(config.num_samples)]
         canvas = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.vocab_size)

@@ -285,7 +285,7 @@ def threshold(denoise, xt, mask_id, steps, choose, *,
 def factor(denoise, xt, mask_id, steps, choose, *,
            factor: NonNegative = 1.0,  # larger: more tokens per step
            part_length: Natural = 0,   # fill one part of this many tokens at a time; 0: all
-              last: Fixed[tuple] = ()):   # ids that are written when nothing else is left
+           last: Fixed[tuple] = ()):   # ids that are written when nothing else is left
     """Reveal the n surest tokens, n the largest with (n + 1) (1 - p_n) < factor (arXiv 2505.22618)."""
     return safest(denoise, xt, mask_id, choose, part_length, last, 'confidence',
                   lambda c, n: (n + 1) * (1 - c.exp()) < factor)

@@ -19,7 +19,7 @@ from parts import lora
 
 ONE_TRANSFORMER = ('ar', 'masked', 'sedd', 'd3pm', 'block')  # objectives whose weights are model.GPT's alone
 SHAPE = {f.name for f in fields(model.Config)} - {'dropout'}
-TRAINING_ONLY = ('dropout', 'anneal_iters')  # knobs of a run's training, as are those of parts/lora.py
+TRAINING_ONLY = ('dropout', 'anneal_iters', 'first_given')  # of one run, as are those of parts/lora.py
 
 
 def knobs_of_start(checkpoint, knobs, source):

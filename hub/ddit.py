@@ -2,7 +2,8 @@
 The body of MDLM, SEDD, BD3-LM, Duo and GIDD (arXiv 2406.07524, 2310.16834, 2503.09573): what a noise level
 changes in it.
 
-Every block has six vectors a_i = A c + b, c made of the noise level (parts/times.py): what attention reads is
+A small network makes a vector c of the noise level (parts/times.py), and every block six of c, A c + b: two
+scales, two shifts and two gates (`adaLN_modulation`). What attention reads is
 LN(x) (1 + scale) + shift, what it adds is multiplied by a gate; so for the MLP, and the last norm has a scale
 and a shift. In model.py it is the same but for the order of the vectors, a gate that is 1 + a, and an LN with
 a bias.
@@ -20,9 +21,7 @@ from hub.tensors import read
 from parts.times import MADE as WIDTH
 from parts.times import WAVES, Waves
 
-MADE = ('norm.bias',)  # our tensors that have no counterpart of their own
-
-
+OURS_ALONE = ('norm.bias',)  # tensors that have no counterpart of their own
 ORDER = (1, 0, 4, 3, 2, 5)  # our scale, shift, scale, shift, gate, gate in theirs
 GATES = (2, 5)              # in theirs
 

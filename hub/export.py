@@ -4,8 +4,9 @@ A checkpoint of ours to give away: as a folder in Hugging Face's layout, adapter
     python -m hub.export --out_dir=out-adapt --to=FOLDER
     python -m hub.export --out_dir=out-mdlm --to=small.pt   # averaged weights in half precision, nothing else
 
-The file is one of ours and works wherever a checkpoint is named. transformers opens the folder as a GPT-2 or
-LLaMA model. What it does not know, the objective and the rows of [MASK] and [BOS], is there too
+The file is one of ours and works wherever a checkpoint is named. The folder is in the layout of the published
+family that the model has the shape of (hub/families.py). transformers opens GPT-2, LLaMA and Qwen, the
+authors' code MDLM, BD3-LM, SEDD, LLaDA, Dream and DiffuGPT. What they do not know is there too
 (hub/folder.py), so that our scripts read all of the model back.
 """
 from dataclasses import dataclass

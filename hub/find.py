@@ -5,8 +5,9 @@ The checkpoint that a person names: one of ours, a folder in Hugging Face's layo
     python sample.py --out_dir=HuggingFaceTB/SmolLM2-135M --start="The capital of Italy is" --length=16
     python eval.py --out_dir=FOLDER --input=my.txt
 
-Every script takes these names: a folder or file of ours; a folder with config.json, *.safetensors and a
-tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging Face hub. The last two are
+Every script takes these names: a folder or file of ours; a folder with config.json, *.safetensors and, if
+its tokens are not GPT-2's, a tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging
+Face hub (hub/families.py lists the kinds of model that are known). The last two are
 downloaded once, into HF_HOME, unless the hub's own library has them already (in HF_HUB_CACHE). HF_ENDPOINT
 names a mirror; HF_TOKEN is needed for models that ask for consent.
 """
@@ -76,7 +77,7 @@ def tokenizer(source):
     else:
         folder = folder if folder.is_dir() else download(source, weights=False)
         meta = described(folder, source).tokenizer
-    return {k: v for k, v in meta.items() if k not in ('source', 'sha256', 'before', 'sep')}
+    return {k: v for k, v in meta.items() if k not in ('source', 'sha256', 'before', 'sep', 'first')}
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import common
 from configurator import convert, fail, knobs_of
 from hub import adapt, layout
 from hub.families import Family, family_to_write
-from hub.tensors import Weights, read, stored_in
+from hub.tensors import PLAIN, Weights, read, stored_in
 from parts import lora
 from text import files
 from text.chat import marks_in, template_in
@@ -45,12 +45,14 @@ def read_folder(folder, name=''):
     shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
     stored = one_embedding(layout.plain_names(stored, what.family), what.family, what.config)
     marks = marks_beside(stored, shapes['embed.weight'], what.config) if what.marks is None else what.marks
+    embedding = stored.get(what.family.names['embed.weight'])
+    dtype = PLAIN[embedding.type] if embedding else None
     weights = layout.to_ours(stored, what.family, what.config, shapes, what.rows, marks)
     if stored:  # it may change what the others mean, as the scales of quantised weights do, or biases
         fail(f"the tensor {min(s.name for s in stored.values())} (of {len(stored)}) has no place in this "
              f"model: config.json and the weights do not belong together, or they are quantised or of a kind "
              f"that model.py does not do")
-    weights = Weights({f'gpt.{name}': make for name, make in weights.made.items()})
+    weights = Weights({f'gpt.{name}': make for name, make in weights.made.items()}, dtype)
     own = part_of_ours(what.theirs) or dict(run={'dataset': ''}, iter=0, tokens=0)
     return own | dict(objective=what.objective, config=asdict(what.config), tokenizer=what.tokenizer,
                       model=weights, ema=weights)
@@ -89,7 +91,7 @@ def described(folder, name='', stored={}):
         Config = common.concept(objective).Config
         of_concept = knobs_of(Config)
         config = Config(**{name: convert(of_concept[name], value) for name, value in config.items()})
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
         fail(f"{folder / 'config.json'}: {f'{e} is missing' if type(e) is KeyError else e}")
     tokenizer = tokenizer_of(folder, theirs, family, config.vocab_size)
     return Described(theirs, family, objective, config, tokenizer, rows, marks)
@@ -114,7 +116,7 @@ def without_marks(knobs, family, theirs, rows, folder):
     mask = mask_of(family.mask, theirs, rows, folder)
     if mask == rows - 1:  # the last row is no token
         config['vocab_size'] = rows - 1
-    elif family.objective == 'masked':
+    else:
         config['old_mask'] = mask
     if config.get('shift') and config.get('bos', True):
         config['block_size'] -= 1  # [BOS] takes a place
@@ -131,7 +133,10 @@ def mask_of(mask, theirs, rows, folder):
     elif isinstance(mask, str):
         path = folder / 'tokenizer.json'
         added = files.read_json(path).get('added_tokens', []) if path.is_file() else added_in(folder, {})
-        mask = {token.get('content'): token.get('id') for token in added}[mask]
+        found = {token.get('content'): token.get('id') for token in added}
+        if mask not in found:
+            raise ValueError(f"its [MASK] is the token {mask}, which the folder has no tokenizer.json for")
+        mask = found[mask]
     if type(mask) is not int or not 0 <= mask < rows:
         raise ValueError(f"the id of [MASK], {mask}, has no row in an embedding of {rows}")
     return mask

@@ -37,8 +37,8 @@ def family_of(theirs, name='', tensors={}):
         raise ValueError(f"model_type={kind} is not one of: {', '.join(FAMILIES)}{code}")
     family = kin(FAMILIES[kind], theirs, name.lower(), tensors)
     if family.objective not in common.OBJECTIVES:
-        raise ValueError(f"model_type={kind} is of objective={family.objective}, which this repository does "
-                         f"not have")
+        raise ValueError(f"model_type={kind} is {family.objective} diffusion, an objective that this "
+                         f"repository does not have")
     return family
 
 
@@ -131,7 +131,7 @@ def names_of(family, ours):
             found[name] = [f'{at}{theirs}.{kind}' for theirs in family.block.get(module, [])]
         else:
             found[name] = [family.names[name]] if name in family.names else []
-    homeless = [name for name, theirs in found.items() if not theirs and name not in ddit.MADE]
+    homeless = [name for name, theirs in found.items() if not theirs and name not in ddit.OURS_ALONE]
     if homeless:
         raise ValueError(', '.join(homeless[:3]))
     return found

@@ -96,10 +96,11 @@ def read(*stored, transposed=False, height=None):
 
 
 class Weights(MutableMapping):
-    """A state dict whose tensors are made when they are asked for: {name: function without arguments}."""
+    """A state dict whose tensors are made when they are asked for: {name: function without arguments}.
+    dtype: the type of most of them, in which a model has all."""
 
-    def __init__(self, made):
-        self.made = dict(made)
+    def __init__(self, made, dtype=None):
+        self.made, self.dtype = dict(made), dtype
 
     def __getitem__(self, name):
         return self.made[name]()
@@ -109,6 +110,9 @@ class Weights(MutableMapping):
 
     def __delitem__(self, name):
         del self.made[name]
+
+    def __contains__(self, name):
+        return name in self.made
 
     def __iter__(self):
         return iter(self.made)

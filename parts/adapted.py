@@ -24,7 +24,6 @@ class Config(lora.Config):
     anneal_iters: Natural = 0  # steps until every token sees all others; 0: from the start
     # set by the weights of others
     bos: Fixed[bool] = True    # shift: does [BOS] stand in front of the text?
-    old_mask: Fixed[int] = -1  # the id of their [MASK], if it is one of the V tokens: never written
 
 
 def partly_causal(T, r):

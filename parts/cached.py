@@ -37,12 +37,15 @@ class Canvas(model.Cache):
 
 class Cached:
     """denoise(xt, t) -> log p(x0 | xt) (B, T, V), right at the masked places of the part that is being
-    written, which is all that a rule with a part_length looks at. Raises ValueError."""
+    written, the only ones that a rule with a part_length looks at. The next call writes over what one call
+    has returned. Raises ValueError."""
 
     def __init__(self, net, xt, kind, refresh, knobs):
         """knobs: those of the rule and of unmask.unmask, which work together with a cache."""
         begin = (xt == net.mask_id).long().argmax(-1).unique().tolist()
         length = knobs.get('part_length')
+        if not kind:
+            raise ValueError(f"refresh={refresh} is for a cache, --cache=prefix or dual")
         if not length or knobs.get('cfg'):
             raise ValueError(f"cache={kind} keeps what stands around the part that is being written: it "
                              f"needs a part_length, and a rule that has one, and no cfg")

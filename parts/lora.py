@@ -86,10 +86,11 @@ def load_base(net, weights):
     for name, p in net.state_dict().items():
         name = name.replace('.linear.', '.')
         if not name.endswith(('.A', '.B')):
-            if name not in weights or weights[name].shape != p.shape:
-                there = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
+            found = weights[name] if name in weights else None
+            if found is None or found.shape != p.shape:
+                there = "missing" if found is None else f"of shape {tuple(found.shape)}"
                 raise ValueError(f"{name} is {there} in the base, it must be of shape {tuple(p.shape)}")
-            p.copy_(weights[name])
+            p.copy_(found)
 
 
 def folded(weights, config):

@@ -35,4 +35,5 @@ class Waves(nn.Module):
         level = t.float() if self.of_t else -torch.log1p(-t.float().clamp(max=0.999))
         k = torch.arange(WAVES // 2, device=t.device)
         angle = level[..., None] * torch.exp(-math.log(10000) * k / (WAVES // 2))
-        return self.act(self.proj(self.act(self.fc(torch.cat([angle.cos(), angle.sin()], -1)))))
+        waves = torch.cat([angle.cos(), angle.sin()], -1).type_as(self.fc.weight)
+        return self.act(self.proj(self.act(self.fc(waves))))

@@ -238,7 +238,7 @@ def test_a_model_takes_the_memory_of_its_files_and_no_more_than_a_seventh_beyond
 # ---- what cannot be read ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name, changes, words', [
-    ('duo', {}, ['model_type=DUO', 'objective=uniform']),
+    ('duo', {}, ['model_type=DUO', 'uniform diffusion', 'does not have']),
     ('llada', dict(model_type='mamba'), ['model_type=mamba', 'mdlm', 'auto_map', 'never run']),
     ('llada', dict(block_type='sequential'), ['block_type=sequential']),
     ('llada', dict(include_qkv_bias=True), ['include_qkv_bias=True']),
@@ -293,3 +293,58 @@ def test_the_count_of_sedd_small_and_mdlm_is_the_published_one():
         for name, value in old.items():
             setattr(published, name, value)
     assert sum(math.prod(s) for name, s in shapes.items() if 'rotary' not in name) == 169_627_218
+
+
+# ---- types, ends, places ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('fast', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('name', ['mdlm', 'sedd', 'bd3lm', 'gidd', 'diffugpt-m', 'llada', 'qwen3', 'mixed'])
+@torch.no_grad()
+def test_weights_in_half_precision_work_with_and_without_fast_products(
+        name, dtype, fast, tmp_path, monkeypatch):
+    make(tmp_path / 'theirs', 'dream' if name == 'mixed' else name)
+    for path in (tmp_path / 'theirs').glob('*.safetensors'):
+        safetensors.save_file({n: t.to(torch.float32 if name == 'mixed' and 'norm' in n else dtype)
+                               for n, t in safetensors.load_file(path).items()}, path)
+    monkeypatch.setattr(common, 'fast_dtype', lambda device: torch.bfloat16 if fast else torch.float32)
+    device, x = torch.device('cpu'), torch.randint(30, (2, 16))
+    checkpoint, values = find.find(str(tmp_path / 'theirs'))[1], []
+    for how in ('', 'float32'):
+        net, _ = common.load_model(checkpoint, device, dtype=how)
+        assert {p.dtype for p in net.parameters()} == {torch.float32 if how else dtype}
+        torch.manual_seed(0)
+        with common.precision(net, how, device):
+            values.append(net.nats(x, n=2))
+    assert values[0].dtype == torch.float32 and torch.allclose(*values, rtol=0.1)
+
+
+def test_a_block_model_does_not_write_others_mask_and_takes_no_cache(tmp_path, monkeypatch, mistake):
+    monkeypatch.setattr(families, 'A2D_BLOCKS', dict(block_length=4))
+    make(tmp_path / 'a2d-qwen3-bd3lm', 'a2d-qwen3-bd3lm')
+    source = str(tmp_path / 'a2d-qwen3-bd3lm')
+    net, _ = common.load_model(find.find(source)[1], torch.device('cpu'))
+    *_, text = net.sample(torch.full((200, 32), net.mask_id), 8)
+    assert not (text == 51).any()
+    assert 'exact cache' in mistake(sample.main, f'--out_dir={source}', '--cache=dual', '--part_length=4')
+
+
+def test_rules_about_ends_and_caches_that_cannot_work_end_in_one_line(served, mistake):
+    mdlm = served('mdlm')
+    assert 'this model has none' in mistake(sample.main, f'--out_dir={mdlm}', '--early_end=last')
+    assert 'for a cache' in mistake(sample.main, f'--out_dir={mdlm}', '--refresh=2')
+
+
+def test_windows_that_hold_no_text_between_the_ends_end_in_one_line(served, mistake):
+    source = served('mdlm', eos_token_id=39)
+    open('text.txt', 'w').write('!"#$')
+    assert 'does not fit a text of 4' in mistake(evaluation.main, f'--out_dir={source}', '--input=text.txt')
+    assert 'block_size=2' in mistake(evaluation.main, f'--out_dir={source}', '--input=text.txt',
+                                     '--block_size=2')
+
+
+def test_a_name_is_looked_for_without_reading_the_tensor(tmp_path, monkeypatch):
+    make(tmp_path / 'llada', 'llada')
+    weights = find.find(str(tmp_path / 'llada'))[1]['ema']
+    monkeypatch.setattr(weights, 'made', {name: None for name in weights})
+    assert 'gpt.embed.weight' in weights and 'gpt.pos.weight' not in weights

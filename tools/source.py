@@ -77,6 +77,9 @@ def framed(tokens, model, first, most):
     """Windows as a model saw them that was trained on rows between two <|endoftext|>, which are given here.
     A model that takes no prompts is given the first one only, by its config."""
     ends = 1 + ('pairs' in model.takes)
+    if not ends < model.config.block_size <= len(tokens) + ends:
+        fail(f"block_size={model.config.block_size} with {ends} <|endoftext|> in it does not fit a text of "
+             f"{len(tokens)} tokens")
     x = windows.Rows(tokens, None, model.config.block_size - ends).all(most)['x']
     x = torch.nn.functional.pad(x, (1, ends - 1), value=first)
     if ends == 1:
