@@ -3,10 +3,9 @@ The body of MDLM, SEDD, BD3-LM, Duo and GIDD (arXiv 2406.07524, 2310.16834, 2503
 changes in it.
 
 A small network makes a vector c of the noise level (parts/times.py), and every block six of c, A c + b: two
-scales, two shifts and two gates (`adaLN_modulation`). What attention reads is
-LN(x) (1 + scale) + shift, what it adds is multiplied by a gate; so for the MLP, and the last norm has a scale
-and a shift. In model.py it is the same but for the order of the vectors, a gate that is 1 + a, and an LN with
-a bias.
+scales, two shifts and two gates (`adaLN_modulation`). What attention reads is LN(x) (1 + scale) + shift, what
+it adds is multiplied by a gate; so for the MLP, and the last norm has a scale and a shift. In model.py it is
+the same but for the order of the vectors, a gate that is 1 plus what is computed, and an LN with a bias.
 
 A network that is never told the level (MDLM and BD3-LM feed sigma = 0) has a constant c, so the vectors are
 constants and fold into the weights around them:
@@ -22,8 +21,8 @@ from parts.times import MADE as WIDTH
 from parts.times import WAVES, Waves
 
 OURS_ALONE = ('norm.bias',)  # tensors that have no counterpart of their own
-ORDER = (1, 0, 4, 3, 2, 5)  # our scale, shift, scale, shift, gate, gate in theirs
-GATES = (2, 5)              # in theirs
+ORDER = (1, 0, 4, 3, 2, 5)   # where our scale, shift, scale, shift, gate, gate are in theirs
+GATES = (2, 5)               # in theirs
 
 
 def folded(take, shapes, C):

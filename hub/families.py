@@ -138,10 +138,7 @@ GIDD = replace(
     knobs=dict(vocab_size='vocab_size', block_size='max_seq_len', n_layer='num_hidden_layers',
                n_head='num_attention_heads', n_embd='hidden_size'),
     only=dict(p_uniform=(0.0,), timestep_cond_dim=(128,)))
-
-
-
-A2D_BLOCKS = dict(block_length=32)
+A2D_BLOCKS = dict(block_length=32)  # of a2d's block diffusion, which its config.json does not say
 
 
 def bidirectional(body):
