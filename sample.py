@@ -110,8 +110,8 @@ def write(model, tokenizer, config, canvas, how, marks=()):
                     break
     texts = []
     for row, end, n in zip(canvas.tolist(), ended(canvas, at), n_given):
-        row = row[n if config.chat else 0:end or (row.index(V) if V in row else None)]  # V: it wrote less
-        row = [i for i in row if i not in marks]
+        begin = n if config.chat else row[0] == tokenizer.first == tokenizer.end  # <|endoftext|> in front
+        row = [i for i in row[begin:end or (row.index(V) if V in row else None)] if i not in marks]
         text = tokenizer.text(row)
         texts.append(ends.up_to(text, config.stop, tokenizer.text(row[:-1])) if end else text)
     return texts, canvases, len(calls), time.time() - began
