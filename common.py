@@ -58,9 +58,9 @@ def autocast(device, dtype):
 
 def precision(model, name, device):
     """The same for a model that is there. name: as of pick_dtype, or '': as its weights are stored."""
-    stored = next(model.parameters()).dtype
-    return autocast(device, stored if stored == torch.float32 and not name else
-                    pick_dtype(name or 'auto', device))
+    if not name and next(model.parameters()).dtype == torch.float32:
+        return autocast(device, torch.float32)
+    return autocast(device, pick_dtype(name or 'auto', device))
 
 
 def seed_everything(*numbers):

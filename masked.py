@@ -208,8 +208,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, *,
-               cache: Literal['', 'prefix', 'dual'] = '',  # what is kept: prefix | dual, also what is behind
-               refresh: Natural = 0,  # calls after which that is read anew; 0: at every part
+               cache: Literal['', 'prefix', 'dual'] = '',  # keys, values kept: prefix, before a part | dual, both
+               refresh: Natural = 0,  # calls after which the cache is read anew; 0: at every part
                **own):
         """Generator of canvases (B, T), one per network call; xt holds V where tokens are to be drawn. The
         rules and their own knobs are those of unmask.py, cache and refresh those of parts/cached.py."""

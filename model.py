@@ -13,8 +13,8 @@ The default architecture ("ours") is what trained fastest at small scale (NOTES.
 `arch='gpt2'` is GPT-2: learned positions, LayerNorm with bias, GELU, biases, the head tied to the embedding.
 `arch='llama'` is LLaMA (2302.13971): rotary positions, RMSNorm with gain, SwiGLU (2002.05202), no biases,
 fewer heads of keys and values than of queries if asked for (2305.13245); Qwen's is a variant.
-`arch='ddit'` is the body of MDLM and SEDD: GPT-2's with rotary positions and a head of its own.
-hub/ reads and writes weights of these three.
+`arch='ddit'` is the body of MDLM and SEDD (2406.07524): GPT-2's with rotary positions, no biases in attention
+and a head of its own. hub/ reads and writes weights of these three.
 
 Shapes: B sequences, T tokens, V = vocab_size, C = n_embd, H = n_head, D = C / H.
 The embedding has V + 1 rows. Row V is [MASK] for a denoiser and [BOS] for an autoregressive model. The head

@@ -134,7 +134,7 @@ def make_canvas(config, start, tokenizer, block_size, any_length=False):
         suffix = ids_of(tokenizer, prompt_of(config.suffix), rest=True)
         length = config.length
         if config.chat:
-            start, length = chat.turn(tokenizer, start)[0], 0
+            start = chat.turn(tokenizer, start)[0]
             length = len(start) + (config.length or min(ANSWER, block_size - len(start)))
         elif start and tokenizer.sep:  # models of pairs: append the separator, once
             start = bos + ids_of(tokenizer, start.removesuffix(tokenizer.meta['sep'])) + tokenizer.sep

@@ -7,9 +7,9 @@ The checkpoint that a person names: one of ours, a folder in Hugging Face's layo
 
 Every script takes these names: a folder or file of ours; a folder with config.json, *.safetensors and, if
 its tokens are not GPT-2's, a tokenizer; gpt2, gpt2-medium, gpt2-large, gpt2-xl; owner/name on the Hugging
-Face hub (hub/families.py lists the kinds of model that are known). The last two are
-downloaded once, into HF_HOME, unless the hub's own library has them already (in HF_HUB_CACHE). HF_ENDPOINT
-names a mirror; HF_TOKEN is needed for models that ask for consent.
+Face hub (hub/families.py lists the kinds of model that are known). The last two are downloaded once, into
+HF_HOME, unless the hub's own library has them already (in HF_HUB_CACHE). HF_ENDPOINT names a mirror; HF_TOKEN
+is needed for models that ask for consent.
 """
 import functools
 import os

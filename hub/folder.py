@@ -231,38 +231,42 @@ def write_folder(checkpoint, folder):
     config, family = in_layout(checkpoint)
     weights = lora.folded(checkpoint['ema'], checkpoint['config'])
     weights = {name.removeprefix('gpt.'): p for name, p in weights.items()}
-    rows, V = weights['embed.weight'], config.vocab_size
-    names = adapt.marks(checkpoint['objective'], checkpoint['config'])
     own = {name: checkpoint[name] for name in ('objective', 'run', 'iter', 'tokens')}
     merged = {name: 0 for name in checkpoint['config'] if name == 'lora_rank'}
     own |= dict(config=checkpoint['config'] | merged, rows=checkpoint.get('rows', {}))
-    beside = {}
-    if family.mask is None:  # a layout that has no row for them
-        weights['embed.weight'], beside = rows[:V], {'unmask.marks': rows[V:].contiguous()}
-        size = dict(vocab_size=V)
-    else:  # the tokens, maybe [BOS], [MASK]
-        order = [V + i for i in reversed(range(len(names)))]
-        weights['embed.weight'] = torch.cat([rows[:V], rows[order]])
-        own['mark_rows'] = [len(rows) - 1 - i for i in range(len(names))]
-        for name in {'head.weight', 'head.bias'} & weights.keys():
-            p = weights[name]
-            weights[name] = torch.cat([p, p.new_zeros(len(names), *p.shape[1:])])
-        size = dict(vocab_size=len(rows) - (family.mask == 'beyond'))
+    beside = place_marks(weights, family, config.vocab_size, own)
     try:
-        tensors = layout.to_theirs(weights, family, config)
+        tensors = layout.to_theirs(weights, family, config) | beside
     except ValueError as e:
         fail(f"the checkpoint has no counterpart in Hugging Face's layout: {e}")
-    places = len(weights['pos.weight']) if config.arch == 'gpt2' else config.block_size
-    theirs = layout.config_json(config, family, **size, block_size=places)
+    rows, size = len(weights['embed.weight']), config.block_size
+    theirs = layout.config_json(config, family, vocab_size=rows - (family.mask == 'beyond'),
+                                block_size=len(weights.get('pos.weight', range(size))))
     if isinstance(family.mask, str) and family.mask.endswith('_id'):
-        theirs[family.mask] = len(rows) - 1
-    theirs |= dict(bos_token_id=V) if len(names) > 1 and family.mask else {}
+        theirs[family.mask] = rows - 1
+    if len(own.get('mark_rows', [])) > 1:
+        theirs['bos_token_id'] = config.vocab_size
     small = tokenizer_files(checkpoint['tokenizer'], own, theirs)
     small['config.json'] = json.dumps(theirs | dict(unmask=own), indent=1).encode()
-    tensors |= beside
     whole = library('safetensors.torch', "a folder in this layout").save(tensors, {'format': 'pt'})
     files.write_all(folder, small | {'model.safetensors': whole})
     return tensors
+
+
+def place_marks(weights, family, V, own):
+    """Put the rows of [MASK] and [BOS] where the family has them, behind the tokens', [MASK] last, and say so
+    in `own`; or, where it has none, into a tensor beside, which is returned as {name: tensor}."""
+    rows = weights['embed.weight']
+    n = len(rows) - V
+    if family.mask is None:
+        weights['embed.weight'] = rows[:V]
+        return {'unmask.marks': rows[V:].contiguous()}
+    weights['embed.weight'] = torch.cat([rows[:V], rows[V:].flip(0)])
+    own['mark_rows'] = [len(rows) - 1 - i for i in range(n)]
+    for name in {'head.weight', 'head.bias'} & weights.keys():
+        p = weights[name]
+        weights[name] = torch.cat([p, p.new_zeros(n, *p.shape[1:])])
+    return {}
 
 
 def tokenizer_files(meta, own, theirs):

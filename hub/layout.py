@@ -189,11 +189,8 @@ def to_ours(stored, family, config, shapes, rows, marks):
 def with_marks(embedding, V, marks):
     """The embedding, the rows below those of the V tokens replaced by the marks; see `to_ours`."""
     rows = embedding()
-    if not callable(marks):
-        found = [rows[:V].float().mean(0).to(rows.dtype) if i is None else rows[i] for i in marks]
-        rows[V:] = torch.stack(found) if found else rows[V:]
-    else:
-        rows[V:] = marks()
+    row = lambda i: rows[:V].float().mean(0).to(rows.dtype) if i is None else rows[i]
+    rows[V:] = marks() if callable(marks) else torch.stack([row(i) for i in marks])
     return rows
 
 

@@ -3,9 +3,9 @@ How a denoiser that was an autoregressive model reads its input (DiffuGPT and Di
 
 Two things may ease the change. `shift`: the network reads [BOS] xt, and what it says at position i is about
 token i + 1, as before; what it says at the last position is dropped. (Dream has no [BOS]: its first token is
-predicted where it stands.) `anneal_iters`: in training a query sees
-the past and, with probability r, each later token, one draw per step; r rises to 1 in so many steps. Outside
-of training every query sees everything. hub/adapt.py moves the weights.
+predicted where it stands.) `anneal_iters`: in training a query sees the past and, with probability r, each
+later token, one draw per step; r rises to 1 in so many steps. Outside of training every query sees
+everything. hub/adapt.py moves the weights.
 """
 from dataclasses import dataclass, replace
 
@@ -49,7 +49,7 @@ class Adapted(model.GPT):
         self.shift, self.leads, self.anneal_iters = config.shift, leads, config.anneal_iters
         self.clock = clock.Clock()
 
-    def forward(self, x, mask=None, cache=None, time=None, where=None, only=None):
+    def forward(self, x, mask=None, time=None, where=None, only=None):
         """As of GPT, with the shift undone: logits (B, T, V) of tokens x (B, T), or (N, V) at `only`."""
         if self.leads:
             x = F.pad(x, (1, 0), value=self.config.vocab_size + 1)  # [BOS], which sees what x[:, 0] sees
@@ -59,7 +59,7 @@ class Adapted(model.GPT):
         if self.training and self.anneal_iters:
             seen = partly_causal(x.size(1), ((self.clock.steps + 1) / self.anneal_iters).clamp(max=1))
             mask = seen if mask is None else seen & mask
-        h = self.trunk(self.embed(x), mask, cache, time, where)
+        h = self.trunk(self.embed(x), mask, time=time, where=where)
         if self.shift:  # what stands before a token says what it is; without [BOS] the first one does itself
             h = h[:, :-1] if self.leads else torch.cat([h[:, :1], h[:, :-1]], 1)
         return self.logits(h if only is None else h[only])

@@ -45,8 +45,8 @@ def turn(tokenizer, message):
     """A message -> (ids of the prompt, up to where the model writes; list of the ids that end its answer),
     or the script ends. tokenizer: one whose meta holds, under `chat`, dict(template=..., **marks_in(folder)).
 
-    SentencePiece puts its space before every text between special tokens: so do Meta's code for LLaMA 2 and
-    transformers with legacy=True, while with legacy=False only a first text has it."""
+    SentencePiece puts its space before every text between special tokens, as transformers does with
+    legacy=True; with legacy=False only a first text has it."""
     chat, tokens = tokenizer.meta.get('chat') or {}, special_tokens(tokenizer.meta, tokenizer.end)
     if not chat.get('template'):
         fail(f"this model has no chat template, so it was probably not trained on turns: {INSTEAD}")

@@ -119,10 +119,11 @@ def real_words(texts, known):
 
 # ---- the judge --------------------------------------------------------------------------------------------
 
-def load_judge(path, device, dtype=''):
-    """A model with an exact likelihood, ours or of others: (model, tokenizer), or the script ends."""
+def load_judge(path, device):
+    """A model with an exact likelihood, ours or of others, in float32, as texts are measured by it:
+    (model, tokenizer), or the script ends."""
     _, checkpoint = find.find(path)
-    net, tokenizer = common.load_model(checkpoint, device, dtype=dtype)
+    net, tokenizer = common.load_model(checkpoint, device, dtype='float32')
     if net.bound != 'exact':
         fail(f"judge={path} is of {checkpoint['objective']}, whose likelihood is not exact: take an "
              f"autoregressive one")
