@@ -208,7 +208,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, xt, steps, rule='', temperature=1.0, top_k=0, top_p=1.0, *,
-               cache: Literal['', 'prefix', 'dual'] = '',  # keys, values kept: prefix, before a part | dual, both
+               cache: Literal['', 'prefix', 'dual'] = '',  # keep keys, values: prefix | dual, behind too
                refresh: Natural = 0,  # calls after which the cache is read anew; 0: at every part
                **own):
         """Generator of canvases (B, T), one per network call; xt holds V where tokens are to be drawn. The
